@@ -1,0 +1,126 @@
+"""Command lines from config dataclasses: every field is a flag."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from minirl.config import ConfigError, field_types, flag_name
+from minirl.runs import default_run_dir, load_settings
+
+
+class Train(Protocol):
+    """The `train` function of an algorithm."""
+
+    def __call__(self, config: Any, *, run_dir: Path | None, resume: bool, device: str) -> Any:
+        """Train as `config` says."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that fails with one line on standard error and status 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print `error: message` and exit."""
+        fail(message.removeprefix("argument "))
+
+
+def fail(message: object) -> NoReturn:
+    """Print `error: message` on standard error and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_training(
+    algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
+) -> None:
+    """Parse flags into a config and train: what `train_ppo.py` and its like do.
+
+    A user's mistake ends with status 2 and one line, before anything is written.
+    """
+    arguments = vars(make_parser(config_class, description).parse_args(argv))
+    device = arguments.pop("device")
+    run_dir: Path | None = arguments.pop("run_dir")
+    resume: Path | None = arguments.pop("resume")
+    try:
+        if resume is not None:
+            if run_dir is not None:
+                raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
+            config = resumed_config(algorithm, config_class, resume, arguments)
+        else:
+            config = config_class(**arguments)
+        run_dir = resume or run_dir or default_run_dir(algorithm, config)
+        train(config, run_dir=run_dir, resume=resume is not None, device=device)
+    except ConfigError as error:
+        fail(error)
+
+
+def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
+    """Return the settings of a saved run; only a later `total_timesteps` may be given anew.
+
+    Raises:
+        ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
+    """
+    settings = load_settings(run_dir)
+    saved_algorithm = settings.pop("algorithm")
+    if saved_algorithm != algorithm:
+        raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(settings.keys() - known):
+        raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
+    for name, value in given.items():
+        if name != "total_timesteps" and value != settings.get(name):
+            raise ConfigError(
+                f"{flag_name(name)} {value} can't go with --resume: the run has {settings.get(name)}; leave it out"
+            )
+    return config_class(**{**settings, **given})
+
+
+def make_parser(config_class: type, description: str) -> Parser:
+    """Return a parser with a flag for each field of a config, and the flags that all algorithms share.
+
+    Flags that are not given are absent from the result, so that a resumed run can tell.
+    """
+    parser = Parser(description=description)
+    kinds = field_types(config_class)
+    for field in dataclasses.fields(config_class):
+        plain, optional = kinds[field.name]
+        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {_shown(field.default)})"}
+        if plain is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _reader(plain, optional)
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[plain]
+        parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this directory")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None else str(default)
+
+
+def _reader(plain: type, optional: bool) -> Callable[[str], Any]:
+    """Return a function that reads one value of a flag."""
+
+    def read(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        try:
+            return plain(text)
+        except ValueError:
+            noun = {int: "a whole number", float: "a number"}[plain]
+            raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}") from None
+
+    return read

@@ -1,0 +1,95 @@
+"""Settings: a frozen dataclass whose every field has a default, one line of help and the values it may take.
+
+@dataclass(frozen=True)
+class Config:
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting, flag or file that the user can put right. The message names it and says what would be right."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare one field of a config: its default, one line of help, and the range of its values."""
+    limits = {"at_least": at_least, "at_most": at_most, "above": above}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def flag_name(field_name: str) -> str:
+    """Return the command-line flag of a field: `total_timesteps` -> `--total-timesteps`."""
+    return "--" + field_name.replace("_", "-")
+
+
+def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
+    """Map each field's name to its plain type and whether None is allowed (`float | None` -> float, True)."""
+    result = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        if isinstance(hint, types.UnionType):
+            (plain,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+            result[name] = (plain, True)
+        else:
+            result[name] = (hint, False)
+    return result
+
+
+def check_settings(config: Any) -> None:
+    """Check each field's type and range.
+
+    Raises:
+        ConfigError: naming the first field that is wrong, as its flag, and what would be right.
+    """
+    kinds = field_types(type(config))
+    for field in dataclasses.fields(config):
+        plain, optional = kinds[field.name]
+        value = getattr(config, field.name)
+        if value is None and optional:
+            continue
+        limits = {name: limit for name, limit in field.metadata.items() if name != "help"}
+        if not (_has_type(value, plain) and _in_range(value, **limits)):
+            wanted = _describe(plain, **limits) + (" or none" if optional else "")
+            raise ConfigError(f"{flag_name(field.name)} must be {wanted}, not {value!r}")
+
+
+def _has_type(value: Any, plain: type) -> bool:
+    if plain is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, plain)
+
+
+def _in_range(value: Any, at_least: float | None, at_most: float | None, above: float | None) -> bool:
+    return (
+        (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+        and (above is None or value > above)
+    )
+
+
+def _describe(plain: type, at_least: float | None, at_most: float | None, above: float | None) -> str:
+    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[plain]
+    if at_least is not None and at_most is not None:
+        return f"{noun} from {at_least} to {at_most}"
+    limits = [
+        f"{word} {limit}"
+        for word, limit in [("of at least", at_least), ("above", above), ("of at most", at_most)]
+        if limit is not None
+    ]
+    return " ".join([noun, " and ".join(limits)]).strip()

@@ -1,0 +1,1 @@
+"""Environments: preprocessing and many at once. Nothing in here imports torch."""

@@ -1,0 +1,329 @@
+"""Atari preprocessing: one class per step, each usable alone.
+
+`make_atari_env` puts them on in this order, raw frames at the top and what the network sees at the bottom:
+
+    emulator            RGB frames (210, 160, 3), 60 a second, one action a frame
+    NoopReset           start each game after 1 to 30 frames of doing nothing
+    MaxAndSkip          one agent step = 4 frames: rewards summed, maximum over the last two frames
+    EpisodeStatistics   score and length of the whole game
+    EpisodicLife        a lost life ends the learner's episode, not the game
+    FireReset           press FIRE where the game waits for it
+    Grayscale           (210, 160)
+    Resize              (84, 84)
+    ClipReward          the sign of the reward
+    Normalize           optional: float32 in [0, 1]
+    FrameStack          (4, 84, 84)
+
+The steps are those of Mnih et al. (2015), "Human-level control through deep reinforcement learning", as OpenAI's
+baselines and then Stable-Baselines3 fixed them: the same seed and actions give the same frames, rewards and ends as
+the latter's `AtariWrapper`, bit for bit. Only the stack differs from its `VecFrameStack`: it starts as four copies
+of the first frame, not as three black ones.
+"""
+
+from typing import Any, SupportsFloat
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from minirl.config import ConfigError
+from minirl.envs.episode import EpisodeStatistics
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
+
+Frame = NDArray[Any]  # uint8 everywhere but after Normalize
+Info = dict[str, Any]
+Options = dict[str, Any] | None
+StepResult = tuple[Frame, SupportsFloat, bool, bool, Info]
+AtariEnv = gym.Env[Frame, int]
+
+NOOP = 0
+
+
+class NoopReset(gym.Wrapper[Frame, int, Frame, int]):
+    """Do nothing for 1 to `noop_max` frames after each reset, so that no two games start alike.
+
+    The number is drawn from the environment's own generator, which only a seeded reset sets. What the game pays
+    meanwhile is in `info["reset_reward"]`, so that the score of the game stays whole.
+
+    Raises:
+        ValueError: if `noop_max` is below 1.
+    """
+
+    def __init__(self, env: AtariEnv, noop_max: int = 30) -> None:
+        super().__init__(env)
+        if noop_max < 1:
+            raise ValueError(f"noop_max must be at least 1, not {noop_max}")
+        self.noop_max = noop_max
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
+        """Reset, then press nothing for a while."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        reset_reward = 0.0
+        for _ in range(self.unwrapped.np_random.integers(1, self.noop_max + 1)):
+            obs, reward, terminated, truncated, info = self.env.step(NOOP)
+            reset_reward += float(reward)
+            if terminated or truncated:
+                obs, info = self.env.reset(options=options)
+                reset_reward = 0.0
+        return obs, {**info, "reset_reward": reset_reward}
+
+
+class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
+    """Repeat each action for `skip` frames; return the sum of rewards and the maximum over the last two frames.
+
+    The maximum is there because the console draws some sprites on even frames only and some on odd ones.
+
+    Raises:
+        ValueError: if `skip` is below 1.
+    """
+
+    def __init__(self, env: AtariEnv, skip: int = 4) -> None:
+        super().__init__(env)
+        if skip < 1:
+            raise ValueError(f"skip must be at least 1, not {skip}")
+        assert env.observation_space.shape is not None
+        self.skip = skip
+        self.last_two = np.zeros((2, *env.observation_space.shape), env.observation_space.dtype)
+
+    def step(self, action: int) -> StepResult:
+        """Take `skip` frames, fewer where the episode ends before.
+
+        An end before the last frame leaves older frames in the maximum, those of the step before. No update ever
+        sees that image after a game over; it is kept so that games are bit for bit those of Stable-Baselines3.
+        """
+        total_reward = 0.0
+        for frame_number in range(self.skip):
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += float(reward)
+            if frame_number >= self.skip - 2:
+                self.last_two[frame_number - self.skip] = frame
+            if terminated or truncated:
+                break
+        return self.last_two.max(axis=0), total_reward, terminated, truncated, info
+
+
+class EpisodicLife(gym.Wrapper[Frame, int, Frame, int]):
+    """End the learner's episode when a life is lost, without resetting the game.
+
+    `terminated` is then True although the game goes on; the next `reset` plays one no-op in the same game.
+    """
+
+    def __init__(self, env: AtariEnv) -> None:
+        super().__init__(env)
+        self.lives = 0
+        self.game_over = True
+
+    def _count_lives(self) -> int:
+        lives: int = self.unwrapped.ale.lives()  # type: ignore[attr-defined]
+        return lives
+
+    def step(self, action: int) -> StepResult:
+        """Step; a lost life terminates."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        lives = self._count_lives()
+        # Some games (Qbert) show zero lives for a few frames before they say that they are over: not a loss to report
+        # twice. And lives can also be won.
+        if 0 < lives < self.lives:
+            terminated = True
+        self.lives = lives
+        return obs, reward, terminated, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
+        """Start a new game if the last one is over or a seed is given; otherwise go on with the next life."""
+        if self.game_over or seed is not None:
+            obs, info = self.env.reset(seed=seed, options=options)
+        else:
+            obs, _, terminated, truncated, info = self.env.step(NOOP)
+            if terminated or truncated:
+                obs, info = _reset_after_end(self.env, info, options)
+        self.lives = self._count_lives()
+        return obs, info
+
+
+class FireReset(gym.Wrapper[Frame, int, Frame, int]):
+    """Press FIRE, then the next button of the game, after each reset: some games stand still until then.
+
+    Raises:
+        ValueError: if the game's second action is not FIRE, or it has fewer than three actions.
+    """
+
+    def __init__(self, env: AtariEnv) -> None:
+        super().__init__(env)
+        meanings = _action_meanings(env)
+        if len(meanings) < 3 or meanings[1] != "FIRE":
+            raise ValueError(f"FireReset needs a game with FIRE as its second action, not {meanings}")
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
+        """Reset, then two agent steps: FIRE and action 2."""
+        self.env.reset(seed=seed, options=options)
+        obs, _, terminated, truncated, info = self.env.step(1)
+        carried: Info = {}
+        if terminated or truncated:
+            _, carried = _reset_after_end(self.env, info, options)
+        obs, _, terminated, truncated, info = self.env.step(2)
+        info = {**carried, **info}
+        if terminated or truncated:
+            obs, info = _reset_after_end(self.env, info, options)
+        return obs, info
+
+
+class Grayscale(gym.ObservationWrapper[Frame, int, Frame]):
+    """Turn RGB frames (H, W, 3) into luminance (H, W): 0.299 R + 0.587 G + 0.114 B, rounded."""
+
+    def __init__(self, env: AtariEnv) -> None:
+        super().__init__(env)
+        assert env.observation_space.shape is not None
+        self.observation_space = gym.spaces.Box(0, 255, env.observation_space.shape[:2], np.uint8)
+
+    def observation(self, observation: Frame) -> Frame:
+        """(H, W, 3) -> (H, W)."""
+        return cv2.cvtColor(observation, cv2.COLOR_RGB2GRAY)
+
+
+class Resize(gym.ObservationWrapper[Frame, int, Frame]):
+    """Shrink frames to (`size`, `size`), each pixel the mean of the area that it covers."""
+
+    def __init__(self, env: AtariEnv, size: int = 84) -> None:
+        super().__init__(env)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        assert env.observation_space.shape is not None
+        self.size = size
+        shape = (size, size, *env.observation_space.shape[2:])
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+
+    def observation(self, observation: Frame) -> Frame:
+        """(H, W) -> (size, size), colours kept where there are any."""
+        return cv2.resize(observation, (self.size, self.size), interpolation=cv2.INTER_AREA)
+
+
+class ClipReward(gym.RewardWrapper[Frame, int]):
+    """Replace the reward by its sign: -1, 0 or 1, whatever a game's points are."""
+
+    def reward(self, reward: SupportsFloat) -> float:
+        """Return the sign of the reward."""
+        return float(np.sign(float(reward)))
+
+
+class Normalize(gym.ObservationWrapper[Frame, int, Frame]):
+    """Turn bytes into float32 in [0, 1], for those who want floats early: four times the memory."""
+
+    def __init__(self, env: AtariEnv) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0.0, 1.0, env.observation_space.shape, np.float32)
+
+    def observation(self, observation: Frame) -> Frame:
+        """Divide by 255."""
+        return observation.astype(np.float32) / 255
+
+
+class FrameStack(gym.Wrapper[Frame, int, Frame, int]):
+    """Show the last `num_frames` frames together, oldest first: (num_frames, *frame shape).
+
+    One image says where the ball is, several say where it goes. After a reset the stack is `num_frames` copies of the
+    first frame (as in the source notebook and Dopamine's tests; Stable-Baselines3's `VecFrameStack` starts from zeros).
+    """
+
+    def __init__(self, env: AtariEnv, num_frames: int = 4) -> None:
+        super().__init__(env)
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, not {num_frames}")
+        space = env.observation_space
+        assert isinstance(space, gym.spaces.Box)
+        self.num_frames = num_frames
+        self.frames = np.zeros((num_frames, *space.shape), space.dtype)
+        self.observation_space = gym.spaces.Box(
+            np.repeat(space.low[None], num_frames, axis=0),
+            np.repeat(space.high[None], num_frames, axis=0),
+            dtype=space.dtype,
+        )
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
+        """Fill the stack with the first frame."""
+        frame, info = self.env.reset(seed=seed, options=options)
+        self.frames = np.repeat(frame[None], self.num_frames, axis=0)
+        return self.frames, info
+
+    def step(self, action: int) -> StepResult:
+        """Drop the oldest frame, add the newest. Every step returns an array of its own."""
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        self.frames = np.concatenate((self.frames[1:], frame[None]))
+        return self.frames, reward, terminated, truncated, info
+
+
+def make_atari_env(
+    env_id: str,
+    *,
+    noop_max: int = 30,
+    frame_skip: int = 4,
+    frame_stack: int = 4,
+    episodic_life: bool = True,
+    clip_reward: bool = True,
+    normalize: bool = False,
+    render_mode: str | None = None,
+) -> AtariEnv:
+    """Make an Atari game with all preprocessing: observations (frame_stack, 84, 84), uint8 or float32 if normalised.
+
+    Both kinds of ids are right: `PongNoFrameskip-v4` has no sticky actions, `ALE/Pong-v5` repeats the last action with
+    probability 0.25 each frame, as its authors ask for. The frame skip inside the latter is switched off, or it would
+    skip twice. A game cut at 108,000 frames (half an hour) is `truncated`, not `terminated`.
+
+    Args:
+        env_id: a Gymnasium id of an Atari game.
+        noop_max: at most so many frames of nothing at the start of a game; 0 for none.
+        frame_skip: frames per agent step.
+        frame_stack: frames per observation.
+        episodic_life: end the learner's episode at each lost life.
+        clip_reward: learn from the sign of the reward.
+        normalize: observations in [0, 1] instead of bytes.
+        render_mode: Gymnasium's; `"rgb_array"` to record, `"human"` for a window.
+
+    Returns:
+        An environment whose `info["episode"]` is `{"r", "l"}` of the full game at its real end: r the unclipped score,
+        l its length in agent steps.
+
+    Raises:
+        ConfigError: if `env_id` is not an Atari game.
+    """
+    if not is_atari(env_id):
+        raise ConfigError(f"--env-id must be an Atari game here, not {env_id!r}")
+    env = gym.make(env_id, frameskip=1, render_mode=render_mode, disable_env_checker=True)
+    if noop_max > 0:
+        env = NoopReset(env, noop_max)
+    env = MaxAndSkip(env, frame_skip)
+    env = EpisodeStatistics(env)
+    if episodic_life:
+        env = EpisodicLife(env)
+    if "FIRE" in _action_meanings(env):
+        env = FireReset(env)
+    env = Grayscale(env)
+    env = Resize(env)
+    if clip_reward:
+        env = ClipReward(env)
+    if normalize:
+        env = Normalize(env)
+    return FrameStack(env, frame_stack)
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether `env_id` names a registered game of the Arcade Learning Environment."""
+    spec = gym.registry.get(env_id)
+    return spec is not None and str(spec.entry_point).startswith("ale_py")
+
+
+def _action_meanings(env: AtariEnv) -> list[str]:
+    meanings: list[str] = env.unwrapped.get_action_meanings()  # type: ignore[attr-defined]
+    return meanings
+
+
+def _reset_after_end(env: AtariEnv, last_info: Info, options: Options) -> tuple[Frame, Info]:
+    """Reset after a step taken inside a reset ended the game; keep that game's `info["episode"]` from being lost."""
+    obs, info = env.reset(options=options)
+    if "episode" in last_info:
+        info = {**info, "episode": last_info["episode"]}
+    return obs, info

@@ -1,0 +1,321 @@
+"""Many environments at once, in this process or in workers that share memory with it.
+
+An environment that ends is reset in the same step (Gymnasium's `AutoresetMode.SAME_STEP`): `observations` then holds
+the first observation of the new episode and `final_observations` the true last one of the old, which a cut episode
+must bootstrap from. No step is spent on the reset, so there is no row to mask out.
+
+Each worker process holds several environments and answers one message a step; observations, actions, rewards and
+ends travel through shared memory. One process per environment would lose on pipes what it wins on cores. Workers
+import no torch. The number of workers changes the speed only: each environment has its own seed.
+"""
+
+import atexit
+import ctypes
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import cv2
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+MakeEnv = Callable[[], gym.Env[Any, Any]]
+
+
+class Episode(NamedTuple):
+    """A finished episode: which environment played it, its undiscounted return and its length in agent steps."""
+
+    env_index: int
+    episodic_return: float
+    length: int
+
+
+class VectorStep(NamedTuple):
+    """What one step of N environments gave. The arrays are overwritten by the next step: copy what you keep.
+
+    Attributes:
+        observations: (N, ...) what the next action is chosen from; where an episode ended, the start of the next one.
+        rewards: (N,) float32.
+        terminated: (N,) bool, the episode came to a real end: nothing follows.
+        truncated: (N,) bool, the episode was cut, by a time limit say: bootstrap from the final observation.
+        final_observations: (N, ...) the true successor of this step; set only where terminated or truncated.
+        episodes: those that finished in this step.
+    """
+
+    observations: NDArray[Any]
+    rewards: NDArray[np.float32]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    final_observations: NDArray[Any]
+    episodes: list[Episode]
+
+
+class WorkerError(RuntimeError):
+    """An environment raised in a worker process, or the process died. The message holds the worker's traceback."""
+
+
+class VectorEnv:
+    """N copies of one environment behind `reset` and `step`, each reset in the step in which it ends.
+
+    Args:
+        make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
+            say. An environment reports a finished episode as `info["episode"] = {"r", "l"}` (`EpisodeStatistics`).
+        num_envs: N.
+        num_workers: processes; None for one per core this process may use, never more than N. With 1 the environments
+            live in this process.
+        start_method: `"forkserver"` or `"spawn"`; None for the first of them that the platform has. (Never `"fork"`:
+            it copies torch's locked threads.)
+
+    Raises:
+        WorkerError: if an environment raises in a worker, or a worker dies.
+    """
+
+    def __init__(
+        self,
+        make_env: MakeEnv,
+        num_envs: int,
+        *,
+        num_workers: int | None = None,
+        start_method: str | None = None,
+    ) -> None:
+        self.num_envs = num_envs
+        self.num_workers = min(num_envs, available_cores() if num_workers is None else num_workers)
+        self._workers: list[_Worker] = []
+        self._local: _EnvGroup | None = None
+
+        if self.num_workers == 1:
+            self._local = _EnvGroup(make_env, range(num_envs))
+            env = self._local.envs[0]
+        else:
+            env = make_env()
+        self.observation_space = env.observation_space
+        self.action_space = env.action_space
+        self._arrays = _SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
+
+        if self._local is None:
+            env.close()
+            if start_method is None:
+                methods = multiprocessing.get_all_start_methods()
+                start_method = "forkserver" if "forkserver" in methods else "spawn"
+            bounds = np.linspace(0, num_envs, self.num_workers + 1).astype(int)
+            rows = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+            atexit.register(self.close)
+            try:
+                for group in rows:
+                    self._workers.append(_Worker(start_method, make_env, group, self._arrays))
+                self._receive_all()  # each says that its environments are made
+            except BaseException:
+                self.close()
+                raise
+
+    def reset(self, seed: int | None = None) -> NDArray[Any]:
+        """Start new episodes everywhere and return the first observations (N, ...).
+
+        With a seed, environment i is seeded with `seed + i`: give one once, since the same seed means the same games.
+        """
+        if self._local is not None:
+            self._local.reset(self._arrays, seed)
+        else:
+            self._send_all(("reset", seed))
+            self._receive_all()
+        return self._arrays.observations
+
+    def step(self, actions: NDArray[np.int64]) -> VectorStep:
+        """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
+        arrays = self._arrays
+        arrays.actions[:] = actions
+        if self._local is not None:
+            episodes = self._local.step(arrays)
+        else:
+            self._send_all(("step", None))
+            episodes = self._receive_all()
+        return VectorStep(
+            arrays.observations,
+            arrays.rewards,
+            arrays.terminated,
+            arrays.truncated,
+            arrays.final_observations,
+            episodes,
+        )
+
+    def close(self) -> None:
+        """Close the environments and end the workers. Safe to call twice."""
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+        for worker in self._workers:
+            worker.connection.close()  # an end of file is the worker's signal to leave
+        for worker in self._workers:
+            worker.join()
+        self._workers.clear()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> "VectorEnv":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send_all(self, message: tuple[str, Any]) -> None:
+        for worker in self._workers:
+            worker.send(message)
+
+    def _receive_all(self) -> list[Episode]:
+        return [episode for worker in self._workers for episode in worker.receive()]
+
+
+def available_cores() -> int:
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _SharedArrays:
+    """One row per environment of everything that a step exchanges, in memory that worker processes can share.
+
+    The memory is anonymous: nothing stays behind, however the processes end.
+    """
+
+    def __init__(self, num_envs: int, observation_space: gym.Space[Any], *, shared: bool) -> None:
+        assert observation_space.shape is not None
+        shape = (num_envs, *observation_space.shape)
+        dtype = np.dtype(observation_space.dtype)
+        context = multiprocessing.get_context("spawn")
+        layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            "observations": (shape, dtype),
+            "final_observations": (shape, dtype),
+            "actions": ((num_envs,), np.dtype(np.int64)),
+            "rewards": ((num_envs,), np.dtype(np.float32)),
+            "terminated": ((num_envs,), np.dtype(np.bool_)),
+            "truncated": ((num_envs,), np.dtype(np.bool_)),
+        }
+        self.memory: dict[str, tuple[Any, tuple[int, ...], np.dtype[Any]]] = {}
+        for name, (array_shape, array_dtype) in layout.items():
+            size = math.prod(array_shape) * array_dtype.itemsize
+            raw = context.RawArray(ctypes.c_ubyte, size) if shared else bytearray(size)
+            self.memory[name] = (raw, array_shape, array_dtype)
+        self._map()
+
+    def _map(self) -> None:
+        views = {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, shape, dtype) in self.memory.items()}
+        self.observations: NDArray[Any] = views["observations"]
+        self.final_observations: NDArray[Any] = views["final_observations"]
+        self.actions: NDArray[np.int64] = views["actions"]
+        self.rewards: NDArray[np.float32] = views["rewards"]
+        self.terminated: NDArray[np.bool_] = views["terminated"]
+        self.truncated: NDArray[np.bool_] = views["truncated"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"memory": self.memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.memory = state["memory"]
+        self._map()
+
+
+class _EnvGroup:
+    """Some of the environments, stepped one after the other; `rows` says which."""
+
+    def __init__(self, make_env: MakeEnv, rows: range) -> None:
+        self.rows = rows
+        self.envs = [make_env() for _ in rows]
+        self.first_action = int(getattr(self.envs[0].action_space, "start", 0))
+
+    def reset(self, arrays: _SharedArrays, seed: int | None) -> None:
+        for row, env in zip(self.rows, self.envs, strict=True):
+            arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + row)
+
+    def step(self, arrays: _SharedArrays) -> list[Episode]:
+        episodes = []
+        for row, env in zip(self.rows, self.envs, strict=True):
+            obs, reward, terminated, truncated, info = env.step(int(arrays.actions[row]) + self.first_action)
+            if terminated or truncated:
+                arrays.final_observations[row] = obs
+                obs, reset_info = env.reset()
+                # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
+                for finished in (info.get("episode"), reset_info.get("episode")):
+                    if finished is not None:
+                        episodes.append(Episode(row, float(finished["r"]), int(finished["l"])))
+            arrays.observations[row] = obs
+            arrays.rewards[row] = reward
+            arrays.terminated[row] = terminated
+            arrays.truncated[row] = truncated
+        return episodes
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+class _Worker:
+    """A process that holds a group of environments, seen from the training process."""
+
+    def __init__(self, start_method: str, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
+        context: Any = multiprocessing.get_context(start_method)
+        self.name = f"environment worker (environments {rows[0]} to {rows[-1]})"
+        self.connection: Connection
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, make_env, rows, arrays), name=self.name, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the death of the worker is an end of file here
+
+    def send(self, message: tuple[str, Any]) -> None:
+        try:
+            self.connection.send(message)
+        except OSError:
+            self.receive()  # its last words say more than a broken pipe
+
+    def receive(self) -> list[Episode]:
+        try:
+            failure, episodes = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(timeout=5)
+            code = self.process.exitcode
+            raise WorkerError(f"the {self.name} died without a word, exit code {code}") from error
+        if failure is not None:
+            raise WorkerError(f"the {self.name} raised:\n\n{failure}")
+        result: list[Episode] = episodes
+        return result
+
+    def join(self) -> None:
+        self.process.join(timeout=5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
+    """Run a worker: answer each message with (traceback or None, finished episodes) until the other end is closed."""
+    # Ctrl-C, and often SIGTERM, reaches every process of the group: the training process decides, and hangs up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    group = None
+    try:
+        group = _EnvGroup(make_env, rows)
+        connection.send((None, []))
+        while True:
+            command, argument = connection.recv()
+            if command == "step":
+                connection.send((None, group.step(arrays)))
+            else:
+                group.reset(arrays, argument)
+                connection.send((None, []))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the training process is done, or gone
+    except BaseException:
+        connection.send((traceback.format_exc(), []))
+    finally:
+        if group is not None:
+            group.close()

@@ -1,0 +1,83 @@
+"""The two network bodies that DQN and PPO share, and how they are initialised."""
+
+import itertools
+import math
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from minirl.config import ConfigError
+
+SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
+
+
+def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
+    """Give a layer orthogonal weights times `gain`, and zero biases. Returns the layer.
+
+    sqrt(2) keeps the scale of activations through a ReLU (Saxe et al. 2013).
+    """
+    nn.init.orthogonal_(layer.weight, gain)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
+    """Return fully connected layers `sizes[0] -> sizes[1] -> ...`, an activation after each."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [orthogonal(nn.Linear(inputs, outputs)), activation()]
+    return nn.Sequential(*layers)
+
+
+class NatureCNN(nn.Module):
+    """The convolutional network of Mnih et al. (2015): images (B, C, H, W) -> features (B, 512).
+
+    Bytes are divided by 255 here, on the device; float observations are taken to be in [0, 1] already. Images and
+    weights lie channels-last in memory, which convolves a quarter faster and changes no shape.
+    """
+
+    num_features = 512
+
+    def __init__(self, image_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        channels = image_shape[0]
+        self.convolutions = nn.Sequential(
+            orthogonal(nn.Conv2d(channels, 32, kernel_size=8, stride=4)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        with torch.no_grad():
+            flat_size = self.convolutions(torch.zeros(1, *image_shape)).shape[1]
+        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.linear = nn.Sequential(orthogonal(nn.Linear(flat_size, self.num_features)), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8, or float in [0, 1] -> (B, 512)."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        features: Tensor = self.linear(self.convolutions(pixels))
+        return features
+
+
+def is_image(space: gym.Space[object]) -> bool:
+    """Whether observations are stacks of images (channels, height, width), which a CNN should see.
+
+    Raises:
+        ConfigError: if they are neither such images nor vectors.
+    """
+    if not isinstance(space, gym.spaces.Box):
+        raise ConfigError(f"--env-id must have Box observations (numbers or images), not {space}")
+    if len(space.shape) <= 1:
+        return False
+    if len(space.shape) == 3 and min(space.shape[1:]) >= SMALLEST_IMAGE:
+        return True
+    raise ConfigError(
+        "--env-id must have vectors (n,) or images (channels, height, width) of at least "
+        f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE} as observations, not shape {space.shape}: wrap the environment"
+    )

@@ -1,0 +1,445 @@
+"""Proximal Policy Optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347).
+
+    repeat:
+        play T steps in N environments with the policy pi_old                       collect_rollout
+        A_t = sum_l (gamma lambda)^l delta_{t+l}                                     compute_gae
+        for a few epochs, for each minibatch of the T N samples:                     update_policy
+            r = pi(a|s) / pi_old(a|s)
+            loss = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A))                      clipped_surrogate_loss
+                   + c_vf mean((V - R)^2)                                            value_loss
+                   - c_ent mean(entropy of pi)                                       ppo_loss
+            one step of Adam, the gradient's norm clipped
+
+Read from top to bottom: settings, network, the maths as pure functions, training.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from minirl.config import ConfigError, check_settings, setting
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.networks import NatureCNN, is_image, mlp, orthogonal
+from minirl.runs import CHECKPOINT_FILE, Run, State, load_checkpoint, seed_everything, set_random_state
+from minirl.runtime import select_device
+from minirl.shapes import require_same_shape
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """The settings of a run; the defaults are the source notebook's for Pong."""
+
+    env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes")
+    seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=2**31)
+    total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
+    learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
+    anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    num_envs: int = setting(8, "environments played side by side (N)", at_least=1)
+    num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
+    minibatch_size: int = setting(256, "samples per gradient step; must divide N x T", at_least=1)
+    update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
+    gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
+    clip_coef: float = setting(0.1, "epsilon of the clipped objective", above=0)
+    anneal_clip: bool = setting(False, "lower clip_coef linearly to 0 at the end")
+    ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
+    vf_coef: float = setting(0.5, "weight of the value loss, which has no factor 1/2", at_least=0)
+    value_clip_coef: float | None = setting(None, "clip the change of the values to this; none: no clipping", above=0)
+    norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
+    target_kl: float | None = setting(None, "end an update once the KL divergence passes this; none: never", above=0)
+    max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", above=0)
+    num_workers: int | None = setting(
+        None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
+    )
+    checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.batch_size % self.minibatch_size != 0:
+            raise ConfigError(
+                f"--minibatch-size must divide num_envs x num_steps = {self.batch_size}, "
+                f"and {self.minibatch_size} does not"
+            )
+        if self.norm_adv and self.minibatch_size == 1:
+            raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per update: N x T."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates in a run: the last one may go past `total_timesteps`."""
+        return math.ceil(self.total_timesteps / self.batch_size)
+
+
+class ActorCritic(nn.Module):
+    """The policy pi(a|s) and the value V(s).
+
+    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, 64 x 64 with tanh, one
+    for each. The policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
+
+    Raises:
+        ConfigError: if the observations are not a Box or the actions not Discrete.
+    """
+
+    def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        super().__init__()
+        if not isinstance(action_space, gym.spaces.Discrete):
+            raise ConfigError(f"--env-id must have Discrete actions for PPO, not {action_space}")
+        assert observation_space.shape is not None
+        self.actor_body: nn.Module
+        self.critic_body: nn.Module
+        if is_image(observation_space):
+            self.actor_body = self.critic_body = NatureCNN(observation_space.shape)
+            num_features = NatureCNN.num_features
+        else:
+            sizes = (math.prod(observation_space.shape), 64, 64)
+            self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
+            num_features = sizes[-1]
+        self.actor = orthogonal(nn.Linear(num_features, int(action_space.n)), gain=0.01)
+        self.critic = orthogonal(nn.Linear(num_features, 1), gain=1.0)
+
+    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
+        """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
+        actor_features = self.actor_body(obs)
+        shared = self.critic_body is self.actor_body
+        critic_features = actor_features if shared else self.critic_body(obs)
+        distribution = Categorical(logits=self.actor(actor_features), validate_args=False)
+        return distribution, self.critic(critic_features).squeeze(-1)
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
+
+        delta_t = r_t + gamma V(s'_t) (1 - terminated_t) - V(s_t)
+        A_t     = delta_t + gamma lambda (1 - (terminated_t or truncated_t)) A_{t+1}
+        R_t     = A_t + V(s_t)
+
+    A real end has no future, so nothing is bootstrapped from it. A cut episode has one, its last observation's value.
+    Neither passes anything on from the episode that follows.
+
+    Args:
+        rewards: (T, N).
+        values: (T, N), V of the observation that each action was chosen from.
+        next_values: (T, N), V of the true successor: the final observation where an episode ended at that step.
+        terminated: (T, N), real ends.
+        truncated: (T, N), cuts.
+        gamma: discount factor.
+        gae_lambda: 0 trusts the values (one-step TD error), 1 the rewards (Monte Carlo).
+
+    Returns:
+        advantages (T, N) and returns (T, N), the targets of the values.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    require_same_shape(
+        rewards=rewards, values=values, next_values=next_values, terminated=terminated, truncated=truncated
+    )
+    td_errors = rewards + gamma * next_values.where(~terminated.bool(), 0.0) - values
+    continues = ~(terminated.bool() | truncated.bool())
+    advantages = torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        advantage = td_errors[t] + gamma * gae_lambda * advantage.where(continues[t], 0.0)
+        advantages[t] = advantage
+    return advantages, advantages + values
+
+
+def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """The policy's loss, L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) with r = pi(a|s) / pi_old(a|s) (eq. 7).
+
+    Where A > 0 and r is above 1 + eps, or A < 0 and r below 1 - eps, the gradient is 0: the policy has moved enough.
+
+    Args:
+        log_prob: (B,) log pi(a|s), carries the gradient.
+        old_log_prob: (B,) log pi_old(a|s).
+        advantages: (B,).
+        clip_coef: eps.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    require_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    ratio = (log_prob - old_log_prob).exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+
+def value_loss(
+    values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip_coef: float | None = None
+) -> Tensor:
+    """The value's loss, L = mean((V - R)^2).
+
+    No factor 1/2, as in the paper and Stable-Baselines3; with CleanRL's 1/2 the same `vf_coef` weighs half as much.
+    With `old_values` and `clip_coef`, the larger of the losses of V and of V_old + clip(V - V_old, -eps, eps), element
+    by element, as in OpenAI's baselines.
+
+    Args:
+        values: (B,) V(s), carries the gradient.
+        returns: (B,) R.
+        old_values: (B,) V(s) when the data were collected, to clip around.
+        clip_coef: eps.
+
+    Raises:
+        ValueError: if the shapes differ, or only one of the optional arguments is given.
+    """
+    require_same_shape(values=values, returns=returns)
+    squared_error = (values - returns).square()
+    if old_values is None and clip_coef is None:
+        return squared_error.mean()
+    if old_values is None or clip_coef is None:
+        raise ValueError("value clipping needs both old_values and clip_coef")
+    require_same_shape(values=values, old_values=old_values)
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return torch.max(squared_error, (clipped_values - returns).square()).mean()
+
+
+def ppo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    entropy: Tensor,
+    *,
+    clip_coef: float,
+    vf_coef: float,
+    ent_coef: float,
+    old_values: Tensor | None = None,
+    value_clip_coef: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole loss, L = L_policy + c_vf L_value - c_ent mean(entropy) (PPO, eq. 9, negated to be minimised).
+
+    Args:
+        log_prob: (B,) log pi(a|s).
+        old_log_prob: (B,) log pi_old(a|s).
+        advantages: (B,).
+        values: (B,) V(s).
+        returns: (B,) R.
+        entropy: (B,) of pi(.|s).
+        clip_coef: see `clipped_surrogate_loss`.
+        vf_coef: c_vf.
+        ent_coef: c_ent.
+        old_values: see `value_loss`.
+        value_clip_coef: see `value_loss`.
+
+    Returns:
+        The loss (scalar), and detached scalars: `policy_loss`, `value_loss`, `entropy`, `approx_kl` (the estimate
+        mean(r - 1 - log r), http://joschu.net/blog/kl-approx.html, never negative) and `clipfrac`, the share of
+        samples whose ratio is outside the clip range.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    require_same_shape(log_prob=log_prob, values=values, entropy=entropy)
+    policy_term = clipped_surrogate_loss(log_prob, old_log_prob, advantages, clip_coef)
+    value_term = value_loss(values, returns, old_values, value_clip_coef)
+    entropy_term = entropy.mean()
+    loss = policy_term + vf_coef * value_term - ent_coef * entropy_term
+
+    log_ratio = (log_prob - old_log_prob).detach()
+    ratio = log_ratio.exp()
+    stats = {
+        "policy_loss": policy_term.detach(),
+        "value_loss": value_term.detach(),
+        "entropy": entropy_term.detach(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
+    }
+    return loss, stats
+
+
+class Rollout:
+    """T steps of N environments, on the device. Observations keep their dtype: pixels stay bytes.
+
+    `final_values[t]` is V of the last observation of an episode that was cut at step t, and 0 elsewhere.
+    """
+
+    def __init__(self, num_steps: int, envs: VectorEnv, device: torch.device) -> None:
+        shape = (num_steps, envs.num_envs)
+        space = envs.observation_space
+        assert space.shape is not None
+        obs_dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
+        self.observations = torch.zeros(*shape, *space.shape, dtype=obs_dtype, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.final_values = torch.zeros(shape, device=device)
+        self.rewards = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.last_values = torch.zeros(envs.num_envs, device=device)
+
+    @property
+    def next_values(self) -> Tensor:
+        """V of the true successor of each step (T, N)."""
+        following = torch.cat([self.values[1:], self.last_values[None]])
+        return torch.where(self.truncated, self.final_values, following)
+
+
+@torch.no_grad()
+def collect_rollout(
+    agent: ActorCritic, envs: VectorEnv, obs: NDArray[Any], rollout: Rollout, run: Run, global_step: int
+) -> NDArray[Any]:
+    """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
+    for t in range(len(rollout.observations)):
+        rollout.observations[t] = torch.from_numpy(obs)
+        distribution, rollout.values[t] = agent(rollout.observations[t])
+        rollout.actions[t] = distribution.sample()
+        rollout.log_probs[t] = distribution.log_prob(rollout.actions[t])
+
+        step = envs.step(rollout.actions[t].cpu().numpy())
+        rollout.rewards[t] = torch.from_numpy(step.rewards)
+        rollout.terminated[t] = torch.from_numpy(step.terminated)
+        rollout.truncated[t] = torch.from_numpy(step.truncated)
+        if step.truncated.any():
+            final_obs = rollout.observations.new_tensor(step.final_observations[step.truncated])
+            rollout.final_values[t, rollout.truncated[t]] = agent(final_obs)[1]
+        global_step += envs.num_envs
+        run.log_episodes(global_step, step.episodes)
+        obs = step.observations
+    rollout.last_values = agent(rollout.observations.new_tensor(obs))[1]
+    return obs
+
+
+def update_policy(
+    agent: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor,
+    config: PPOConfig,
+    clip_coef: float,
+) -> dict[str, float]:
+    """Go over the rollout for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
+    observations = rollout.observations.flatten(0, 1)
+    actions, old_log_probs = rollout.actions.flatten(), rollout.log_probs.flatten()
+    old_values, advantages, returns = rollout.values.flatten(), advantages.flatten(), returns.flatten()
+    history = []
+    for _ in range(config.update_epochs):
+        for batch in torch.randperm(config.batch_size, device=actions.device).split(config.minibatch_size):
+            distribution, values = agent(observations[batch])
+            batch_advantages = advantages[batch]
+            if config.norm_adv:
+                batch_advantages = (batch_advantages - batch_advantages.mean()) / (batch_advantages.std() + 1e-8)
+            loss, stats = ppo_loss(
+                distribution.log_prob(actions[batch]),
+                old_log_probs[batch],
+                batch_advantages,
+                values,
+                returns[batch],
+                distribution.entropy(),
+                clip_coef=clip_coef,
+                vf_coef=config.vf_coef,
+                ent_coef=config.ent_coef,
+                old_values=None if config.value_clip_coef is None else old_values[batch],
+                value_clip_coef=config.value_clip_coef,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            optimizer.step()
+            history.append(torch.stack(list(stats.values())))
+        # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
+        if config.target_kl is not None and stats["approx_kl"] > config.target_kl:
+            break
+    means = torch.stack(history).mean(dim=0).tolist()
+    return {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN where all returns are the same."""
+    variance = returns.var()
+    return float(torch.where(variance > 0, 1 - (returns - values).var() / variance, torch.nan))
+
+
+def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = False, device: str = "auto") -> ActorCritic:
+    """Train and return the network.
+
+    Args:
+        config: the settings.
+        run_dir: where checkpoints and TensorBoard events go; None writes nothing.
+        resume: go on from the checkpoint in `run_dir`; the environments start new episodes.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: if the environment, the device or the run directory will not do.
+        SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
+    """
+    torch_device = select_device(device)
+    saved = load_saved(run_dir) if resume else None
+    seed_everything(config.seed)
+    with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
+        agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
+        rollout = Rollout(config.num_steps, envs, torch_device)
+        first_update = 0
+        if saved is not None:
+            agent.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            set_random_state(saved["random_state"])
+            first_update = saved["global_step"] // config.batch_size
+
+        def state() -> State:
+            return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+
+        with Run("ppo", config, run_dir, resumed=saved) as run:
+            obs = envs.reset(seed=config.seed + first_update * config.batch_size)
+            run.checkpoint(first_update * config.batch_size, state)
+            for update in range(first_update, config.num_updates):
+                remaining = 1 - update / config.num_updates
+                learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
+                clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
+                optimizer.param_groups[0]["lr"] = learning_rate
+
+                obs = collect_rollout(agent, envs, obs, rollout, run, update * config.batch_size)
+                advantages, returns = compute_gae(
+                    rollout.rewards,
+                    rollout.values,
+                    rollout.next_values,
+                    rollout.terminated,
+                    rollout.truncated,
+                    config.gamma,
+                    config.gae_lambda,
+                )
+                losses = update_policy(agent, optimizer, rollout, advantages, returns, config, clip_coef)
+
+                global_step = (update + 1) * config.batch_size
+                losses["losses/explained_variance"] = explained_variance(rollout.values, returns)
+                run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
+                run.checkpoint(global_step, state)
+    return agent
+
+
+def load_saved(run_dir: Path | None) -> State:
+    """Read the checkpoint of a PPO run.
+
+    Raises:
+        ConfigError: if there is none in `run_dir`, or it is another algorithm's.
+    """
+    if run_dir is None:
+        raise ConfigError("--resume must name a run directory")
+    saved = load_checkpoint(run_dir / CHECKPOINT_FILE)
+    if saved["algorithm"] != "ppo":
+        raise ConfigError(f"{run_dir} must hold a run of PPO, not of {saved['algorithm']}")
+    return saved

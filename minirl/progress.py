@@ -1,0 +1,69 @@
+"""One line that says how far a long piece of work is."""
+
+import datetime
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Show progress on standard error: a bar on a terminal, a plain line every few seconds anywhere else.
+
+    Args:
+        total: when the work is done, in `unit`.
+        done: how much of it an earlier session did.
+        unit: what is counted, "steps" say.
+        interval: seconds between plain lines.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "steps",
+        interval: float = 5.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.total = total
+        self.done = self.done_at_start = done
+        self.unit = unit
+        self.interval = interval
+        self.stream = sys.stderr if stream is None else stream
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if self.stream.isatty():
+            self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` of the total is done; `note` follows on the line."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(done - self.done)
+        just_finished = done >= self.total > self.done
+        self.done = done
+        if self.bar is None and (just_finished or time.monotonic() - self.last_line >= self.interval):
+            self.last_line = time.monotonic()
+            print(self._line(note), file=self.stream, flush=True)
+
+    def per_second(self) -> float:
+        """Return how much was done a second since this session began."""
+        return (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
+
+    def _line(self, note: str) -> str:
+        left = max(self.total - self.done, 0) / max(self.per_second(), 1e-9)
+        clock = datetime.timedelta(seconds=int(left))
+        line = f"{self.done:,} of {self.total:,} {self.unit}, {self.per_second():,.0f} a second, {clock} left"
+        return f"{line}, {note}" if note else line
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()

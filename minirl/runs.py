@@ -1,0 +1,224 @@
+"""A training run on disk: its directory, checkpoints, TensorBoard events, random states and signals.
+
+    runs/ppo/PongNoFrameskip-v4/20260131-142500-seed42/
+        config.json              the algorithm and its settings
+        checkpoint.pt            the latest checkpoint, replaced atomically
+        events.out.tfevents...   TensorBoard
+
+The same for every algorithm. With `run_dir=None` nothing is written.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from minirl.config import ConfigError
+from minirl.envs.vector import Episode
+from minirl.progress import Progress
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_FILE = "checkpoint.pt"
+
+State = dict[str, Any]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators (all devices). Environments are seeded by their first reset."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - environments and users' code may draw from the global generator
+    torch.manual_seed(seed)
+
+
+def random_state() -> State:
+    """Return PyTorch's random states, as tensors."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state: State) -> None:
+    """Put back what `random_state` returned, as far as this machine has the devices."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def default_run_dir(algorithm: str, config: Any) -> Path:
+    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`."""
+    env_name: str = config.env_id.replace("/", "-").replace(":", "-")
+    return Path("runs") / algorithm / env_name / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture."""
+    with atomic_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and move it there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> State:
+    """Read a checkpoint into CPU memory. Nothing in the file is executed, whoever wrote it.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not a checkpoint.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no checkpoint here")
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
+    return state
+
+
+def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
+    """Write the algorithm's name and all settings to `config.json`."""
+    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
+    with atomic_file(run_dir / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_settings(run_dir: Path) -> dict[str, Any]:
+    """Read `config.json` of a run directory.
+
+    Raises:
+        ConfigError: if it is missing or not such a file.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{run_dir} must be a run directory, and has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    if not isinstance(settings, dict) or "algorithm" not in settings:
+        raise ConfigError(f"{path} must hold the settings of a run")
+    return settings
+
+
+class Run:
+    """One training run: logs it, shows its progress, saves it, and stops it when asked to.
+
+    Use it as a context manager. Ctrl-C or SIGTERM is kept until the algorithm next calls `checkpoint`, which saves and
+    then raises SystemExit with status 130 or 143; a second one stops at once.
+
+    Args:
+        algorithm: its name, for `config.json`.
+        config: the settings; `total_timesteps` and `checkpoint_frequency` are read here.
+        run_dir: where to write; None for nowhere.
+        resumed: the checkpoint that this run goes on from.
+    """
+
+    def __init__(self, algorithm: str, config: Any, run_dir: Path | None, *, resumed: State | None = None) -> None:
+        self.algorithm = algorithm
+        self.config = config
+        self.run_dir = run_dir
+        self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
+        self.seconds_before: float = resumed["seconds"] if resumed else 0.0
+        self.started = time.monotonic()
+        self.last_saved: int = resumed["global_step"] if resumed else 0
+        self.stop_signal: int | None = None
+        self.writer: SummaryWriter | None = None
+        if run_dir is not None:
+            if resumed is None and (run_dir / CONFIG_FILE).exists():
+                raise ConfigError(
+                    f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
+                )
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                save_config(run_dir, algorithm, config)
+            except OSError as error:
+                raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+            print(f"run directory: {run_dir}", file=sys.stderr)
+            self.writer = SummaryWriter(str(run_dir), purge_step=self.last_saved if resumed else None)
+        self.progress = Progress(config.total_timesteps, done=self.last_saved)
+
+    def __enter__(self) -> "Run":
+        self._old_handlers: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, trace)
+        if self.writer is not None:
+            self.writer.close()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def log(self, global_step: int, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard and move the progress on; the x axis is agent steps."""
+        self.progress.update(global_step, self._note())
+        if self.writer is not None:
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, global_step)
+            self.writer.add_scalar("charts/SPS", self.progress.per_second(), global_step)
+
+    def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
+        """Write the return and the length of finished episodes."""
+        for episode in episodes:
+            self.returns.append(episode.episodic_return)
+            if self.writer is not None:
+                self.writer.add_scalar("charts/episodic_return", episode.episodic_return, global_step)
+                self.writer.add_scalar("charts/episodic_length", episode.length, global_step)
+
+    def _note(self) -> str:
+        if not self.returns:
+            return "no episode finished yet"
+        mean = sum(self.returns) / len(self.returns)
+        return f"mean return {mean:.1f} (last {len(self.returns)} episodes)"
+
+    def checkpoint(self, global_step: int, state: Callable[[], State]) -> None:
+        """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
+
+        Raises:
+            SystemExit: after saving, with status 130 (Ctrl-C) or 143 (SIGTERM).
+        """
+        finished = global_step >= self.config.total_timesteps
+        due = global_step - self.last_saved >= self.config.checkpoint_frequency
+        if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
+            common = {
+                "algorithm": self.algorithm,
+                "global_step": global_step,
+                "returns": list(self.returns),
+                "seconds": self.seconds_before + time.monotonic() - self.started,
+                "random_state": random_state(),
+            }
+            save_checkpoint(self.run_dir / CHECKPOINT_FILE, {**common, **state()})
+            self.last_saved = global_step
+        if self.stop_signal is not None and not finished:
+            raise SystemExit(128 + self.stop_signal)
