@@ -14,6 +14,8 @@ import types
 import typing
 from typing import Any
 
+MAX_SEED = 2**31 - 1
+
 
 class ConfigError(ValueError):
     """A setting, flag or file that the user can put right. The message names it and says what would be right."""

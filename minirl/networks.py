@@ -4,6 +4,7 @@ import itertools
 import math
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,3 +82,8 @@ def is_image(space: gym.Space[object]) -> bool:
         "--env-id must have vectors (n,) or images (channels, height, width) of at least "
         f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE} as observations, not shape {space.shape}: wrap the environment"
     )
+
+
+def observation_dtype(space: gym.Space[object]) -> torch.dtype:
+    """Return what observations are kept as until the network sees them: bytes of images, floats of all else."""
+    return torch.uint8 if is_image(space) and space.dtype == np.uint8 else torch.float32

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from minirl.config import ConfigError, check_settings, setting
+from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import NatureCNN, is_image, mlp, orthogonal
+from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
 from minirl.runs import CHECKPOINT_FILE, Run, State, load_checkpoint, seed_everything, set_random_state
 from minirl.runtime import select_device
 from minirl.shapes import require_same_shape
@@ -39,7 +38,7 @@ class PPOConfig:
     """The settings of a run; the defaults are the source notebook's for Pong."""
 
     env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes")
-    seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=2**31)
+    seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
@@ -279,8 +278,7 @@ class Rollout:
         shape = (num_steps, envs.num_envs)
         space = envs.observation_space
         assert space.shape is not None
-        obs_dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-        self.observations = torch.zeros(*shape, *space.shape, dtype=obs_dtype, device=device)
+        self.observations = torch.zeros(*shape, *space.shape, dtype=observation_dtype(space), device=device)
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
@@ -395,7 +393,7 @@ def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = Fals
         rollout = Rollout(config.num_steps, envs, torch_device)
         first_update = 0
         if saved is not None:
-            agent.load_state_dict(saved["model"])
+            load_weights(agent, saved)
             optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
             first_update = saved["global_step"] // config.batch_size
@@ -438,8 +436,31 @@ def load_saved(run_dir: Path | None) -> State:
         ConfigError: if there is none in `run_dir`, or it is another algorithm's.
     """
     if run_dir is None:
-        raise ConfigError("--resume must name a run directory")
-    saved = load_checkpoint(run_dir / CHECKPOINT_FILE)
-    if saved["algorithm"] != "ppo":
-        raise ConfigError(f"{run_dir} must hold a run of PPO, not of {saved['algorithm']}")
-    return saved
+        raise ConfigError("resuming needs the run directory")
+    return load_checkpoint(run_dir / CHECKPOINT_FILE, algorithm="ppo")
+
+
+def load_agent(
+    run_dir: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any], device: torch.device
+) -> ActorCritic:
+    """Return the network that a run saved last.
+
+    Raises:
+        ConfigError: if there is no checkpoint of PPO in `run_dir`, or it is for other observations or actions.
+    """
+    saved = load_saved(run_dir)
+    agent = ActorCritic(observation_space, action_space).to(device)
+    load_weights(agent, saved)
+    return agent
+
+
+def load_weights(agent: ActorCritic, saved: State) -> None:
+    """Put the weights of a checkpoint into the network.
+
+    Raises:
+        ConfigError: if they do not fit it.
+    """
+    try:
+        agent.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {error}") from error

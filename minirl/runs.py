@@ -81,11 +81,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def load_checkpoint(path: Path) -> State:
-    """Read a checkpoint into CPU memory. Nothing in the file is executed, whoever wrote it.
+def load_checkpoint(path: Path, algorithm: str) -> State:
+    """Read an algorithm's checkpoint into CPU memory. Nothing in the file is executed, whoever wrote it.
 
     Raises:
-        ConfigError: if there is no such file, or it is not a checkpoint.
+        ConfigError: if there is no such file, it is not a checkpoint, or it is another algorithm's.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no checkpoint here")
@@ -94,6 +94,8 @@ def load_checkpoint(path: Path) -> State:
     except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
         reason = str(error).split("\n")[0]
         raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
+    if not isinstance(state, dict) or state.get("algorithm") != algorithm:
+        raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
     return state
 
 

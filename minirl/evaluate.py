@@ -1,0 +1,177 @@
+"""Play full, unclipped games with a trained network: `python -m minirl.evaluate RUN_DIR`.
+
+On Atari the games come with the preprocessing of the training (FIRE is pressed after a lost life, say), while the
+returns are the real scores of whole games.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minirl.cli import Parser, fail
+from minirl.config import MAX_SEED, ConfigError
+from minirl.envs.atari import is_atari
+from minirl.envs.make import make_env, make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.networks import observation_dtype
+from minirl.ppo import load_agent
+from minirl.progress import Progress
+from minirl.runs import load_settings, seed_everything
+from minirl.runtime import select_device
+
+Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
+
+SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
+SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
+ATARI_STEPS_PER_SECOND = 15  # 60 frames, 4 of them an agent step
+
+
+def evaluate(
+    run_dir: Path,
+    *,
+    episodes: int = 100,
+    seed: int | None = None,
+    stochastic: bool = False,
+    video: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Play `episodes` games and return what `--json` prints.
+
+    Args:
+        run_dir: the directory of a run.
+        episodes: games to play.
+        seed: of the games and of sampled actions; None for the seed of the training plus 10,000.
+        stochastic: sample actions from the policy; otherwise always take the likeliest.
+        video: record one more game, in colour, to this `.mp4`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        `mean_return`, `std_return` (of these games: divided by n), `min_return`, `max_return`, `episodes`, `returns`.
+
+    Raises:
+        ConfigError: if the run or an argument will not do.
+    """
+    if episodes < 1:
+        raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"--seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
+    if video is not None and (video.suffix != ".mp4" or not video.parent.is_dir()):
+        raise ConfigError(f"--video must be a file that ends in .mp4, in a directory that exists, not {video}")
+    settings = load_settings(run_dir)
+    if settings["algorithm"] != "ppo":
+        raise ConfigError(f"{run_dir} must hold a run of PPO, not of {settings['algorithm']}")
+    torch_device = select_device(device)
+    if seed is None:
+        seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    with make_vector_env(settings["env_id"], min(episodes, SIDE_BY_SIDE)) as envs:
+        policy = load_policy(run_dir, envs, stochastic, torch_device)
+        seed_everything(seed)
+        returns = play_games(policy, envs, episodes, seed)
+    if video is not None:
+        record_game(policy, settings["env_id"], seed, video)
+    return {
+        "mean_return": statistics.fmean(returns),
+        "std_return": statistics.pstdev(returns),
+        "min_return": min(returns),
+        "max_return": max(returns),
+        "episodes": episodes,
+        "returns": returns,
+    }
+
+
+def load_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
+    """Return the saved network as a function from observations to actions."""
+    agent = load_agent(run_dir, envs.observation_space, envs.action_space, device)
+    dtype = observation_dtype(envs.observation_space)
+
+    @torch.no_grad()
+    def policy(observations: NDArray[Any]) -> NDArray[np.int64]:
+        distribution, _ = agent(torch.as_tensor(observations, dtype=dtype, device=device))
+        actions: Tensor = distribution.sample() if stochastic else distribution.logits.argmax(dim=-1)
+        result: NDArray[np.int64] = actions.cpu().numpy()
+        return result
+
+    return policy
+
+
+def play_games(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> list[float]:
+    """Play `episodes` games in the environments and return their returns, environment by environment.
+
+    Each environment plays its fixed share. Taking whichever games end first would favour short ones.
+    """
+    shares = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
+    returns: list[list[float]] = [[] for _ in shares]
+    obs = envs.reset(seed=seed)
+    with Progress(episodes, unit="games") as progress:
+        while (played := sum(map(len, returns))) < episodes:
+            progress.update(played)
+            step = envs.step(policy(obs))
+            for episode in step.episodes:
+                if len(returns[episode.env_index]) < shares[episode.env_index]:
+                    returns[episode.env_index].append(episode.episodic_return)
+            obs = step.observations
+        progress.update(episodes)
+    return [value for games in returns for value in games]
+
+
+def record_game(policy: Policy, env_id: str, seed: int, path: Path) -> None:
+    """Play one whole game and write it, in colour, to an `.mp4` file at the speed of the game."""
+    env = make_env(env_id, render_mode="rgb_array")
+    first_action = int(getattr(env.action_space, "start", 0))
+    obs, info = env.reset(seed=seed)
+    frames = [env.render()]
+    while "episode" not in info:
+        action = int(policy(np.asarray(obs)[None])[0]) + first_action
+        obs, _, terminated, truncated, info = env.step(action)
+        frames.append(env.render())
+        if (terminated or truncated) and "episode" not in info:
+            obs, info = env.reset()  # a life was lost; the game goes on
+    env.close()
+    pictures = [np.asarray(frame) for frame in frames]
+    height, width = pictures[0].shape[:2]
+    fps = ATARI_STEPS_PER_SECOND if is_atari(env_id) else float(env.metadata.get("render_fps", 30))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
+    if not writer.isOpened():
+        raise ConfigError(f"--video must be a file that can be written, and {path} can't")
+    for picture in pictures:
+        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    writer.release()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, play and print."""
+    parser = Parser(prog="python -m minirl.evaluate", description="Play full games with a trained network.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("--episodes", type=int, default=100, metavar="N", help="games to play (default: 100)")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed (default: that of the training + 10,000)")
+    parser.add_argument("--stochastic", action="store_true", help="sample actions (default: always the likeliest)")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="record one more game to this .mp4 file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    arguments = vars(parser.parse_args(argv))
+    as_json = arguments.pop("json")
+    try:
+        result = evaluate(**arguments)
+    except ConfigError as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        how = "sampled" if arguments["stochastic"] else "greedy"
+        print(
+            f"return over {result['episodes']} games, {how} actions: "
+            f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
+            f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

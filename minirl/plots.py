@@ -1,0 +1,112 @@
+"""Learning curves from TensorBoard events: `python -m minirl.plots RUN_DIR [RUN_DIR ...] --output curve.png`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minirl.cli import Parser, fail
+from minirl.config import ConfigError
+from minirl.runs import load_settings
+
+LAST_EPISODES = 100
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended."""
+
+    name: str
+    steps: NDArray[np.int64]
+    minutes: NDArray[np.float64]
+    returns: NDArray[np.float64]
+
+    def mean_of_last(self, window: int = LAST_EPISODES) -> NDArray[np.float64]:
+        """Return the mean of the last `window` returns at each episode, of fewer at the start (E,)."""
+        sums = np.concatenate([[0.0], np.cumsum(self.returns)])
+        ends = np.arange(1, len(self.returns) + 1)
+        starts = np.maximum(ends - window, 0)
+        means: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
+        return means
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """Read the episodes of a run. A resumed run has one event file a session: their minutes add up, pauses left out.
+
+    Raises:
+        ConfigError: if the directory holds no run, or no episode has finished in it.
+    """
+    settings = load_settings(run_dir)
+    steps: list[int] = []
+    minutes: list[float] = []
+    returns: list[float] = []
+    for file in sorted(run_dir.glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        if "charts/episodic_return" not in events.Tags()["scalars"]:
+            continue
+        session = events.Scalars("charts/episodic_return")
+        # What an interrupted session did after its last checkpoint was done again: keep the second time.
+        kept = int(np.searchsorted(steps, session[0].step))
+        del steps[kept:], minutes[kept:], returns[kept:]
+        before = minutes[-1] if minutes else 0.0
+        began = events.FirstEventTimestamp()
+        steps += [event.step for event in session]
+        minutes += [before + (event.wall_time - began) / 60 for event in session]
+        returns += [event.value for event in session]
+    if not returns:
+        raise ConfigError(f"{run_dir} must hold TensorBoard events of at least one finished episode")
+    name = f"{settings['algorithm']} {settings['env_id']}, seed {settings['seed']}"
+    return Curve(name, np.array(steps), np.array(minutes), np.array(returns))
+
+
+def plot_curves(curves: list[Curve], output: Path) -> None:
+    """Draw the mean return of the last 100 episodes against agent steps and against minutes.
+
+    Raises:
+        ConfigError: if matplotlib is missing, or the file can't be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    by_steps: Any
+    by_minutes: Any
+    by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
+    for curve in curves:
+        by_steps.plot(curve.steps, curve.mean_of_last(), label=curve.name)
+        by_minutes.plot(curve.minutes, curve.mean_of_last(), label=curve.name)
+    by_steps.set(xlabel="agent steps", ylabel=f"return, mean of the last {LAST_EPISODES} games")
+    by_minutes.set(xlabel="minutes of training")
+    for axes in (by_steps, by_minutes):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    by_steps.legend(loc="upper left", frameon=False)
+    try:
+        figure.savefig(output)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output must be a picture that can be written: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and draw."""
+    parser = Parser(prog="python -m minirl.plots", description="Draw the learning curves of runs.")
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="picture to write (default: curve.png in the first run)"
+    )
+    arguments = parser.parse_args(argv)
+    output = arguments.output or arguments.run_dirs[0] / "curve.png"
+    try:
+        plot_curves([read_curve(run_dir) for run_dir in arguments.run_dirs], output)
+    except ConfigError as error:
+        fail(error)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
