@@ -397,6 +397,8 @@ def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = Fals
             optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
             first_update = saved["global_step"] // config.batch_size
+            if first_update > config.num_updates:
+                raise ConfigError(f"--total-timesteps must be at least the {saved['global_step']} steps already done")
 
         def state() -> State:
             return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
@@ -463,4 +465,5 @@ def load_weights(agent: ActorCritic, saved: State) -> None:
     try:
         agent.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error

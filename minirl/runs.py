@@ -158,7 +158,8 @@ class Run:
             except OSError as error:
                 raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
-            self.writer = SummaryWriter(str(run_dir), purge_step=self.last_saved if resumed else None)
+            # What an interrupted session logged after its last checkpoint is dropped: it is done again.
+            self.writer = SummaryWriter(str(run_dir), purge_step=self.last_saved + 1 if resumed else None)
         self.progress = Progress(config.total_timesteps, done=self.last_saved)
 
     def __enter__(self) -> "Run":

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 
-from minirl.envs.atari import make_atari_env
+from minirl.config import ConfigError
+from minirl.envs.atari import Frame, is_atari, make_atari_env
 
 Transition = tuple[NDArray[np.uint8], float, bool, bool]
 
@@ -52,3 +53,103 @@ def test_equals_stable_baselines3_bit_for_bit(env_id: str, num_steps: int, seed:
     assert sum(transition[2] for transition in ours) >= 2, "the comparison must go over ends"
     assert len(our_games) >= 1
     assert our_games == their_games
+
+
+def test_observations_are_stacks_of_bytes_or_of_normalised_floats() -> None:
+    raw, floats = make_atari_env("PongNoFrameskip-v4"), make_atari_env("PongNoFrameskip-v4", normalize=True)
+    assert raw.observation_space == gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    assert floats.observation_space == gym.spaces.Box(0.0, 1.0, (4, 84, 84), np.float32)
+    obs, _ = raw.reset(seed=1)
+    normalised, _ = floats.reset(seed=1)
+    assert obs.dtype == np.uint8
+    assert normalised.dtype == np.float32
+    np.testing.assert_array_equal(normalised, obs.astype(np.float32) / 255)
+    assert all((frame == obs[0]).all() for frame in obs), "the stack starts as four copies"
+    assert raw.action_space == gym.spaces.Discrete(6)
+
+
+def frames_per_step(env: gym.Env[Frame, int]) -> set[int]:
+    """How many emulator frames agent steps take."""
+    env.reset(seed=0)
+    counter = env.unwrapped.ale.getFrameNumber  # type: ignore[attr-defined]
+    counts = set()
+    for _ in range(20):
+        before = counter()
+        env.step(0)
+        counts.add(counter() - before)
+    return counts
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v4", "PongNoFrameskip-v0"])
+def test_no_id_skips_twice(env_id: str) -> None:
+    assert frames_per_step(make_atari_env(env_id)) == {4}
+    assert frames_per_step(make_atari_env(env_id, frame_skip=2)) == {2}
+
+
+@pytest.mark.parametrize(
+    ("env_id", "probability"), [("ALE/Pong-v5", 0.25), ("PongNoFrameskip-v4", 0.0), ("PongNoFrameskip-v0", 0.25)]
+)
+def test_sticky_actions_are_those_of_the_id(env_id: str, probability: float) -> None:
+    emulator = make_atari_env(env_id).unwrapped
+    assert emulator.ale.getFloat("repeat_action_probability") == probability  # type: ignore[attr-defined]
+
+
+def test_a_game_with_lives_ends_for_the_learner_at_each_and_is_counted_once() -> None:
+    env = make_atari_env("BreakoutNoFrameskip-v4")
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    ends, learner_steps, score, episode = 0, 0, 0.0, None
+    clipped = make_atari_env("BreakoutNoFrameskip-v4", clip_reward=False)
+    clipped.reset(seed=0)
+    while episode is None:
+        action = int(rng.integers(4))
+        _, reward, terminated, truncated, info = env.step(action)
+        _, points, *_ = clipped.step(action)
+        assert reward == np.sign(float(points))
+        score += float(points)
+        learner_steps += 1
+        assert not truncated
+        if terminated:
+            ends += 1
+            episode = info.get("episode")
+            assert (episode is None) == (ends < 5), "a game of Breakout has five lives"
+            if episode is None:
+                env.reset()
+                clipped.reset()
+    # Besides the learner's own steps: FIRE and one more button per life, and a no-op after each of four lost lives.
+    assert episode == {"r": score, "l": learner_steps + 5 * 2 + 4}
+
+
+def test_without_episodic_life_only_the_end_of_the_game_ends_the_episode() -> None:
+    env = make_atari_env("SpaceInvadersNoFrameskip-v4", episodic_life=False)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    lives = set()
+    terminated = False
+    while not terminated:
+        _, _, terminated, _, info = env.step(int(rng.integers(6)))
+        lives.add(info["lives"])
+    assert lives == {0, 1, 2, 3}
+    assert "episode" in info
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5"])
+def test_a_game_of_half_an_hour_is_cut_not_over(env_id: str) -> None:
+    env = make_atari_env(env_id, episodic_life=False, noop_max=0)
+    env.reset(seed=0)
+    # Without FIRE after the first lost life, Breakout waits for ever.
+    steps = 0
+    terminated = truncated = False
+    while not (terminated or truncated):
+        _, _, terminated, truncated, info = env.step(0)
+        steps += 1
+    assert (terminated, truncated) == (False, True)
+    assert info["episode_frame_number"] == 108_000
+    assert info["episode"]["l"] == 27_000 == steps + 2  # FIRE and one more button
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pang-v5", ""])
+def test_other_ids_are_refused(env_id: str) -> None:
+    assert not is_atari(env_id)
+    with pytest.raises(ConfigError, match="--env-id must be an Atari game"):
+        make_atari_env(env_id)

@@ -26,7 +26,9 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
         module, _, name = env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        return EpisodeStatistics(gym.make(name, render_mode=render_mode))
+        # Not every environment has the argument: pass it only where it is wanted.
+        options = {} if render_mode is None else {"render_mode": render_mode}
+        return EpisodeStatistics(gym.make(name, **options))
     except (gym.error.Error, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--env-id must be an environment that Gymnasium can make: {reason}") from error

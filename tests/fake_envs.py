@@ -1,0 +1,112 @@
+"""Small environments that can be made in worker processes: `env_id` "tests.fake_envs:Name-v0"."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from minirl.envs.episode import EpisodeStatistics
+
+Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
+
+
+class Counter(gym.Env[NDArray[np.float32], int]):
+    """Observes (episode, step, seed of the first reset, last action); pays the step; ends or is cut at given steps."""
+
+    def __init__(self, ends_at: int | None = None, cut_at: int | None = None, start: int = 0) -> None:
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space: gym.spaces.Discrete = gym.spaces.Discrete(2, start=start)
+        self.ends_at = ends_at
+        self.cut_at = cut_at
+        self.episode = -1
+        self.first_seed: int | None = None
+        self.last_action = -1
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        if self.episode == -1:
+            self.first_seed = seed
+        else:
+            assert seed is None, "only the first reset may be seeded"
+        self.episode += 1
+        self.count = 0
+        return self._obs(), {}
+
+    def step(self, action: int) -> Step:
+        assert self.action_space.contains(action)
+        self.last_action = action
+        self.count += 1
+        return self._obs(), float(self.count), self.count == self.ends_at, self.count == self.cut_at, {}
+
+    def _obs(self) -> NDArray[np.float32]:
+        seed = -1 if self.first_seed is None else self.first_seed
+        return np.array([self.episode, self.count, seed, self.last_action], np.float32)
+
+
+def counter(ends_at: int | None = None, cut_at: int | None = None, start: int = 0) -> gym.Env[Any, Any]:
+    return EpisodeStatistics(Counter(ends_at, cut_at, start))
+
+
+class TorchDetector(Counter):
+    """Observes 1 if its process has loaded torch, else 0, and the number of its process."""
+
+    def _obs(self) -> NDArray[np.float32]:
+        return np.array([float("torch" in sys.modules), os.getpid() % 2**20, 0, 0], np.float32)
+
+
+class Faulty(Counter):
+    """Does something bad at its third step."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def step(self, action: int) -> Step:
+        if self.count == 2:
+            if self.fault == "raise":
+                raise ArithmeticError("the pole snapped")
+            if self.fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "exit":
+                sys.exit(3)
+        return super().step(action)
+
+
+class Unmakable(Counter):
+    def __init__(self) -> None:
+        raise FileNotFoundError("no such level")
+
+
+class Box2Actions(Counter):
+    """Continuous actions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = gym.spaces.Box(-1, 1, (2,))  # type: ignore[assignment]
+
+
+class DiscreteObservations(Counter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Discrete(3)  # type: ignore[assignment]
+
+
+class SmallPicture(Counter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+
+gym.register("Counter-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7})
+gym.register("Endless-v0", "tests.fake_envs:Counter", kwargs={"cut_at": 5})
+gym.register("Faulty-v0", "tests.fake_envs:Faulty", kwargs={"fault": "raise"})
+gym.register("Unmakable-v0", "tests.fake_envs:Unmakable")
+gym.register("Box2Actions-v0", "tests.fake_envs:Box2Actions")
+gym.register("DiscreteObservations-v0", "tests.fake_envs:DiscreteObservations")
+gym.register("SmallPicture-v0", "tests.fake_envs:SmallPicture")

@@ -1,0 +1,239 @@
+"""Playing games with a saved network, recording one, and drawing learning curves."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from minirl import evaluate as evaluation
+from minirl import plots
+from minirl.config import ConfigError
+from minirl.envs.vector import VectorEnv
+from minirl.evaluate import evaluate, play_games
+from minirl.plots import Curve, plot_curves, read_curve
+from minirl.ppo import PPOConfig, train
+from minirl.runs import save_config
+from tests.fake_envs import Counter, EpisodeStatistics
+
+
+@pytest.fixture(scope="module")
+def cartpole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("cartpole") / "run"
+    train(PPOConfig(env_id="CartPole-v1", num_steps=32, total_timesteps=2048), run_dir=run_dir, device="cpu")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def breakout_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("breakout") / "run"
+    config = PPOConfig(
+        env_id="BreakoutNoFrameskip-v4", num_envs=1, num_steps=8, minibatch_size=8, total_timesteps=8, update_epochs=1
+    )
+    train(config, run_dir=run_dir, device="cpu")
+    return run_dir
+
+
+class Numbered:
+    """Makes environments whose episodes last 2, 3, 4, ... steps, one after the other, and pay 1, 2, 3, ..."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self) -> EpisodeStatistics:
+        self.made += 1
+        return EpisodeStatistics(Counter(ends_at=self.made + 1))
+
+
+def always_0(observations: NDArray[Any]) -> NDArray[np.int64]:
+    return np.zeros(len(observations), np.int64)
+
+
+def test_each_environment_plays_its_share_so_that_short_games_are_not_favoured() -> None:
+    with VectorEnv(Numbered(), 3, num_workers=1) as envs:
+        # 1 + 2, 1 + 2 + 3 and 1 + 2 + 3 + 4; the first environment could play four games in the time of the third's two
+        assert play_games(always_0, envs, 5, seed=0) == [3.0, 3.0, 6.0, 6.0, 10.0]
+
+
+def test_evaluate_reports_the_statistics_of_its_games(cartpole_run: Path) -> None:
+    result = evaluate(cartpole_run, episodes=11, stochastic=True)
+    returns = result["returns"]
+    assert len(returns) == result["episodes"] == 11
+    assert result["mean_return"] == pytest.approx(np.mean(returns))
+    assert result["std_return"] == pytest.approx(np.std(returns))
+    assert (result["min_return"], result["max_return"]) == (min(returns), max(returns))
+    assert min(returns) >= 8.0
+    assert len(set(returns)) > 1
+
+
+def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Path) -> None:
+    def returns(**options: Any) -> list[float]:
+        result: list[float] = evaluate(cartpole_run, episodes=9, **options)["returns"]
+        return result
+
+    assert returns(seed=1) == returns(seed=1)
+    assert returns(seed=1, stochastic=True) == returns(seed=1, stochastic=True)
+    assert returns(seed=1) != returns(seed=1, stochastic=True)
+    assert returns(seed=1) != returns(seed=2)
+    assert returns() == returns(seed=42 + 10_000), "by default other games than those of the training"
+
+
+def test_atari_scores_are_of_whole_games_and_unclipped(breakout_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lives_lost = []
+    step = VectorEnv.step
+
+    def spy(envs: VectorEnv, actions: NDArray[np.int64]) -> Any:
+        result = step(envs, actions)
+        lives_lost.append(int(result.terminated[0]))
+        return result
+
+    monkeypatch.setattr(VectorEnv, "step", spy)
+    result = evaluate(breakout_run, episodes=1, stochastic=True, seed=3)
+    assert sum(lives_lost) == 5, "a game of Breakout has five lives"
+    assert len(result["returns"]) == 1
+
+
+def test_the_command_prints_json_or_a_line(cartpole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation.main([str(cartpole_run), "--episodes", "3", "--json", "--seed", "1"])
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["mean_return", "std_return", "min_return", "max_return", "episodes", "returns"]
+    assert printed == evaluate(cartpole_run, episodes=3, seed=1)
+    evaluation.main([str(cartpole_run), "--episodes", "3", "--seed", "1"])
+    line = capsys.readouterr().out
+    assert line.startswith(f"return over 3 games, greedy actions: mean {printed['mean_return']:.2f}, ")
+    assert line.count("\n") == 1
+
+
+def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
+    evaluate(breakout_run, episodes=1, stochastic=True, video=tmp_path / "game.mp4", seed=3)
+    video = cv2.VideoCapture(str(tmp_path / "game.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(15.0)
+    frames = []
+    while (frame := video.read()[1]) is not None:
+        frames.append(frame)
+    assert frames[0].shape == (210, 160, 3)
+    assert len(frames) > 100, "a whole game, not one life"
+    blue, green, red = np.asarray(frames[5], int)[57:63, 20:140].mean(axis=(0, 1))  # the topmost row of bricks is red
+    assert red > green + 50 > blue
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nowhere", "nowhere must be a run directory, and has no config.json"),
+        ("{run} --episodes 0", "--episodes must be a whole number of at least 1, not 0"),
+        ("{run} --episodes x", "--episodes: invalid int value: 'x'"),
+        ("{run} --seed -1", "--seed must be a whole number from 0 to"),
+        ("{run} --video game.avi", "--video must be a file that ends in .mp4"),
+        ("{run} --video no/such/game.mp4", "in a directory that exists"),
+        ("{run} --device tpu", "--device must be auto, cpu or cuda"),
+        ("empty", "there is no checkpoint here"),
+        ("other", "must hold a run of PPO, not of dqn"),
+        ("changed", "must fit the environment of the run"),
+        ("", "the following arguments are required: RUN_DIR"),
+    ],
+)
+def test_mistakes(
+    line: str,
+    message: str,
+    cartpole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, algorithm, config in [
+        ("empty", "ppo", PPOConfig(env_id="CartPole-v1")),
+        ("other", "dqn", PPOConfig(env_id="CartPole-v1")),
+        ("changed", "ppo", PPOConfig(env_id="Acrobot-v1")),
+    ]:
+        (tmp_path / name).mkdir()
+        save_config(tmp_path / name, algorithm, config)
+    shutil.copy(cartpole_run / "checkpoint.pt", tmp_path / "changed")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(line.format(run=cartpole_run).split())
+    output = capsys.readouterr()
+    assert stop.value.code == 2
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+
+
+# Plots
+
+
+def write_session(run_dir: Path, points: list[tuple[int, float, float]], created: float) -> None:
+    """Write an event file of (agent step, seconds since the start, return)."""
+    writer = SummaryWriter(str(run_dir), filename_suffix=f".{created}")
+    for step, seconds, value in points:
+        writer.add_scalar("charts/episodic_return", value, step, walltime=time.time() + seconds)
+    writer.close()
+
+
+def test_a_curve_joins_the_sessions_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_config(tmp_path, "ppo", PPOConfig())
+    write_session(tmp_path, [(10, 60, -21), (20, 120, -20), (30, 180, -19)], 1)
+    time.sleep(1.1)  # TensorBoard names its files by the second
+    write_session(tmp_path, [(25, 60, -10), (35, 120, -9)], 2)  # went on from a checkpoint at 20
+    curve = read_curve(tmp_path)
+    assert curve.name == "ppo PongNoFrameskip-v4, seed 42"
+    assert curve.steps.tolist() == [10, 20, 25, 35]
+    assert curve.returns.tolist() == [-21, -20, -10, -9]
+    assert curve.minutes == pytest.approx([1, 2, 3, 4], abs=0.05)
+
+
+def test_the_mean_of_the_last_episodes() -> None:
+    returns = np.array([1.0, 3.0, 8.0, 4.0])
+    curve = Curve("", np.arange(4), np.arange(4.0), returns)
+    assert curve.mean_of_last(2).tolist() == [1.0, 2.0, 5.5, 6.0]
+    assert curve.mean_of_last(100).tolist() == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_plots_writes_a_picture(cartpole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plots.main([str(cartpole_run), str(cartpole_run), "--output", str(tmp_path / "curve.png")])
+    assert capsys.readouterr().out == f"{tmp_path / 'curve.png'}\n"
+    picture = cv2.imread(str(tmp_path / "curve.png"))
+    assert picture is not None
+    assert picture.shape == (340, 900, 3)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10, "not empty"
+
+
+def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[plot\]'"):
+        plot_curves([], tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nowhere", "nowhere must be a run directory"),
+        ("empty", "empty must hold TensorBoard events of at least one finished episode"),
+        ("{run} --output no/such/dir.png", "--output must be a picture that can be written"),
+        ("{run} --output curve.xyz", "--output must be a picture that can be written"),
+    ],
+)
+def test_plots_mistakes(
+    line: str,
+    message: str,
+    cartpole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save_config(tmp_path / "empty", "ppo", PPOConfig())
+    with pytest.raises(SystemExit) as stop:
+        plots.main(line.format(run=cartpole_run).split())
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err

@@ -1,0 +1,86 @@
+"""The network bodies: sizes, initialisation and what they make of pixels."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minirl.config import ConfigError
+from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
+from minirl.ppo import ActorCritic
+
+PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
+TWO = gym.spaces.Discrete(2)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("gain", [0.01, 1.0, math.sqrt(2)])
+def test_orthogonal_layers_have_orthogonal_rows_of_the_gains_length_and_no_bias(gain: float) -> None:
+    layer = orthogonal(nn.Linear(10, 6), gain)
+    weight = layer.weight.detach()
+    torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(6), atol=1e-5, rtol=1e-5)
+    assert not layer.bias.any()  # type: ignore[union-attr]
+
+
+def test_the_actor_critic_on_vectors_has_two_separate_mlps() -> None:
+    agent = ActorCritic(VECTOR, TWO)
+    # (4 x 64 + 64 + 64 x 64 + 64) twice, 64 x 2 + 2 and 64 + 1
+    assert count(agent) == 2 * 4480 + 130 + 65
+    distribution, value = agent(torch.randn(5, 4))
+    value.sum().backward()
+    assert all(parameter.grad is None for parameter in agent.actor_body.parameters())
+    assert all(parameter.grad is not None for parameter in agent.critic_body.parameters())
+    assert distribution.logits.shape == (5, 2)
+    assert value.shape == (5,)
+
+
+def test_the_actor_critic_on_pixels_shares_one_nature_cnn() -> None:
+    agent = ActorCritic(PIXELS, gym.spaces.Discrete(6))
+    # 4x32x8x8 + 32, 32x64x4x4 + 64, 64x64x3x3 + 64, 3136x512 + 512, 512x6 + 6, 512 + 1
+    assert count(agent) == 8224 + 32832 + 36928 + 1606144 + 3078 + 513
+    assert agent.actor_body is agent.critic_body
+
+
+def test_all_actions_are_about_equally_likely_at_first() -> None:
+    agent = ActorCritic(PIXELS, gym.spaces.Discrete(6))
+    distribution, _ = agent(torch.randint(0, 256, (16, 4, 84, 84), dtype=torch.uint8))
+    torch.testing.assert_close(distribution.probs, torch.full((16, 6), 1 / 6), atol=0.01, rtol=0)
+
+
+def test_bytes_and_normalised_floats_give_the_same_features() -> None:
+    cnn = NatureCNN((4, 84, 84))
+    images = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    normalised = torch.from_numpy(images.numpy().astype(np.float32) / 255)
+    assert torch.equal(cnn(images), cnn(normalised))
+    assert not torch.allclose(cnn(images), cnn(images.float()))
+
+
+def test_an_mlp_has_an_activation_after_each_layer() -> None:
+    assert [type(layer) for layer in mlp((4, 24, 2), nn.ReLU)] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        (PIXELS, torch.uint8),
+        (gym.spaces.Box(0.0, 1.0, (4, 84, 84), np.float32), torch.float32),
+        (VECTOR, torch.float32),
+        (gym.spaces.Box(0, 255, (128,), np.uint8), torch.float32),
+        (gym.spaces.Box(0, 255, (1, 36, 36), np.uint8), torch.uint8),
+    ],
+)
+def test_only_images_of_bytes_stay_bytes(space: gym.spaces.Box, dtype: torch.dtype) -> None:
+    assert observation_dtype(space) == dtype
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 3), (4, 35, 84), (84, 84), (2, 4, 84, 84)])
+def test_other_pictures_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="--env-id must have vectors"):
+        is_image(gym.spaces.Box(0, 255, shape, np.uint8))

@@ -1,0 +1,328 @@
+"""Training as a whole: what is collected, what an update does, and that it learns."""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from minirl.config import ConfigError
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.evaluate import evaluate
+from minirl.ppo import ActorCritic, PPOConfig, Rollout, collect_rollout, train, update_policy
+from minirl.runs import Run
+from tests.fake_envs import counter
+
+CPU = torch.device("cpu")
+CARTPOLE = PPOConfig(
+    env_id="CartPole-v1",
+    total_timesteps=100_000,
+    num_steps=32,
+    update_epochs=10,
+    learning_rate=1e-3,
+    anneal_lr=True,
+    gamma=0.98,
+    gae_lambda=0.8,
+    clip_coef=0.2,
+    anneal_clip=True,
+    ent_coef=0.0,
+)
+TINY = PPOConfig(env_id="tests.fake_envs:Counter-v0", total_timesteps=64, num_envs=2, num_steps=8, minibatch_size=8)
+SMALL_PONG = PPOConfig(num_envs=4, num_steps=16, minibatch_size=32, total_timesteps=2 * 64)
+
+
+def parameters(agent: ActorCritic) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Map each tag to its (agent step, value) pairs."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# Collecting
+
+
+def test_a_rollout_holds_what_was_seen_done_and_paid() -> None:
+    with VectorEnv(functools.partial(counter, 3), 2, num_workers=1) as envs:  # episodes of 3 steps
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+        rollout = Rollout(5, envs, CPU)
+        with Run("ppo", TINY, None) as run:
+            obs = collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+            assert list(run.returns) == [6.0, 6.0]
+    # (episode, step, seed, last action): the last action at t is the one that was chosen at t - 1
+    assert rollout.observations[:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+    assert rollout.observations[:, 1, 2].tolist() == [1] * 5
+    assert torch.equal(rollout.observations[1:, :, 3].long(), rollout.actions[:-1])
+    assert obs[:, :2].tolist() == [[1, 2], [1, 2]]
+    assert rollout.rewards[:, 0].tolist() == [1, 2, 3, 1, 2]
+    assert rollout.terminated[:, 0].tolist() == [False, False, True, False, False]
+    assert not rollout.truncated.any()
+    distribution, values = agent(rollout.observations.flatten(0, 1))
+    torch.testing.assert_close(rollout.values.flatten(), values.detach())
+    torch.testing.assert_close(rollout.log_probs.flatten(), distribution.log_prob(rollout.actions.flatten()).detach())
+    last_values = agent(torch.tensor(obs))[1].detach()
+    torch.testing.assert_close(rollout.next_values[-1], last_values)
+    torch.testing.assert_close(rollout.next_values[:-1], rollout.values[1:])
+
+
+def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episode() -> None:
+    with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1) as envs:
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+        rollout = Rollout(4, envs, CPU)
+        with Run("ppo", TINY, None) as run:
+            collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+    assert rollout.truncated[:, 0].tolist() == [False, False, True, False]
+    final_obs = torch.stack(
+        [torch.tensor([0.0, 3.0, seed, action]) for seed, action in enumerate(rollout.actions[2].tolist())]
+    )
+    torch.testing.assert_close(rollout.next_values[2], agent(final_obs)[1].detach())
+    assert not torch.isclose(rollout.next_values[2], rollout.values[3]).any()
+
+
+def test_pixels_stay_bytes() -> None:
+    with make_vector_env("PongNoFrameskip-v4", 2, num_workers=1) as envs:
+        rollout = Rollout(3, envs, CPU)
+    assert rollout.observations.dtype == torch.uint8
+    assert rollout.observations.shape == (3, 2, 4, 84, 84)
+
+
+# Updating
+
+
+def made_up_rollout(config: PPOConfig) -> tuple[ActorCritic, Rollout, Tensor, Tensor]:
+    """A network and a rollout with random numbers; each observation's first number is its index."""
+    torch.manual_seed(0)
+    with make_vector_env("CartPole-v1", config.num_envs) as envs:
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+        rollout = Rollout(config.num_steps, envs, CPU)
+    rollout.observations = torch.randn_like(rollout.observations)
+    rollout.observations[..., 0] = torch.arange(config.batch_size).reshape(config.num_steps, config.num_envs)
+    rollout.actions = torch.randint_like(rollout.actions, 2)
+    with torch.no_grad():
+        distribution, values = agent(rollout.observations.flatten(0, 1))
+        rollout.log_probs = distribution.log_prob(rollout.actions.flatten()).reshape(rollout.log_probs.shape)
+        rollout.values = values.reshape(rollout.values.shape)
+    advantages, returns = torch.randn(2, config.num_steps, config.num_envs)
+    return agent, rollout, advantages, returns
+
+
+def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environments() -> None:
+    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=3)
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    seen: list[int] = []
+    agent.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].int().tolist()))
+    update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, advantages, returns, config, 0.1)
+    epochs = [seen[:32], seen[32:64], seen[64:]]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(32))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({index % 4 for index in epochs[0][:8]}) > 1, "a minibatch mixes environments"
+    assert len({index // 8 for index in epochs[0][:8]}) > 1, "and times"
+
+
+def test_logged_losses_are_means_over_all_minibatches() -> None:
+    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=2, norm_adv=False)
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    still = torch.optim.SGD(agent.parameters(), lr=0.0)
+    losses = update_policy(agent, still, rollout, advantages, returns, config, 0.1)
+    # A network that stands still has the same loss in each epoch, and equal minibatches average to the whole.
+    assert losses["losses/policy_loss"] == pytest.approx(-advantages.mean().item(), abs=1e-6)
+    assert losses["losses/value_loss"] == pytest.approx((rollout.values - returns).square().mean().item(), rel=1e-5)
+    assert losses["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert losses["losses/clipfrac"] == 0.0
+
+
+def test_advantages_are_normalised_in_each_minibatch() -> None:
+    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1)
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    before = parameters(agent)
+
+    def updated(advantages: Tensor, config: PPOConfig) -> Tensor:
+        twin, *_ = made_up_rollout(config)
+        torch.manual_seed(1)
+        update_policy(twin, torch.optim.SGD(twin.parameters(), lr=0.1), rollout, advantages, returns, config, 0.1)
+        return parameters(twin)
+
+    assert not torch.equal(updated(advantages, config), before)
+    torch.testing.assert_close(updated(advantages, config), updated(100 * advantages + 7, config), rtol=1e-4, atol=1e-6)
+    raw = dataclasses.replace(config, norm_adv=False)
+    assert not torch.allclose(updated(advantages, raw), updated(100 * advantages + 7, raw), atol=1e-3)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0.5])
+def test_the_norm_of_the_gradient_is_clipped(max_grad_norm: float) -> None:
+    config = PPOConfig(
+        env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1, max_grad_norm=max_grad_norm
+    )
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    before = parameters(agent)
+    plain_descent = torch.optim.SGD(agent.parameters(), lr=1.0)
+    update_policy(agent, plain_descent, rollout, advantages, 100 * returns, config, 0.1)
+    assert (parameters(agent) - before).norm().item() == pytest.approx(max_grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(("target_kl", "epochs"), [(None, 5), (1e-9, 1), (1e9, 5)])
+def test_target_kl_ends_the_update(target_kl: float | None, epochs: int) -> None:
+    config = PPOConfig(
+        env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=5, target_kl=target_kl
+    )
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    calls: list[int] = []
+    agent.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    update_policy(agent, torch.optim.Adam(agent.parameters(), 0.01), rollout, advantages, returns, config, 0.1)
+    assert len(calls) == epochs * 4
+
+
+@pytest.mark.parametrize(("value_clip_coef", "moves"), [(None, True), (20.0, True), (0.2, False)])
+def test_value_clipping_holds_values_that_have_moved_far_enough(value_clip_coef: float | None, moves: bool) -> None:
+    config = PPOConfig(
+        env_id="CartPole-v1",
+        num_envs=4,
+        num_steps=8,
+        minibatch_size=32,
+        update_epochs=1,
+        value_clip_coef=value_clip_coef,
+    )
+    agent, rollout, advantages, _ = made_up_rollout(config)
+    returns = rollout.values + 100
+    rollout.values = rollout.values - 10  # as if the values had risen by 10 since, towards the returns
+    before = agent.critic.weight.detach().clone()
+    update_policy(agent, torch.optim.SGD(agent.parameters(), 0.1), rollout, advantages, returns, config, 0.1)
+    assert torch.equal(agent.critic.weight, before) != moves
+
+
+# Whole runs
+
+
+def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(tmp_path: Path) -> None:
+    torch.manual_seed(SMALL_PONG.seed)
+    with make_vector_env(SMALL_PONG.env_id, 1) as envs:
+        before = parameters(ActorCritic(envs.observation_space, envs.action_space))
+    agent = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
+    after = parameters(agent)
+    assert before.shape == after.shape == (1_687_719,)
+    assert (before != after).float().mean() > 0.9
+    assert after.isfinite().all()
+    scalars = read_scalars(tmp_path / "run")
+    for tag in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"):
+        points = scalars[f"losses/{tag}"]
+        assert [step for step, _ in points] == [64, 128], tag
+        assert all(math.isfinite(value) for _, value in points), tag
+    assert scalars["losses/entropy"][0][1] == pytest.approx(math.log(6), rel=0.01)
+    assert {"losses/explained_variance", "charts/learning_rate", "charts/SPS"} <= scalars.keys()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(SMALL_PONG, total_timesteps=5 * 64),
+        dataclasses.replace(CARTPOLE, total_timesteps=5 * 256, target_kl=0.02, value_clip_coef=0.2),
+    ],
+    ids=["Pong", "CartPole"],
+)
+def test_one_seed_gives_one_result(config: PPOConfig) -> None:
+    first, second = parameters(train(config, device="cpu")), parameters(train(config, device="cpu"))
+    assert torch.equal(first, second)
+    other = parameters(train(dataclasses.replace(config, seed=43), device="cpu"))
+    assert not torch.equal(first, other)
+
+
+def test_workers_change_nothing_but_the_speed() -> None:
+    config = dataclasses.replace(TINY, num_envs=4, num_workers=1)
+    alone = parameters(train(config, device="cpu"))
+    assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=2), device="cpu")))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_learns_cartpole(tmp_path: Path, seed: int) -> None:
+    started = time.monotonic()
+    train(dataclasses.replace(CARTPOLE, seed=seed), run_dir=tmp_path / "run", device="cpu")
+    result = evaluate(tmp_path / "run", episodes=40)
+    assert result["mean_return"] >= 475, result
+    assert time.monotonic() - started < 120
+
+
+def test_annealing_is_linear_and_ends_above_zero(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=0.4)
+    train(config, run_dir=tmp_path / "on", device="cpu")
+    assert read_scalars(tmp_path / "on")["charts/learning_rate"] == [
+        (step, pytest.approx(rate)) for step, rate in [(16, 0.4), (32, 0.3), (48, 0.2), (64, 0.1)]
+    ]
+    train(dataclasses.replace(config, anneal_lr=False), run_dir=tmp_path / "off", device="cpu")
+    assert [rate for _, rate in read_scalars(tmp_path / "off")["charts/learning_rate"]] == [pytest.approx(0.4)] * 4
+
+
+def test_annealing_reaches_the_clip_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*args: Any) -> dict[str, float]:
+        seen.append(args[-1])
+        return update_policy(*args)
+
+    monkeypatch.setattr("minirl.ppo.update_policy", spy)
+    train(dataclasses.replace(TINY, anneal_clip=True, clip_coef=0.4), device="cpu")
+    assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_last_update_may_go_past_the_total(tmp_path: Path) -> None:
+    train(dataclasses.replace(TINY, total_timesteps=17), run_dir=tmp_path / "run", device="cpu")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 32
+
+
+def test_nothing_is_written_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(TINY, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_episodes_are_logged_at_the_step_of_their_end(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")  # 2 environments, episodes of 7 steps: they end at 14, 28, ...
+    scalars = read_scalars(tmp_path / "run")
+    assert scalars["charts/episodic_length"] == [(step, 7.0) for step in (14, 14, 28, 28, 42, 42, 56, 56)]
+    assert {value for _, value in scalars["charts/episodic_return"]} == {28.0}
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    half = train(TINY, run_dir=run_dir, device="cpu")
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 64
+    assert torch.equal(saved["model"]["actor.weight"], half.state_dict()["actor.weight"])
+
+    train(dataclasses.replace(TINY, total_timesteps=96), run_dir=run_dir, resume=True, device="cpu")
+    resumed = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert resumed["global_step"] == 96
+    assert json.loads((run_dir / "config.json").read_text())["total_timesteps"] == 96
+    # 4 epochs of 2 minibatches an update: Adam has counted on from 32, it has not started anew
+    assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {6 * 8}
+    assert len(resumed["returns"]) == 8 + 4
+    assert [step for step, _ in read_scalars(run_dir)["losses/entropy"]] == [16, 32, 48, 64, 80, 96]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first = parameters(train(TINY, run_dir=tmp_path / "run", device="cpu"))
+    again = parameters(train(TINY, run_dir=tmp_path / "run", resume=True, device="cpu"))
+    assert torch.equal(first, again)
+
+
+def test_a_total_below_what_is_done_is_refused(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match="--total-timesteps must be at least the 64 steps"):
+        train(dataclasses.replace(TINY, total_timesteps=32), run_dir=tmp_path / "run", resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "MountainCar-v0", "tests.fake_envs:Endless-v0"])
+def test_any_vector_environment_trains(env_id: str) -> None:
+    config = dataclasses.replace(TINY, env_id=env_id)
+    assert parameters(train(config, device="cpu")).isfinite().all()

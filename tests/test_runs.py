@@ -1,0 +1,187 @@
+"""Checkpoints, signals, progress and what goes to TensorBoard."""
+
+import io
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minirl import runs
+from minirl.config import ConfigError
+from minirl.envs.vector import Episode
+from minirl.ppo import PPOConfig
+from minirl.progress import Progress
+from minirl.runs import Run, atomic_file, load_checkpoint, random_state, save_checkpoint, seed_everything
+
+CONFIG = PPOConfig(total_timesteps=100, checkpoint_frequency=30)
+
+
+class Bomb:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_one_function_seeds_every_generator() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    seed_everything(1)
+    first = draw()
+    seed_everything(1)
+    assert draw() == first
+    seed_everything(2)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+def test_random_states_are_put_back() -> None:
+    state = random_state()
+    first = torch.rand(3)
+    torch.rand(5)
+    runs.set_random_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = {"algorithm": "ppo", "model": {"weight": torch.arange(3.0)}, "returns": [1.0, -2.5], "global_step": 7}
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    loaded = load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+    assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))  # type: ignore[attr-defined]
+    assert loaded == state
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"algorithm": "ppo", "global_step": 1})
+    with pytest.raises(OSError, match="full"), atomic_file(path) as temporary:
+        temporary.write_bytes(b"half of a check")
+        assert temporary.parent == tmp_path, "moving across file systems is not atomic"
+        raise OSError("disk full")
+    assert load_checkpoint(path, "ppo")["global_step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append("flush"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
+    save_checkpoint(tmp_path / "checkpoint.pt", {})
+    assert events == ["flush", "replace"]
+
+
+def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"algorithm": "ppo", "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="must be a checkpoint that minirl wrote"):
+        load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [{"algorithm": "dqn"}, {}, [1, 2]])
+def test_another_algorithms_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="must be a checkpoint of ppo, and is not"):
+        load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"algorithm": "ppo", "weights": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt must be a checkpoint that minirl wrote, and can't be read"):
+        load_checkpoint(path, "ppo")
+
+
+def saved_steps(tmp_path: Path, steps: range) -> list[int]:
+    """The steps at which a run of these steps saves."""
+    saves: list[int] = []
+    with Run("ppo", CONFIG, tmp_path / "run") as run:
+        for step in steps:
+            run.checkpoint(step, lambda step=step: saves.append(step) or {})  # type: ignore[misc]
+    return saves
+
+
+def test_checkpoints_come_at_the_start_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
+    assert saved_steps(tmp_path, range(0, 101, 10)) == [0, 30, 60, 90, 100]
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "ppo")
+    assert saved["global_step"] == 100
+
+
+def test_a_frequency_between_updates_saves_at_the_next_one(tmp_path: Path) -> None:
+    assert saved_steps(tmp_path, range(0, 101, 25)) == [0, 50, 100]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run") as run:
+        run.checkpoint(0, lambda: {"model": 0})
+        signal.raise_signal(number)
+        run.checkpoint(1, lambda: {"model": 1})
+    assert stop.value.code == status
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", "ppo")["model"] == 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, tmp_path / "run"):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_without_a_directory_a_signal_still_stops() -> None:
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, None) as run:
+        signal.raise_signal(signal.SIGINT)
+        run.checkpoint(5, dict)
+    assert stop.value.code == 130
+
+
+def test_the_mean_return_is_over_the_last_100_episodes(tmp_path: Path) -> None:
+    with Run("ppo", CONFIG, None) as run:
+        run.log_episodes(0, [Episode(0, 1000.0, 1)] * 50 + [Episode(0, 7.0, 1)] * 100)
+        assert run._note() == "mean return 7.0 (last 100 episodes)"
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_in_a_file_is_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("minirl.progress.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    with Progress(20_000, done=5_000, stream=stream) as progress:
+        for done in range(6_000, 20_001, 1_000):
+            clock[0] += 2.0
+            progress.update(done, "so far so good")
+    assert stream.getvalue().splitlines() == [
+        "8,000 of 20,000 steps, 500 a second, 0:00:24 left, so far so good",
+        "11,000 of 20,000 steps, 500 a second, 0:00:18 left, so far so good",
+        "14,000 of 20,000 steps, 500 a second, 0:00:12 left, so far so good",
+        "17,000 of 20,000 steps, 500 a second, 0:00:06 left, so far so good",
+        "20,000 of 20,000 steps, 500 a second, 0:00:00 left, so far so good",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    stream = Terminal()
+    with Progress(10, stream=stream) as progress:
+        progress.update(10, "mean return 3.0")
+    assert "\r" in stream.getvalue()
+    assert "10/10" in stream.getvalue()
+    assert "mean return 3.0" in stream.getvalue()
+    assert "steps/s" in stream.getvalue()

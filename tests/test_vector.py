@@ -1,0 +1,239 @@
+"""Many environments at once: what a step reports, and how workers live and die."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from minirl.envs import vector
+from minirl.envs.make import make_env, make_vector_env
+from minirl.envs.vector import Episode, VectorEnv, WorkerError
+from tests.fake_envs import Faulty, TorchDetector, Unmakable, counter
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize(("ends_at", "cut_at"), [(2, None), (None, 2), (2, 2)])
+def test_an_end_resets_in_the_same_step_and_keeps_the_last_observation(
+    num_workers: int, ends_at: int | None, cut_at: int | None
+) -> None:
+    with VectorEnv(functools.partial(counter, ends_at, cut_at), 3, num_workers=num_workers) as envs:
+        first = envs.reset(seed=10)
+        # (episode, step, seed, last action) of each environment
+        assert first.tolist() == [[0, 0, 10, -1], [0, 0, 11, -1], [0, 0, 12, -1]]
+
+        step = envs.step(np.array([0, 1, 0]))
+        assert step.observations.tolist() == [[0, 1, 10, 0], [0, 1, 11, 1], [0, 1, 12, 0]]
+        assert step.rewards.tolist() == [1, 1, 1]
+        assert not step.terminated.any()
+        assert not step.truncated.any()
+        assert step.episodes == []
+
+        step = envs.step(np.array([1, 1, 0]))
+        assert step.final_observations.tolist() == [[0, 2, 10, 1], [0, 2, 11, 1], [0, 2, 12, 0]]
+        assert step.observations.tolist() == [[1, 0, 10, 1], [1, 0, 11, 1], [1, 0, 12, 0]]
+        assert step.rewards.tolist() == [2, 2, 2]
+        assert step.terminated.tolist() == [ends_at == 2] * 3
+        assert step.truncated.tolist() == [cut_at == 2] * 3
+        assert step.episodes == [Episode(i, 3.0, 2) for i in range(3)]
+
+        step = envs.step(np.array([0, 0, 0]))
+        assert not step.terminated.any()
+        assert not step.truncated.any()
+        assert step.observations[:, :2].tolist() == [[1, 1]] * 3
+
+
+def test_actions_count_from_zero_whatever_the_space_does() -> None:
+    with VectorEnv(functools.partial(counter, start=5), 2, num_workers=1) as envs:
+        envs.reset()
+        assert envs.step(np.array([0, 1])).observations[:, 3].tolist() == [5, 6]
+
+
+def rollout(envs: VectorEnv, num_steps: int) -> list[Any]:
+    rng = np.random.default_rng(0)
+    record: list[Any] = [envs.reset(seed=3).copy()]
+    for _ in range(num_steps):
+        step = envs.step(rng.integers(envs.action_space.n, size=envs.num_envs))
+        ended = step.terminated | step.truncated
+        record += [array.copy() for array in step[:4]]
+        record += [step.final_observations[ended].copy(), step.episodes]
+    return record
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_give_the_same_games_as_this_process(start_method: str) -> None:
+    make = functools.partial(make_env, "BreakoutNoFrameskip-v4")
+    with VectorEnv(make, 3, num_workers=1) as envs:
+        expected = rollout(envs, 150)
+    with VectorEnv(make, 3, num_workers=2, start_method=start_method) as envs:
+        assert multiprocessing.active_children(), "there must be workers"
+        actual = rollout(envs, 150)
+    assert any(record.any() for record in expected[3::6]), "lives must be lost on the way"
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_equal(one, other)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_hold_several_environments_and_no_torch(start_method: str) -> None:
+    assert sys.modules["torch"] is torch, "the training process has it"
+    with VectorEnv(TorchDetector, 4, num_workers=2, start_method=start_method) as envs:
+        obs = envs.reset()
+    assert obs[:, 0].tolist() == [0, 0, 0, 0]
+    processes = obs[:, 1].tolist()
+    assert processes[0] == processes[1] != processes[2] == processes[3]
+    assert os.getpid() % 2**20 not in processes
+
+
+def test_the_number_of_workers_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector, "available_cores", lambda: 3)
+    with VectorEnv(counter, 2) as envs:
+        assert envs.num_workers == 2, "never more than environments"
+    with make_vector_env("PongNoFrameskip-v4", 4) as envs:
+        assert envs.num_workers == 3
+        assert envs.reset(seed=0).shape == (4, 4, 84, 84)
+    with make_vector_env("CartPole-v1", 8) as envs:
+        assert envs.num_workers == 1, "a message costs more than a step"
+    monkeypatch.setattr(vector, "available_cores", lambda: 1)
+    with make_vector_env("PongNoFrameskip-v4", 4) as envs:
+        assert envs.num_workers == 1
+        assert not multiprocessing.active_children()
+
+
+def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
+    with VectorEnv(make, 4, num_workers=2) as envs:
+        envs.reset()
+        for _ in range(3):
+            envs.step(np.zeros(4, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", "environments 0 to 1.*raised(.|\n)*in step(.|\n)*ArithmeticError: the pole snapped"),
+        ("exit", "raised(.|\n)*SystemExit: 3"),
+        ("die", "environments 0 to 1.*died without a word, exit code -9"),
+    ],
+)
+def test_a_worker_that_fails_ends_the_run_with_its_own_traceback(fault: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        step_until_it_fails(functools.partial(Faulty, fault))
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_between_steps_is_noticed() -> None:
+    with VectorEnv(counter, 2, num_workers=2) as envs:
+        envs.reset()
+        victim = multiprocessing.active_children()[0]
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+        with pytest.raises(WorkerError, match="exit code -9"):
+            envs.step(np.zeros(2, np.int64))
+
+
+class UnmakableInWorkers:
+    """Makes an environment in this process, and fails in others."""
+
+    def __init__(self) -> None:
+        self.here = os.getpid()
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        return counter() if os.getpid() == self.here else Unmakable()
+
+
+def test_a_worker_that_cannot_make_its_environments_says_why() -> None:
+    with pytest.raises(WorkerError, match="FileNotFoundError: no such level"):
+        VectorEnv(UnmakableInWorkers(), 2, num_workers=2)
+    assert not multiprocessing.active_children()
+
+
+def test_closing_twice_is_safe() -> None:
+    envs = VectorEnv(counter, 2, num_workers=2)
+    envs.close()
+    envs.close()
+    assert not multiprocessing.active_children()
+
+
+def pids_of_session(session: int) -> list[int]:
+    listing = subprocess.run(["ps", "-s", str(session), "-o", "pid="], capture_output=True, text=True)
+    return [int(pid) for pid in listing.stdout.split()]
+
+
+def assert_no_process_left(session: int) -> None:
+    deadline = time.monotonic() + 10
+    while pids_of_session(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pids_of_session(session) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "status"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGTERM, False, 143)],
+)
+def test_a_stopped_training_saves_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, to_group: bool, status: int
+) -> None:
+    command = "train_ppo.py --env-id CartPole-v1 --num-workers 2 --num-steps 32 --minibatch-size 64 --run-dir"
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *command.split(), str(run_dir)],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while " of 10,000,000 steps" not in process.stderr.readline():
+        assert process.poll() is None
+    children = [pid for pid in pids_of_session(process.pid) if pid != process.pid]
+    assert len(children) >= 2, "there must be two workers"
+    for pid in children:
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), "though they load train_ppo.py"
+    saved_before = (run_dir / "checkpoint.pt").stat().st_mtime_ns
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert (run_dir / "checkpoint.pt").stat().st_mtime_ns > saved_before
+    assert_no_process_left(process.pid)
+
+
+def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import time, functools\n"
+        "from minirl.envs.vector import VectorEnv\n"
+        "from tests.fake_envs import counter\n"
+        "if __name__ == '__main__':\n"
+        "    envs = VectorEnv(counter, 2, num_workers=2)\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    process = subprocess.Popen(
+        [sys.executable, str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.communicate(timeout=30)
+    assert_no_process_left(process.pid)
