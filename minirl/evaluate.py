@@ -22,9 +22,9 @@ from minirl.envs.atari import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import observation_dtype
-from minirl.ppo import load_agent
+from minirl.ppo import ActorCritic
 from minirl.progress import Progress
-from minirl.runs import load_settings, seed_everything
+from minirl.runs import load_checkpoint, load_settings, load_weights, seed_everything
 from minirl.runtime import select_device
 
 Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
@@ -35,7 +35,7 @@ ATARI_STEPS_PER_SECOND = 15  # 60 frames, 4 of them an agent step
 
 
 def evaluate(
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     episodes: int = 100,
     seed: int | None = None,
@@ -65,6 +65,7 @@ def evaluate(
         raise ConfigError(f"--seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
     if video is not None and (video.suffix != ".mp4" or not video.parent.is_dir()):
         raise ConfigError(f"--video must be a file that ends in .mp4, in a directory that exists, not {video}")
+    run_dir = Path(run_dir)
     settings = load_settings(run_dir)
     if settings["algorithm"] != "ppo":
         raise ConfigError(f"{run_dir} must hold a run of PPO, not of {settings['algorithm']}")
@@ -89,7 +90,9 @@ def evaluate(
 
 def load_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
     """Return the saved network as a function from observations to actions."""
-    agent = load_agent(run_dir, envs.observation_space, envs.action_space, device)
+    saved = load_checkpoint(run_dir, "ppo")
+    agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
+    load_weights(agent, saved)
     dtype = observation_dtype(envs.observation_space)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
-from minirl.runs import CHECKPOINT_FILE, Run, State, load_checkpoint, seed_everything, set_random_state
+from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
 from minirl.runtime import select_device
 from minirl.shapes import require_same_shape
 
@@ -371,7 +371,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(torch.where(variance > 0, 1 - (returns - values).var() / variance, torch.nan))
 
 
-def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = False, device: str = "auto") -> ActorCritic:
+def train(
+    config: PPOConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
+) -> ActorCritic:
     """Train and return the network.
 
     Args:
@@ -385,7 +387,8 @@ def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = Fals
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)
-    saved = load_saved(run_dir) if resume else None
+    run_dir = None if run_dir is None else Path(run_dir)
+    saved = load_checkpoint(run_dir, "ppo") if resume else None
     seed_everything(config.seed)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
@@ -429,41 +432,3 @@ def train(config: PPOConfig, *, run_dir: Path | None = None, resume: bool = Fals
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
                 run.checkpoint(global_step, state)
     return agent
-
-
-def load_saved(run_dir: Path | None) -> State:
-    """Read the checkpoint of a PPO run.
-
-    Raises:
-        ConfigError: if there is none in `run_dir`, or it is another algorithm's.
-    """
-    if run_dir is None:
-        raise ConfigError("resuming needs the run directory")
-    return load_checkpoint(run_dir / CHECKPOINT_FILE, algorithm="ppo")
-
-
-def load_agent(
-    run_dir: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any], device: torch.device
-) -> ActorCritic:
-    """Return the network that a run saved last.
-
-    Raises:
-        ConfigError: if there is no checkpoint of PPO in `run_dir`, or it is for other observations or actions.
-    """
-    saved = load_saved(run_dir)
-    agent = ActorCritic(observation_space, action_space).to(device)
-    load_weights(agent, saved)
-    return agent
-
-
-def load_weights(agent: ActorCritic, saved: State) -> None:
-    """Put the weights of a checkpoint into the network.
-
-    Raises:
-        ConfigError: if they do not fit it.
-    """
-    try:
-        agent.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error

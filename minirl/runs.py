@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from minirl.config import ConfigError
@@ -81,12 +82,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def load_checkpoint(path: Path, algorithm: str) -> State:
-    """Read an algorithm's checkpoint into CPU memory. Nothing in the file is executed, whoever wrote it.
+def load_checkpoint(run_dir: Path | None, algorithm: str) -> State:
+    """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
 
     Raises:
-        ConfigError: if there is no such file, it is not a checkpoint, or it is another algorithm's.
+        ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
     """
+    if run_dir is None:
+        raise ConfigError("resume=True needs run_dir, the directory of the run")
+    path = run_dir / CHECKPOINT_FILE
     if not path.is_file():
         raise ConfigError(f"{path}: there is no checkpoint here")
     try:
@@ -97,6 +101,19 @@ def load_checkpoint(path: Path, algorithm: str) -> State:
     if not isinstance(state, dict) or state.get("algorithm") != algorithm:
         raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
     return state
+
+
+def load_weights(network: nn.Module, saved: State) -> None:
+    """Put the weights of a checkpoint into the network.
+
+    Raises:
+        ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
+    """
+    try:
+        network.load_state_dict(saved["model"])
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error
 
 
 def save_config(run_dir: Path, algorithm: str, config: Any) -> None:

@@ -17,7 +17,7 @@ class FakeALE:
         return self.remaining_lives
 
 
-class FakeAtari(gym.Env[Any, int]):
+class FakeAtari(gym.Env[Any, Any]):
     """Every pixel of frame n of a game is `(game * 50 + n) % 256`: a frame tells its game and its number.
 
     Args:
@@ -42,7 +42,7 @@ class FakeAtari(gym.Env[Any, int]):
         meanings: tuple[str, ...] = ("NOOP", "FIRE", "RIGHT", "LEFT"),
     ) -> None:
         self.observation_space = gym.spaces.Box(0, 255, SCREEN, np.uint8)
-        self.action_space: gym.spaces.Discrete = gym.spaces.Discrete(len(meanings))
+        self.action_space = gym.spaces.Discrete(len(meanings))
         self.ale = FakeALE()
         self.start_lives = lives
         self.life_lost_at = life_lost_at

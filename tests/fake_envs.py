@@ -14,12 +14,12 @@ from minirl.envs.episode import EpisodeStatistics
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
-class Counter(gym.Env[NDArray[np.float32], int]):
+class Counter(gym.Env[Any, Any]):
     """Observes (episode, step, seed of the first reset, last action); pays the step; ends or is cut at given steps."""
 
     def __init__(self, ends_at: int | None = None, cut_at: int | None = None, start: int = 0) -> None:
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
-        self.action_space: gym.spaces.Discrete = gym.spaces.Discrete(2, start=start)
+        self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space: gym.Space[Any] = gym.spaces.Discrete(2, start=start)
         self.ends_at = ends_at
         self.cut_at = cut_at
         self.episode = -1
@@ -88,13 +88,13 @@ class Box2Actions(Counter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.action_space = gym.spaces.Box(-1, 1, (2,))  # type: ignore[assignment]
+        self.action_space = gym.spaces.Box(-1, 1, (2,))
 
 
 class DiscreteObservations(Counter):
     def __init__(self) -> None:
         super().__init__()
-        self.observation_space = gym.spaces.Discrete(3)  # type: ignore[assignment]
+        self.observation_space = gym.spaces.Discrete(3)
 
 
 class SmallPicture(Counter):

@@ -208,7 +208,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
 
 
 def test_a_flag_that_repeats_the_runs_own_setting_may_go_with_resume(tmp_path: Path) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def train(config: Any, *, run_dir: Path | None, resume: bool, device: str) -> None:
         seen.update(config=config, run_dir=run_dir, resume=resume, device=device)

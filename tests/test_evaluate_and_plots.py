@@ -15,12 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from minirl import evaluate as evaluation
 from minirl import plots
 from minirl.config import ConfigError
+from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate, play_games
 from minirl.plots import Curve, plot_curves, read_curve
 from minirl.ppo import PPOConfig, train
 from minirl.runs import save_config
-from tests.fake_envs import Counter, EpisodeStatistics
+from tests.fake_envs import Counter
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,10 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
     video = cv2.VideoCapture(str(tmp_path / "game.mp4"))
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(15.0)
     frames = []
-    while (frame := video.read()[1]) is not None:
+    readable, frame = video.read()
+    while readable:
         frames.append(frame)
+        readable, frame = video.read()
     assert frames[0].shape == (210, 160, 3)
     assert len(frames) > 100, "a whole game, not one life"
     blue, green, red = np.asarray(frames[5], int)[57:63, 20:140].mean(axis=(0, 1))  # the topmost row of bricks is red

@@ -84,7 +84,7 @@ def test_value_clipping_needs_both_arguments(optional: dict[str, Any]) -> None:
         value_loss(numbers(1.0), numbers(1.0), **optional)
 
 
-BATCH: dict[str, Tensor] = {
+BATCH: dict[str, Any] = {
     "log_prob": numbers(math.log(1.5) - 1, math.log(0.9) - 2),
     "old_log_prob": numbers(-1.0, -2.0),
     "advantages": numbers(2.0, -4.0),

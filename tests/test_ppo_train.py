@@ -256,9 +256,9 @@ def test_learns_cartpole(tmp_path: Path, seed: int) -> None:
 def test_annealing_is_linear_and_ends_above_zero(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=0.4)
     train(config, run_dir=tmp_path / "on", device="cpu")
-    assert read_scalars(tmp_path / "on")["charts/learning_rate"] == [
-        (step, pytest.approx(rate)) for step, rate in [(16, 0.4), (32, 0.3), (48, 0.2), (64, 0.1)]
-    ]
+    logged = read_scalars(tmp_path / "on")["charts/learning_rate"]
+    assert [step for step, _ in logged] == [16, 32, 48, 64]
+    assert [rate for _, rate in logged] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     train(dataclasses.replace(config, anneal_lr=False), run_dir=tmp_path / "off", device="cpu")
     assert [rate for _, rate in read_scalars(tmp_path / "off")["charts/learning_rate"]] == [pytest.approx(0.4)] * 4
 

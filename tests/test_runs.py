@@ -1,5 +1,6 @@
 """Checkpoints, signals, progress and what goes to TensorBoard."""
 
+import functools
 import io
 import os
 import random
@@ -54,7 +55,7 @@ def test_random_states_are_put_back() -> None:
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"algorithm": "ppo", "model": {"weight": torch.arange(3.0)}, "returns": [1.0, -2.5], "global_step": 7}
     save_checkpoint(tmp_path / "checkpoint.pt", state)
-    loaded = load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+    loaded = load_checkpoint(tmp_path, "ppo")
     assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))  # type: ignore[attr-defined]
     assert loaded == state
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -67,7 +68,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path: 
         temporary.write_bytes(b"half of a check")
         assert temporary.parent == tmp_path, "moving across file systems is not atomic"
         raise OSError("disk full")
-    assert load_checkpoint(path, "ppo")["global_step"] == 1
+    assert load_checkpoint(tmp_path, "ppo")["global_step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -75,7 +76,12 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, mo
     events: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: events.append("flush"))
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
+
+    def spy(*paths: Path) -> None:
+        events.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", spy)
     save_checkpoint(tmp_path / "checkpoint.pt", {})
     assert events == ["flush", "replace"]
 
@@ -83,7 +89,7 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, mo
 def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save({"algorithm": "ppo", "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "checkpoint.pt")
     with pytest.raises(ConfigError, match="must be a checkpoint that minirl wrote"):
-        load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+        load_checkpoint(tmp_path, "ppo")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -91,7 +97,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_another_algorithms_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(ConfigError, match="must be a checkpoint of ppo, and is not"):
-        load_checkpoint(tmp_path / "checkpoint.pt", "ppo")
+        load_checkpoint(tmp_path, "ppo")
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -99,21 +105,26 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     save_checkpoint(path, {"algorithm": "ppo", "weights": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"checkpoint\.pt must be a checkpoint that minirl wrote, and can't be read"):
-        load_checkpoint(path, "ppo")
+        load_checkpoint(tmp_path, "ppo")
 
 
 def saved_steps(tmp_path: Path, steps: range) -> list[int]:
     """The steps at which a run of these steps saves."""
     saves: list[int] = []
+
+    def state(step: int) -> dict[str, Any]:
+        saves.append(step)
+        return {}
+
     with Run("ppo", CONFIG, tmp_path / "run") as run:
         for step in steps:
-            run.checkpoint(step, lambda step=step: saves.append(step) or {})  # type: ignore[misc]
+            run.checkpoint(step, functools.partial(state, step))
     return saves
 
 
 def test_checkpoints_come_at_the_start_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     assert saved_steps(tmp_path, range(0, 101, 10)) == [0, 30, 60, 90, 100]
-    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "ppo")
+    saved = load_checkpoint(tmp_path / "run", "ppo")
     assert saved["global_step"] == 100
 
 
@@ -129,7 +140,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
         signal.raise_signal(number)
         run.checkpoint(1, lambda: {"model": 1})
     assert stop.value.code == status
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", "ppo")["model"] == 1
+    assert load_checkpoint(tmp_path / "run", "ppo")["model"] == 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 

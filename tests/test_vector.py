@@ -65,7 +65,7 @@ def rollout(envs: VectorEnv, num_steps: int) -> list[Any]:
     rng = np.random.default_rng(0)
     record: list[Any] = [envs.reset(seed=3).copy()]
     for _ in range(num_steps):
-        step = envs.step(rng.integers(envs.action_space.n, size=envs.num_envs))
+        step = envs.step(rng.integers(4, size=envs.num_envs))
         ended = step.terminated | step.truncated
         record += [array.copy() for array in step[:4]]
         record += [step.final_observations[ended].copy(), step.episodes]

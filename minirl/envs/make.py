@@ -27,7 +27,7 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
         if module:
             importlib.import_module(module)
         # Not every environment has the argument: pass it only where it is wanted.
-        options = {} if render_mode is None else {"render_mode": render_mode}
+        options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
         return EpisodeStatistics(gym.make(name, **options))
     except (gym.error.Error, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
