@@ -37,10 +37,11 @@ def fail(message: object) -> NoReturn:
 
 def run_training(
     algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
-) -> None:
+) -> tuple[Any, Any]:
     """Parse flags into a config and train: what `train_ppo.py` and its like do.
 
-    A user's mistake ends with status 2 and one line, before anything is written.
+    Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
+    written.
     """
     arguments = vars(make_parser(config_class, description).parse_args(argv))
     device = arguments.pop("device")
@@ -54,13 +55,13 @@ def run_training(
         else:
             config = config_class(**arguments)
         run_dir = resume or run_dir or default_run_dir(algorithm, config)
-        train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        return config, train(config, run_dir=run_dir, resume=resume is not None, device=device)
     except ConfigError as error:
         fail(error)
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
-    """Return the settings of a saved run; only a later `total_timesteps` may be given anew.
+    """Return the settings of a saved run; only the length of the run may be given anew.
 
     Raises:
         ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
@@ -73,7 +74,7 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
     for name, value in given.items():
-        if name != "total_timesteps" and value != settings.get(name):
+        if name not in ("total_timesteps", "num_episodes") and value != settings.get(name):
             raise ConfigError(
                 f"{flag_name(name)} {value} can't go with --resume: the run has {settings.get(name)}; leave it out"
             )

@@ -394,22 +394,22 @@ def train(
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rollout = Rollout(config.num_steps, envs, torch_device)
-        first_update = 0
+        first_step = 0
         if saved is not None:
             load_weights(agent, saved)
             optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
-            first_update = saved["global_step"] // config.batch_size
-            if first_update > config.num_updates:
-                raise ConfigError(f"--total-timesteps must be at least the {saved['global_step']} steps already done")
+            first_step = saved["global_step"]
+            if first_step > config.num_updates * config.batch_size:
+                raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
 
         def state() -> State:
             return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
 
-        with Run("ppo", config, run_dir, resumed=saved) as run:
-            obs = envs.reset(seed=config.seed + first_update * config.batch_size)
-            run.checkpoint(first_update * config.batch_size, state)
-            for update in range(first_update, config.num_updates):
+        with Run("ppo", config, run_dir, total=config.total_timesteps, done=first_step, resumed=saved) as run:
+            obs = envs.reset(seed=config.seed + first_step)
+            run.checkpoint(first_step, state)
+            for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
@@ -430,5 +430,5 @@ def train(
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout.values, returns)
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
-                run.checkpoint(global_step, state)
+                run.checkpoint(global_step, state, finished=update + 1 == config.num_updates)
     return agent

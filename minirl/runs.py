@@ -149,19 +149,33 @@ class Run:
 
     Args:
         algorithm: its name, for `config.json`.
-        config: the settings; `total_timesteps` and `checkpoint_frequency` are read here.
+        config: the settings; `checkpoint_frequency` (agent steps) is read here.
         run_dir: where to write; None for nowhere.
+        total: when the run is done, in `unit`.
+        done: how much of that earlier sessions did.
+        unit: what progress is counted in, "steps" or "episodes".
         resumed: the checkpoint that this run goes on from.
     """
 
-    def __init__(self, algorithm: str, config: Any, run_dir: Path | None, *, resumed: State | None = None) -> None:
+    def __init__(
+        self,
+        algorithm: str,
+        config: Any,
+        run_dir: Path | None,
+        *,
+        total: int,
+        done: int = 0,
+        unit: str = "steps",
+        resumed: State | None = None,
+    ) -> None:
         self.algorithm = algorithm
         self.config = config
         self.run_dir = run_dir
         self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
         self.seconds_before: float = resumed["seconds"] if resumed else 0.0
         self.started = time.monotonic()
-        self.last_saved: int = resumed["global_step"] if resumed else 0
+        self.first_step: int = resumed["global_step"] if resumed else 0
+        self.last_saved = self.first_step
         self.stop_signal: int | None = None
         self.writer: SummaryWriter | None = None
         if run_dir is not None:
@@ -176,8 +190,8 @@ class Run:
                 raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
             # What an interrupted session logged after its last checkpoint is dropped: it is done again.
-            self.writer = SummaryWriter(str(run_dir), purge_step=self.last_saved + 1 if resumed else None)
-        self.progress = Progress(config.total_timesteps, done=self.last_saved)
+            self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)
+        self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":
         self._old_handlers: dict[int, Any] = {}
@@ -200,13 +214,13 @@ class Run:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def log(self, global_step: int, scalars: dict[str, float]) -> None:
-        """Write scalars to TensorBoard and move the progress on; the x axis is agent steps."""
-        self.progress.update(global_step, self._note())
+    def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
+        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
+        self.progress.update(global_step if done is None else done, self._note())
         if self.writer is not None:
-            for tag, value in scalars.items():
+            steps_per_second = (global_step - self.first_step) / (time.monotonic() - self.started)
+            for tag, value in {**scalars, "charts/SPS": steps_per_second}.items():
                 self.writer.add_scalar(tag, value, global_step)
-            self.writer.add_scalar("charts/SPS", self.progress.per_second(), global_step)
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
         """Write the return and the length of finished episodes."""
@@ -222,13 +236,12 @@ class Run:
         mean = sum(self.returns) / len(self.returns)
         return f"mean return {mean:.1f} (last {len(self.returns)} episodes)"
 
-    def checkpoint(self, global_step: int, state: Callable[[], State]) -> None:
+    def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
         Raises:
             SystemExit: after saving, with status 130 (Ctrl-C) or 143 (SIGTERM).
         """
-        finished = global_step >= self.config.total_timesteps
         due = global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
             common = {

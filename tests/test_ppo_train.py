@@ -57,7 +57,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid() -> None:
     with VectorEnv(functools.partial(counter, 3), 2, num_workers=1) as envs:  # episodes of 3 steps
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(5, envs, CPU)
-        with Run("ppo", TINY, None) as run:
+        with Run("ppo", TINY, None, total=64) as run:
             obs = collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
             assert list(run.returns) == [6.0, 6.0]
     # (episode, step, seed, last action): the last action at t is the one that was chosen at t - 1
@@ -80,7 +80,7 @@ def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episod
     with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(4, envs, CPU)
-        with Run("ppo", TINY, None) as run:
+        with Run("ppo", TINY, None, total=64) as run:
             collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
     assert rollout.truncated[:, 0].tolist() == [False, False, True, False]
     final_obs = torch.stack(

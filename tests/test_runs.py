@@ -19,7 +19,7 @@ from minirl.ppo import PPOConfig
 from minirl.progress import Progress
 from minirl.runs import Run, atomic_file, load_checkpoint, random_state, save_checkpoint, seed_everything
 
-CONFIG = PPOConfig(total_timesteps=100, checkpoint_frequency=30)
+CONFIG = PPOConfig(checkpoint_frequency=30)
 
 
 class Bomb:
@@ -116,9 +116,9 @@ def saved_steps(tmp_path: Path, steps: range) -> list[int]:
         saves.append(step)
         return {}
 
-    with Run("ppo", CONFIG, tmp_path / "run") as run:
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         for step in steps:
-            run.checkpoint(step, functools.partial(state, step))
+            run.checkpoint(step, functools.partial(state, step), finished=step == 100)
     return saves
 
 
@@ -135,7 +135,7 @@ def test_a_frequency_between_updates_saves_at_the_next_one(tmp_path: Path) -> No
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run") as run:
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         run.checkpoint(0, lambda: {"model": 0})
         signal.raise_signal(number)
         run.checkpoint(1, lambda: {"model": 1})
@@ -145,20 +145,20 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, tmp_path / "run"):
+    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, tmp_path / "run", total=100):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
 
 def test_without_a_directory_a_signal_still_stops() -> None:
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, None) as run:
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, None, total=100) as run:
         signal.raise_signal(signal.SIGINT)
         run.checkpoint(5, dict)
     assert stop.value.code == 130
 
 
 def test_the_mean_return_is_over_the_last_100_episodes(tmp_path: Path) -> None:
-    with Run("ppo", CONFIG, None) as run:
+    with Run("ppo", CONFIG, None, total=100) as run:
         run.log_episodes(0, [Episode(0, 1000.0, 1)] * 50 + [Episode(0, 7.0, 1)] * 100)
         assert run._note() == "mean return 7.0 (last 100 episodes)"
 

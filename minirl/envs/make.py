@@ -20,15 +20,24 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
     Raises:
         ConfigError: if there is no such environment, or it can't be made.
     """
+    if is_atari(env_id):
+        return make_atari_env(env_id, render_mode=render_mode)
+    return EpisodeStatistics(make_plain_env(env_id, render_mode=render_mode))
+
+
+def make_plain_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """Make an environment as it is, with nothing around it.
+
+    Raises:
+        ConfigError: if there is no such environment, or it can't be made.
+    """
+    # Not every environment has the argument: pass it only where it is wanted.
+    options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
+    module, _, name = env_id.rpartition(":")
     try:
-        if is_atari(env_id):
-            return make_atari_env(env_id, render_mode=render_mode)
-        module, _, name = env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        # Not every environment has the argument: pass it only where it is wanted.
-        options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        return EpisodeStatistics(gym.make(name, **options))
+        return gym.make(name, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--env-id must be an environment that Gymnasium can make: {reason}") from error

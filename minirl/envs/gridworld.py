@@ -1,0 +1,140 @@
+"""The grid of the source notebook: walk from the start to the goal, around obstacles.
+
+    S . .      rewards:  100 for the step onto the goal, which ends the episode
+    . # .                -10 for a step against a wall or an obstacle; the agent stays where it is
+    . . G                 -1 for any other step
+
+States are numbered row by row; actions are 0 up, 1 right, 2 down, 3 left. The model is in `P`, as in Gymnasium's
+toy-text environments: `P[state][action] = [(probability, next_state, reward, terminated)]`.
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+Cell = tuple[int, int]  # (row, column)
+Model = dict[int, dict[int, list[tuple[float, int, float, bool]]]]
+
+MOVES: tuple[Cell, ...] = ((-1, 0), (0, 1), (1, 0), (0, -1))
+GOAL_REWARD, BLOCKED_REWARD, STEP_REWARD = 100.0, -10.0, -1.0
+SYMBOL_PIXELS = 32  # side of a cell in `rgb_array`
+COLOURS = {".": (255, 255, 255), "#": (70, 70, 70), "G": (90, 190, 90), "S": (210, 225, 245), "A": (220, 60, 50)}
+
+
+class GridWorld(gym.Env[Any, Any]):
+    """A square grid with one start, one goal and any number of obstacles.
+
+    Args:
+        size: rows and columns.
+        start: (row, column) where episodes begin.
+        goal: where they end.
+        obstacles: cells that can't be entered.
+        render_mode: `"ansi"` for text, `"rgb_array"` for a picture, None for neither.
+
+    Raises:
+        ValueError: if the layout makes no sense: a cell outside the grid, two things on one, or no way to the goal.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own way
+
+    def __init__(
+        self,
+        size: int = 3,
+        start: Cell = (0, 0),
+        goal: Cell = (2, 2),
+        obstacles: tuple[Cell, ...] = ((1, 1),),
+        render_mode: str | None = None,
+    ) -> None:
+        self.size = size
+        self.start, self.goal = tuple(start), tuple(goal)
+        self.obstacles = frozenset(tuple(cell) for cell in obstacles)
+        self.render_mode = render_mode
+        self._check_cells()
+        self.observation_space = gym.spaces.Discrete(size * size)
+        self.action_space = gym.spaces.Discrete(len(MOVES))
+        self.start_state, self.goal_state = self._state(self.start), self._state(self.goal)
+        self.P: Model = {
+            state: {action: [self._outcome(state, action)] for action in range(len(MOVES))}
+            for state in range(size * size)
+        }
+        if self.goal_state not in self._reachable():
+            raise ValueError(f"the goal {self.goal} can't be reached from the start {self.start}")
+        self.state = self.start_state
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Go back to the start."""
+        super().reset(seed=seed)
+        self.state = self.start_state
+        return self.state, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """Move one cell, or stay and pay where that is not possible."""
+        _, self.state, reward, terminated = self.P[self.state][action][0]
+        return self.state, reward, terminated, False, {}
+
+    def render(self) -> str | NDArray[np.uint8] | None:
+        """Return the grid as text or as a picture: A is the agent, G the goal, S the start, # an obstacle."""
+        cells = [[self._symbol((row, column)) for column in range(self.size)] for row in range(self.size)]
+        if self.render_mode == "ansi":
+            return "\n".join(" ".join(row) for row in cells) + "\n"
+        if self.render_mode == "rgb_array":
+            colours = np.array([[COLOURS[symbol] for symbol in row] for row in cells], np.uint8)
+            picture = colours.repeat(SYMBOL_PIXELS, axis=0).repeat(SYMBOL_PIXELS, axis=1)
+            picture[::SYMBOL_PIXELS], picture[:, ::SYMBOL_PIXELS] = 150, 150  # lines between the cells
+            return picture
+        return None
+
+    def _state(self, cell: tuple[int, ...]) -> int:
+        return cell[0] * self.size + cell[1]
+
+    def _cell(self, state: int) -> Cell:
+        return divmod(state, self.size)
+
+    def _outcome(self, state: int, action: int) -> tuple[float, int, float, bool]:
+        """Return (probability, next_state, reward, terminated) of an action; nothing follows the goal."""
+        cell = self._cell(state)
+        if cell == self.goal or cell in self.obstacles:
+            return 1.0, state, 0.0, True
+        target = (cell[0] + MOVES[action][0], cell[1] + MOVES[action][1])
+        if not self._inside(target) or target in self.obstacles:
+            return 1.0, state, BLOCKED_REWARD, False
+        if target == self.goal:
+            return 1.0, self._state(target), GOAL_REWARD, True
+        return 1.0, self._state(target), STEP_REWARD, False
+
+    def _inside(self, cell: tuple[int, ...]) -> bool:
+        return len(cell) == 2 and all(0 <= index < self.size for index in cell)
+
+    def _check_cells(self) -> None:
+        if self.size < 2:
+            raise ValueError(f"size must be at least 2, not {self.size}")
+        named = [("start", self.start), ("goal", self.goal), *(("obstacle", cell) for cell in sorted(self.obstacles))]
+        for name, cell in named:
+            if not self._inside(cell):
+                raise ValueError(f"the {name} {cell} must be (row, column) inside the {self.size}x{self.size} grid")
+        if self.start == self.goal:
+            raise ValueError(f"start and goal must be two cells, not both {self.start}")
+        for name, cell in named[:2]:
+            if cell in self.obstacles:
+                raise ValueError(f"the {name} {cell} must not be an obstacle")
+
+    def _reachable(self) -> set[int]:
+        """Return the states that can be reached from the start."""
+        seen, frontier = {self.start_state}, [self.start_state]
+        while frontier:
+            for ((_, next_state, _, _),) in self.P[frontier.pop()].values():
+                if next_state not in seen:
+                    seen.add(next_state)
+                    frontier.append(next_state)
+        return seen
+
+    def _symbol(self, cell: Cell) -> str:
+        if self._state(cell) == self.state:
+            return "A"
+        if cell == self.goal:
+            return "G"
+        if cell in self.obstacles:
+            return "#"
+        return "S" if cell == self.start else "."
