@@ -24,6 +24,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.networks import observation_dtype
 from minirl.ppo import ActorCritic
 from minirl.progress import Progress
+from minirl.q_learning import load_table
 from minirl.runs import load_checkpoint, load_settings, load_weights, seed_everything
 from minirl.runtime import select_device
 
@@ -67,13 +68,11 @@ def evaluate(
         raise ConfigError(f"--video must be a file that ends in .mp4, in a directory that exists, not {video}")
     run_dir = Path(run_dir)
     settings = load_settings(run_dir)
-    if settings["algorithm"] != "ppo":
-        raise ConfigError(f"{run_dir} must hold a run of PPO, not of {settings['algorithm']}")
     torch_device = select_device(device)
     if seed is None:
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
     with make_vector_env(settings["env_id"], min(episodes, SIDE_BY_SIDE)) as envs:
-        policy = load_policy(run_dir, envs, stochastic, torch_device)
+        policy = load_policy(run_dir, settings["algorithm"], envs, stochastic, torch_device)
         seed_everything(seed)
         returns = play_games(policy, envs, episodes, seed)
     if video is not None:
@@ -88,8 +87,23 @@ def evaluate(
     }
 
 
-def load_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
-    """Return the saved network as a function from observations to actions."""
+def load_policy(run_dir: Path, algorithm: str, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
+    """Return the saved network or table as a function from observations to actions.
+
+    Raises:
+        ConfigError: if there is none, or `stochastic` is asked of an algorithm that has no distribution to sample from.
+    """
+    if algorithm == "ppo":
+        return ppo_policy(run_dir, envs, stochastic, device)
+    if algorithm == "q_learning":
+        if stochastic:
+            raise ConfigError("--stochastic must not go with Q-learning, whose policy is the best entry of its table")
+        return q_learning_policy(run_dir, envs)
+    raise ConfigError(f"{run_dir} must hold a run of ppo or q_learning, not of {algorithm}")
+
+
+def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
+    """Return PPO's network as a policy: its likeliest actions, or sampled ones."""
     saved = load_checkpoint(run_dir, "ppo")
     agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
     load_weights(agent, saved)
@@ -101,6 +115,16 @@ def load_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.
         actions: Tensor = distribution.sample() if stochastic else distribution.logits.argmax(dim=-1)
         result: NDArray[np.int64] = actions.cpu().numpy()
         return result
+
+    return policy
+
+
+def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
+    """Return a Q-table as a policy: the first of the best actions."""
+    table = load_table(load_checkpoint(run_dir, "q_learning"), envs)
+
+    def policy(observations: NDArray[Any]) -> NDArray[np.int64]:
+        return table[observations].argmax(axis=-1)
 
     return policy
 

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_plain_env
+from minirl.envs.vector import VectorEnv
 from minirl.runs import Run, State, load_checkpoint, seed_everything
 from minirl.runtime import select_device
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes
+MAX_SWEEPS = 1_000_000  # of value iteration
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-
             rewards[state, action] += probability * reward
             transitions[state, action, next_state] += probability * (not terminated)
     q_table: QTable = np.zeros_like(rewards)
-    for _ in range(1_000_000):
+    for _ in range(MAX_SWEEPS):
         improved: QTable = rewards + gamma * transitions @ q_table.max(axis=1)
         if np.abs(improved - q_table).max() <= tolerance:
             return improved
@@ -252,12 +254,12 @@ def make_tabular_env(env_id: str) -> gym.Env[int, int]:
     return env
 
 
-def table_shape(env: gym.Env[int, int]) -> tuple[int, int]:
+def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
     """Return the number of states and of actions."""
     return int(env.observation_space.n), int(env.action_space.n)  # type: ignore[attr-defined]
 
 
-def load_table(saved: State, env: gym.Env[int, int]) -> QTable:
+def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
     """Return the Q-table of a checkpoint.
 
     Raises:

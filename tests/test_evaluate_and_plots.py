@@ -137,7 +137,7 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
         ("{run} --video no/such/game.mp4", "in a directory that exists"),
         ("{run} --device tpu", "--device must be auto, cpu or cuda"),
         ("empty", "there is no checkpoint here"),
-        ("other", "must hold a run of PPO, not of dqn"),
+        ("other", "must hold a run of ppo or q_learning, not of dqn"),
         ("changed", "must fit the environment of the run"),
         ("", "the following arguments are required: RUN_DIR"),
     ],

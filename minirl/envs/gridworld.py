@@ -59,7 +59,7 @@ class GridWorld(gym.Env[Any, Any]):
             state: {action: [self._outcome(state, action)] for action in range(len(MOVES))}
             for state in range(size * size)
         }
-        if self.goal_state not in self._reachable():
+        if self.goal_state not in self.reachable():
             raise ValueError(f"the goal {self.goal} can't be reached from the start {self.start}")
         self.state = self.start_state
 
@@ -120,7 +120,7 @@ class GridWorld(gym.Env[Any, Any]):
             if cell in self.obstacles:
                 raise ValueError(f"the {name} {cell} must not be an obstacle")
 
-    def _reachable(self) -> set[int]:
+    def reachable(self) -> set[int]:
         """Return the states that can be reached from the start."""
         seen, frontier = {self.start_state}, [self.start_state]
         while frontier:

@@ -1,0 +1,377 @@
+"""Q-learning: the update by hand, exploration by counting, and whole runs against exact values."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minirl import evaluate as evaluation
+from minirl import q_learning
+from minirl.cli import run_training
+from minirl.config import ConfigError
+from minirl.envs.gridworld import GridWorld
+from minirl.evaluate import evaluate
+from minirl.q_learning import (
+    QLearningConfig,
+    QTable,
+    epsilon_greedy,
+    make_tabular_env,
+    play_episode,
+    q_update,
+    train,
+    value_iteration,
+)
+from minirl.runs import save_config
+from minirl.tables import best_actions_grid, detailed_grid, summary
+
+NOTEBOOK = QLearningConfig()
+SHORT = QLearningConfig(num_episodes=250)
+
+
+# The update
+
+
+@pytest.mark.parametrize(
+    ("terminated", "alpha", "td_error", "new"),
+    [
+        # Q(0, 1) = 2, r = 3, max Q(1, .) = 10, gamma 0.5: the target is 3 + 5, or 3 at an end
+        (False, 0.25, 6.0, 3.5),
+        (False, 1.0, 6.0, 8.0),  # alpha 1 replaces
+        (False, 0.0, 6.0, 2.0),  # alpha 0 learns nothing
+        (True, 0.25, 1.0, 2.25),
+        (True, 1.0, 1.0, 3.0),
+    ],
+)
+def test_the_update_by_hand(terminated: bool, alpha: float, td_error: float, new: float) -> None:
+    table = np.array([[1.0, 2.0], [10.0, -4.0], [99.0, 99.0]])
+    error = q_update(table, 0, 1, 3.0, 1, terminated, alpha=alpha, gamma=0.5)
+    assert error == td_error
+    assert isinstance(error, float)
+    assert table.tolist() == [[1.0, new], [10.0, -4.0], [99.0, 99.0]]
+
+
+def test_the_update_of_a_step_that_stays_uses_the_values_before_it() -> None:
+    table = np.array([[4.0, 2.0]])
+    assert q_update(table, 0, 0, -10.0, 0, False, alpha=0.5, gamma=0.5) == -10 + 0.5 * 4 - 4
+    assert table.tolist() == [[-2.0, 2.0]]
+
+
+# Choosing
+
+
+def test_greedy_is_the_first_of_the_best() -> None:
+    rng = np.random.default_rng(0)
+    assert {epsilon_greedy(np.array([1.0, 5.0, 5.0]), 0.0, rng) for _ in range(100)} == {1}
+
+
+@pytest.mark.parametrize(("epsilon", "num_actions"), [(0.3, 4), (1.0, 3), (0.05, 6), (0.3, 1)])
+def test_actions_come_as_often_as_epsilon_says(epsilon: float, num_actions: int) -> None:
+    rng = np.random.default_rng(1)
+    draws = 40_000
+    q_values = np.arange(num_actions, dtype=float)
+    counts = np.bincount([epsilon_greedy(q_values, epsilon, rng) for _ in range(draws)], minlength=num_actions)
+    expected = np.full(num_actions, epsilon / num_actions)
+    expected[-1] += 1 - epsilon
+    assert counts / draws == pytest.approx(expected, abs=5 * np.sqrt(0.25 / draws))
+
+
+class LargestBelow:
+    """Draws the largest number below epsilon, where u / epsilon * A could round up to A."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.number = float(np.nextafter(epsilon, 0))
+
+    def random(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.3, 0.7, 1.0, 1e-300])
+@pytest.mark.parametrize("num_actions", [1, 2, 3, 4, 5, 6, 7, 9, 17, 1000])
+def test_exploring_never_leaves_the_range_of_actions(epsilon: float, num_actions: int) -> None:
+    rng: Any = LargestBelow(epsilon)
+    assert epsilon_greedy(np.zeros(num_actions), epsilon, rng) == num_actions - 1
+
+
+# Value iteration
+
+
+def test_value_iteration_finds_the_notebooks_table() -> None:
+    q_star = value_iteration(GridWorld(), 0.99)
+    # From (2, 1), right is the goal; from (2, 0), right and then right; up from (2, 0) goes the long way.
+    assert q_star[7] == pytest.approx([-10 + 0.99 * 100, 100, -10 + 0.99 * 100, -1 + 0.99 * 98])
+    assert q_star[0].max() == pytest.approx(-1 + 0.99 * (-1 + 0.99 * (-1 + 0.99 * 100)))
+    assert not q_star[8].any()
+    assert not q_star[4].any()
+
+
+def test_value_iteration_weighs_outcomes_by_their_probability() -> None:
+    class Coin(gym.Env[Any, Any]):
+        P = {0: {0: [(0.25, 0, 1.0, False), (0.75, 0, 5.0, True)], 1: [(1.0, 0, 2.0, True)]}}  # noqa: RUF012
+
+    # Q(0, 0) = 0.25 (1 + 0.5 max Q) + 0.75 * 5, and it is the larger: Q = 4 / (1 - 0.125)
+    assert value_iteration(Coin(), 0.5) == pytest.approx(np.array([[4 / 0.875, 2.0]]))
+
+
+def test_value_iteration_needs_a_model() -> None:
+    with pytest.raises(ValueError, match="has no model P"):
+        value_iteration(gym.make("CartPole-v1"), 0.9)
+
+
+def test_value_iteration_notices_values_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mint(gym.Env[Any, Any]):
+        P = {0: {0: [(1.0, 0, 1.0, False)]}}  # noqa: RUF012
+
+    monkeypatch.setattr(q_learning, "MAX_SWEEPS", 1000)
+    with pytest.raises(ValueError, match="did not converge"):
+        value_iteration(Mint(), 1.0)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("env_id", ["minirl/GridWorld-v0", "FrozenLake-v1", "Taxi-v4"])
+def test_the_fast_loop_is_the_public_functions_number_for_number(env_id: str) -> None:
+    env = make_tabular_env(env_id)
+    config = QLearningConfig(env_id=env_id, num_episodes=200, alpha=0.37, anneal_alpha=True, anneal_epsilon=True)
+    rng = np.random.default_rng(config.seed)
+    table = np.zeros((env.observation_space.n, env.action_space.n))  # type: ignore[attr-defined]
+    env.reset(seed=config.seed)
+    for episode in range(config.num_episodes):
+        remaining = 1 - episode / config.num_episodes
+        state, _ = env.reset()
+        ended = False
+        while not ended:
+            action = epsilon_greedy(table[state], config.epsilon * remaining, rng)
+            next_state, reward, terminated, truncated, _ = env.step(action)
+            alpha = config.alpha * remaining
+            q_update(table, state, action, float(reward), next_state, terminated, alpha=alpha, gamma=config.gamma)
+            state, ended = next_state, terminated or truncated
+    assert table.any()
+    np.testing.assert_array_equal(train(config), table)
+
+
+def test_a_cut_is_not_an_end() -> None:
+    class Corridor(gym.Env[Any, Any]):
+        """Pays 1 a step for ever; is cut after each step."""
+
+        observation_space = gym.spaces.Discrete(1)
+        action_space = gym.spaces.Discrete(1)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+            return 0, {}
+
+        def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+            return 0, 1.0, False, True, {}
+
+    table = [[0.0]]
+    for _ in range(200):
+        result = play_episode(Corridor(), table, lambda: 0.5, alpha=0.5, gamma=0.5, epsilon=0.0)
+    assert table[0][0] == pytest.approx(2.0)  # 1 + 0.5 + 0.25 + ...
+    assert result == (1.0, 1, pytest.approx(0.0, abs=1e-9))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_notebooks_settings_reach_q_star(seed: int) -> None:
+    learned = train(dataclasses.replace(NOTEBOOK, seed=seed))
+    assert np.abs(learned - value_iteration(GridWorld(), NOTEBOOK.gamma)).max() < 0.01
+
+
+def random_layout(seed: int) -> dict[str, Any]:
+    """A 4x4 grid with 4 obstacles and a way through."""
+    rng = np.random.default_rng(seed)
+    while True:
+        cells = [divmod(int(cell), 4) for cell in rng.permutation(np.arange(1, 15))[:4]]
+        layout = {"size": 4, "goal": (3, 3), "obstacles": tuple(cells)}
+        try:
+            GridWorld(**layout)
+        except ValueError:
+            continue
+        return layout
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_grids_reach_q_star(seed: int) -> None:
+    layout = random_layout(seed)
+    gym.register(f"RandomGrid{seed}-v0", GridWorld, kwargs=layout, max_episode_steps=1000)
+    config = QLearningConfig(env_id=f"RandomGrid{seed}-v0", epsilon=0.7, num_episodes=20_000)
+    learned = train(config)
+    grid = GridWorld(**layout)
+    expected = value_iteration(grid, config.gamma)
+    reachable = sorted(grid.reachable() - {grid.goal_state})
+    assert len(reachable) >= 6
+    np.testing.assert_allclose(learned[reachable], expected[reachable], atol=0.01)
+
+
+def success_within_the_limit(env: gym.Env[Any, Any], q_table: QTable) -> float:
+    """The exact expected return of the greedy policy from state 0 within the time limit, step by step backwards."""
+    model: Any = env.unwrapped.P  # type: ignore[attr-defined]
+    assert env.spec is not None
+    assert env.spec.max_episode_steps is not None
+    values = np.zeros(len(model))
+    for _ in range(env.spec.max_episode_steps):
+        values = np.array(
+            [
+                sum(p * (r + (0.0 if end else values[s2])) for p, s2, r, end in model[s][int(q_table[s].argmax())])
+                for s in range(len(model))
+            ]
+        )
+    return float(values[0])
+
+
+README_SETTINGS = {
+    "CliffWalking-v1": QLearningConfig(env_id="CliffWalking-v1", num_episodes=2000, alpha=0.5, epsilon=0.1),
+    "FrozenLake-v1": QLearningConfig(
+        env_id="FrozenLake-v1", num_episodes=50_000, alpha=0.2, anneal_alpha=True, epsilon=0.5
+    ),
+    "Taxi-v4": QLearningConfig(env_id="Taxi-v4", num_episodes=10_000, alpha=0.5, epsilon=0.1),
+}
+
+
+def test_frozen_lake_reaches_the_best_policy_there_is() -> None:
+    env = make_tabular_env("FrozenLake-v1")
+    learned = success_within_the_limit(env, train(README_SETTINGS["FrozenLake-v1"]))
+    best = success_within_the_limit(env, value_iteration(env, 0.99))
+    assert best == pytest.approx(0.7402, abs=1e-4)
+    assert learned >= 0.74
+
+
+@pytest.mark.parametrize(("env_id", "least"), [("CliffWalking-v1", -13.0), ("Taxi-v4", 7.5)])
+def test_the_readmes_settings(env_id: str, least: float, tmp_path: Path) -> None:
+    train(README_SETTINGS[env_id], run_dir=tmp_path / "run")
+    result = evaluate(tmp_path / "run", episodes=200)
+    assert result["mean_return"] >= least
+    if env_id == "CliffWalking-v1":
+        assert set(result["returns"]) == {-13.0}
+
+
+# Run directory, resume, logs
+
+
+def test_a_run_is_saved_logged_and_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    table = train(SHORT, run_dir=run_dir)
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert torch.equal(saved["q_table"], torch.from_numpy(table))
+    assert saved["episode"] == 250
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    for tag in ("charts/episodic_return", "charts/episodic_length", "losses/td_error", "charts/SPS"):
+        points = events.Scalars(tag)
+        assert len(points) == 3, "episodes 1 to 100, to 200, to 250"
+        assert points[-1].step == saved["global_step"]
+    errors = [event.value for event in events.Scalars("losses/td_error")]
+    assert errors[0] > errors[-1] > 0
+    evaluation.main([str(run_dir), "--episodes", "3", "--json"])
+    assert json.loads(capsys.readouterr().out)["returns"] == [97.0, 97.0, 97.0]
+
+
+@pytest.mark.parametrize("env_id", ["minirl/GridWorld-v0", "FrozenLake-v1"])
+def test_a_run_in_two_halves_is_the_run_in_one(env_id: str, tmp_path: Path) -> None:
+    whole = dataclasses.replace(SHORT, env_id=env_id)
+    expected = train(whole, run_dir=tmp_path / "whole")
+    train(dataclasses.replace(whole, num_episodes=120), run_dir=tmp_path / "halves")
+    resumed = train(whole, run_dir=tmp_path / "halves", resume=True)
+    np.testing.assert_array_equal(resumed, expected)
+    first, second = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "halves"))
+    for name in ("episode", "global_step", "rng", "env_rng", "returns"):
+        assert first[name] == second[name]
+
+
+def test_fewer_episodes_than_are_done_are_refused(tmp_path: Path) -> None:
+    train(SHORT, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="--num-episodes must be at least the 250 already done"):
+        train(dataclasses.replace(SHORT, num_episodes=100), run_dir=tmp_path / "run", resume=True)
+
+
+def test_another_environments_table_is_refused(tmp_path: Path) -> None:
+    train(SHORT, run_dir=tmp_path / "run")
+    save_config(tmp_path / "run", "q_learning", dataclasses.replace(SHORT, env_id="Taxi-v4"))
+    with pytest.raises(ConfigError, match=r"Q-table of the environment's size, \(500, 6\)"):
+        evaluate(tmp_path / "run", episodes=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--alpha 0", "--alpha must be a number above 0 and of at most 1, not 0.0"),
+        ("--alpha 2", "--alpha must be a number above 0 and of at most 1, not 2.0"),
+        ("--alpha nan", "--alpha must be"),
+        ("--epsilon 1.2", "--epsilon must be a number from 0 to 1, not 1.2"),
+        ("--epsilon -0.1", "--epsilon must be a number from 0 to 1, not -0.1"),
+        ("--gamma 1.01", "--gamma must be"),
+        ("--num-episodes 0", "--num-episodes must be a whole number of at least 1, not 0"),
+        ("--env-id CartPole-v1", "--env-id must have Discrete observations that count from 0 for a Q-table"),
+        ("--env-id Pendulum-v1", "--env-id must have Discrete observations"),
+        ("--env-id Taxi-v3", "--env-id must be an environment that Gymnasium can make"),
+        ("--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete observations"),
+        ("--device tpu", "--device must be"),
+        ("--resume nowhere", "nowhere must be a run directory"),
+        ("--resume ppo", "--resume must name a run of q_learning: ppo is one of ppo"),
+    ],
+)
+def test_mistakes(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ppo").mkdir()
+    save_config(tmp_path / "ppo", "ppo", SHORT)
+    with pytest.raises(SystemExit) as stop:
+        run_training("q_learning", QLearningConfig, train, "", line.split())
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert not (tmp_path / "runs").exists()
+
+
+# What is printed
+
+DETAILED = """\
+Detailed Q-table Grid:
+   |   (0,0)   |   (0,1)   |   (0,2)   |   (1,0)   |   (1,1)   |   (1,2)   |   (2,0)   |   (2,1)   |   (2,2)   |
+----------------------------------------------------------------------------------------------------------------
+ ^ |     83.12 |     85.06 |     87.02 |     92.12 | OBSTACLE  |     96.02 |     94.06 |     89.00 |   GOAL    |
+----------------------------------------------------------------------------------------------------------------
+ > |     94.06 |     96.02 |     87.02 |     85.06 | OBSTACLE  |     89.00 |     98.00 |    100.00 |   GOAL    |
+----------------------------------------------------------------------------------------------------------------
+ v |     94.06 |     85.06 |     98.00 |     96.02 | OBSTACLE  |    100.00 |     87.02 |     89.00 |   GOAL    |
+----------------------------------------------------------------------------------------------------------------
+ < |     83.12 |     92.12 |     94.06 |     85.06 | OBSTACLE  |     89.00 |     87.02 |     96.02 |   GOAL    |
+----------------------------------------------------------------------------------------------------------------"""
+
+BEST = """\
+Best Actions Grid:
+-------------------------------------------
+| >:  94.06   | >:  96.02   | v:  98.00   |\x20
+-------------------------------------------
+| v:  96.02   |  OBSTACLE   | v: 100.00   |\x20
+-------------------------------------------
+| >:  98.00   | >: 100.00   |    GOAL     |\x20
+-------------------------------------------"""
+
+
+def test_the_tables_are_the_notebooks() -> None:
+    """The first as the notebook's output shows it; the second as its code prints it."""
+    q_star = value_iteration(GridWorld(), 0.99)
+    assert detailed_grid(q_star, GridWorld()) == DETAILED
+    assert best_actions_grid(q_star, GridWorld()) == BEST
+
+
+def test_other_environments_get_a_summary() -> None:
+    table = np.zeros((500, 3))
+    table[:4] = [[1, 2, 0], [3, -1, 0], [0, 4, 1], [0, 9, 0]]
+    assert summary(table).splitlines() == [
+        "Q-table: 500 states x 3 actions; 4 states have learned values.",
+        "",
+        "action   best in states   mean value there   highest   lowest",
+        "     0                1              3.00      3.00     3.00",
+        "     1                3              5.00      9.00     2.00",
+        "     2                0",
+    ]
