@@ -94,7 +94,7 @@ def make_parser(config_class: type, description: str) -> Parser:
         if plain is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = _reader(plain, optional)
+            options["type"] = reader(plain, optional)
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}[plain]
         parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
     parser.add_argument(
@@ -112,7 +112,7 @@ def _shown(default: Any) -> str:
     return "none" if default is None else str(default)
 
 
-def _reader(plain: type, optional: bool) -> Callable[[str], Any]:
+def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:
     """Return a function that reads one value of a flag."""
 
     def read(text: str) -> Any:

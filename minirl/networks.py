@@ -74,7 +74,7 @@ def is_image(space: gym.Space[object]) -> bool:
     """
     if not isinstance(space, gym.spaces.Box):
         raise ConfigError(f"--env-id must have Box observations (numbers or images), not {space}")
-    if len(space.shape) <= 1:
+    if len(space.shape) == 1:
         return False
     if len(space.shape) == 3 and min(space.shape[1:]) >= SMALLEST_IMAGE:
         return True

@@ -34,33 +34,23 @@ class Curve:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """Read the episodes of a run. A resumed run has one event file a session: their minutes add up, pauses left out.
+    """Read the episodes of a run; what an interrupted session did after its last checkpoint is left out.
 
     Raises:
         ConfigError: if the directory holds no run, or no episode has finished in it.
     """
     settings = load_settings(run_dir)
-    steps: list[int] = []
-    minutes: list[float] = []
-    returns: list[float] = []
-    for file in sorted(run_dir.glob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()
-        if "charts/episodic_return" not in events.Tags()["scalars"]:
-            continue
-        session = events.Scalars("charts/episodic_return")
-        # What an interrupted session did after its last checkpoint was done again: keep the second time.
-        kept = int(np.searchsorted(steps, session[0].step))
-        del steps[kept:], minutes[kept:], returns[kept:]
-        before = minutes[-1] if minutes else 0.0
-        began = events.FirstEventTimestamp()
-        steps += [event.step for event in session]
-        minutes += [before + (event.wall_time - began) / 60 for event in session]
-        returns += [event.value for event in session]
-    if not returns:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    if not {"charts/episodic_return", "charts/minutes"} <= set(events.Tags()["scalars"]):
         raise ConfigError(f"{run_dir} must hold TensorBoard events of at least one finished episode")
+    episodes = events.Scalars("charts/episodic_return")
+    clock = events.Scalars("charts/minutes")
+    steps = np.array([event.step for event in episodes])
+    # Episodes end between two readings of the clock.
+    minutes = np.interp(steps, [0] + [event.step for event in clock], [0.0] + [event.value for event in clock])
     name = f"{settings['algorithm']} {settings['env_id']}, seed {settings['seed']}"
-    return Curve(name, np.array(steps), np.array(minutes), np.array(returns))
+    return Curve(name, steps, minutes, np.array([event.value for event in episodes]))
 
 
 def plot_curves(curves: list[Curve], output: Path) -> None:

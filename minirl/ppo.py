@@ -97,13 +97,13 @@ class ActorCritic(nn.Module):
         if not isinstance(action_space, gym.spaces.Discrete):
             raise ConfigError(f"--env-id must have Discrete actions for PPO, not {action_space}")
         assert observation_space.shape is not None
+        self.critic_body: nn.Module | None = None  # its own only on vectors
         self.actor_body: nn.Module
-        self.critic_body: nn.Module
         if is_image(observation_space):
-            self.actor_body = self.critic_body = NatureCNN(observation_space.shape)
+            self.actor_body = NatureCNN(observation_space.shape)
             num_features = NatureCNN.num_features
         else:
-            sizes = (math.prod(observation_space.shape), 64, 64)
+            sizes = (*observation_space.shape, 64, 64)
             self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
             num_features = sizes[-1]
         self.actor = orthogonal(nn.Linear(num_features, int(action_space.n)), gain=0.01)
@@ -112,8 +112,7 @@ class ActorCritic(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
         actor_features = self.actor_body(obs)
-        shared = self.critic_body is self.actor_body
-        critic_features = actor_features if shared else self.critic_body(obs)
+        critic_features = actor_features if self.critic_body is None else self.critic_body(obs)
         distribution = Categorical(logits=self.actor(actor_features), validate_args=False)
         return distribution, self.critic(critic_features).squeeze(-1)
 
@@ -190,8 +189,8 @@ def value_loss(
     """The value's loss, L = mean((V - R)^2).
 
     No factor 1/2, as in the paper and Stable-Baselines3; with CleanRL's 1/2 the same `vf_coef` weighs half as much.
-    With `old_values` and `clip_coef`, the larger of the losses of V and of V_old + clip(V - V_old, -eps, eps), element
-    by element, as in OpenAI's baselines.
+    With both `old_values` and `clip_coef`, the larger of the losses of V and of V_old + clip(V - V_old, -eps, eps),
+    element by element, as in OpenAI's baselines.
 
     Args:
         values: (B,) V(s), carries the gradient.
@@ -200,14 +199,14 @@ def value_loss(
         clip_coef: eps.
 
     Raises:
-        ValueError: if the shapes differ, or only one of the optional arguments is given.
+        ValueError: if the shapes differ, or there is a `clip_coef` and nothing to clip around.
     """
     require_same_shape(values=values, returns=returns)
     squared_error = (values - returns).square()
-    if old_values is None and clip_coef is None:
+    if clip_coef is None:
         return squared_error.mean()
-    if old_values is None or clip_coef is None:
-        raise ValueError("value clipping needs both old_values and clip_coef")
+    if old_values is None:
+        raise ValueError("value clipping needs old_values to clip around")
     require_same_shape(values=values, old_values=old_values)
     clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return torch.max(squared_error, (clipped_values - returns).square()).mean()
@@ -271,7 +270,7 @@ def ppo_loss(
 class Rollout:
     """T steps of N environments, on the device. Observations keep their dtype: pixels stay bytes.
 
-    `final_values[t]` is V of the last observation of an episode that was cut at step t, and 0 elsewhere.
+    `final_values[t]` is V of the last observation of an episode that was cut at step t, and meaningless elsewhere.
     """
 
     def __init__(self, num_steps: int, envs: VectorEnv, device: torch.device) -> None:
@@ -350,19 +349,18 @@ def update_policy(
                 clip_coef=clip_coef,
                 vf_coef=config.vf_coef,
                 ent_coef=config.ent_coef,
-                old_values=None if config.value_clip_coef is None else old_values[batch],
+                old_values=old_values[batch],
                 value_clip_coef=config.value_clip_coef,
             )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
             optimizer.step()
-            history.append(torch.stack(list(stats.values())))
+            history.append(stats)
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
-        if config.target_kl is not None and stats["approx_kl"] > config.target_kl:
+        if config.target_kl is not None and history[-1]["approx_kl"] > config.target_kl:
             break
-    means = torch.stack(history).mean(dim=0).tolist()
-    return {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
+    return {f"losses/{name}": float(torch.stack([stats[name] for stats in history]).mean()) for name in history[0]}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -388,18 +386,17 @@ def train(
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "ppo") if resume else None
-    seed_everything(config.seed)
+    saved = load_checkpoint(run_dir, "ppo", "model", "optimizer") if resume else None
+    first_step: int = saved["global_step"] if saved else 0
+    seed_everything(config.seed + first_step)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rollout = Rollout(config.num_steps, envs, torch_device)
-        first_step = 0
         if saved is not None:
             load_weights(agent, saved)
             optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
-            first_step = saved["global_step"]
             if first_step > config.num_updates * config.batch_size:
                 raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
 

@@ -3,7 +3,6 @@
 import datetime
 import sys
 import time
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -59,11 +58,7 @@ class Progress:
         line = f"{self.done:,} of {self.total:,} {self.unit}, {self.per_second():,.0f} a second, {clock} left"
         return f"{line}, {note}" if note else line
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is and go to a new line."""
         if self.bar is not None:
             self.bar.close()

@@ -187,7 +187,7 @@ def train(
     """
     select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "q_learning") if resume else None
+    saved = load_checkpoint(run_dir, "q_learning", "q_table", "episode", "rng", "env_rng") if resume else None
     seed_everything(config.seed)
     rng = np.random.default_rng(config.seed)
     env = make_tabular_env(config.env_id)
@@ -256,7 +256,9 @@ def make_tabular_env(env_id: str) -> gym.Env[int, int]:
 
 def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
     """Return the number of states and of actions."""
-    return int(env.observation_space.n), int(env.action_space.n)  # type: ignore[attr-defined]
+    states: Any = env.observation_space
+    actions: Any = env.action_space
+    return int(states.n), int(actions.n)
 
 
 def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
@@ -265,7 +267,7 @@ def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
     Raises:
         ConfigError: if it is not one of this environment's size.
     """
-    table = saved.get("q_table")
+    table = saved["q_table"]
     if not isinstance(table, torch.Tensor) or tuple(table.shape) != table_shape(env):
         raise ConfigError(f"the checkpoint must hold a Q-table of the environment's size, {table_shape(env)}")
     result: QTable = table.numpy()

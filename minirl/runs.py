@@ -34,6 +34,8 @@ from minirl.progress import Progress
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.pt"
 
+COMMON_KEYS = ("global_step", "returns", "seconds", "random_state")  # of every algorithm's checkpoint
+
 State = dict[str, Any]
 
 
@@ -42,17 +44,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - environments and users' code may draw from the global generator
     torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
 
 
 def random_state() -> State:
-    """Return PyTorch's random states, as tensors."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    """Return PyTorch's random states, as tensors; those of CUDA only if this process uses it."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
 
 
 def set_random_state(state: State) -> None:
-    """Put back what `random_state` returned, as far as this machine has the devices."""
+    """Put back what `random_state` returned, as far as this machine has the same devices."""
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
@@ -82,8 +88,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def load_checkpoint(run_dir: Path | None, algorithm: str) -> State:
+def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str) -> State:
     """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
+
+    Args:
+        run_dir: the directory of the run.
+        algorithm: whose checkpoint it must be.
+        keys: what it must hold of the algorithm's own state.
 
     Raises:
         ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
@@ -91,15 +102,17 @@ def load_checkpoint(run_dir: Path | None, algorithm: str) -> State:
     if run_dir is None:
         raise ConfigError("resume=True needs run_dir, the directory of the run")
     path = run_dir / CHECKPOINT_FILE
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no checkpoint here")
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no checkpoint here") from None
     except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
         reason = str(error).split("\n")[0]
         raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
     if not isinstance(state, dict) or state.get("algorithm") != algorithm:
         raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
+    if missing := {*COMMON_KEYS, *keys} - state.keys():
+        raise ConfigError(f"{path} must be a whole checkpoint, and has no {', '.join(sorted(missing))}")
     return state
 
 
@@ -136,7 +149,7 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{run_dir} must be a run directory, and has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
-    if not isinstance(settings, dict) or "algorithm" not in settings:
+    if not isinstance(settings, dict) or not {"algorithm", "env_id", "seed"} <= settings.keys():
         raise ConfigError(f"{path} must hold the settings of a run")
     return settings
 
@@ -179,11 +192,11 @@ class Run:
         self.stop_signal: int | None = None
         self.writer: SummaryWriter | None = None
         if run_dir is not None:
-            if resumed is None and (run_dir / CONFIG_FILE).exists():
-                raise ConfigError(
-                    f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
-                )
             try:
+                if resumed is None and (run_dir / CONFIG_FILE).exists():
+                    raise ConfigError(
+                        f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
+                    )
                 run_dir.mkdir(parents=True, exist_ok=True)
                 save_config(run_dir, algorithm, config)
             except OSError as error:
@@ -203,7 +216,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.__exit__(kind, error, trace)
+        self.progress.close()
         if self.writer is not None:
             self.writer.close()
         for number, handler in self._old_handlers.items():
@@ -211,15 +224,19 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_signal is not None:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self.stop_signal = number
 
     def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
         """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
         self.progress.update(global_step if done is None else done, self._note())
         if self.writer is not None:
-            steps_per_second = (global_step - self.first_step) / (time.monotonic() - self.started)
-            for tag, value in {**scalars, "charts/SPS": steps_per_second}.items():
+            seconds = time.monotonic() - self.started
+            speed = {
+                "charts/SPS": (global_step - self.first_step) / seconds,
+                "charts/minutes": (self.seconds_before + seconds) / 60,  # of training: pauses left out
+            }
+            for tag, value in {**scalars, **speed}.items():
                 self.writer.add_scalar(tag, value, global_step)
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
@@ -251,6 +268,8 @@ class Run:
                 "seconds": self.seconds_before + time.monotonic() - self.started,
                 "random_state": random_state(),
             }
+            assert self.writer is not None
+            self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
             save_checkpoint(self.run_dir / CHECKPOINT_FILE, {**common, **state()})
             self.last_saved = global_step
         if self.stop_signal is not None and not finished:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import gymnasium as gym
@@ -73,8 +74,31 @@ class Faulty(Counter):
                 raise ArithmeticError("the pole snapped")
             if self.fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "hang up":
+                raise EOFError("the game server hung up")
             if self.fault == "exit":
                 sys.exit(3)
+        return super().step(action)
+
+
+class EndsInReset(Counter):
+    """Finishes an episode in its second reset, as an Atari game can in a no-op after a lost life."""
+
+    def __init__(self) -> None:
+        super().__init__(ends_at=1)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        obs, info = super().reset(seed=seed)
+        return obs, {**info, "episode": {"r": 40.0 + self.episode, "l": 9}} if self.episode else info
+
+
+class Stuck(Counter):
+    """Never comes back from its first step."""
+
+    def step(self, action: int) -> Step:
+        time.sleep(1000)
         return super().step(action)
 
 

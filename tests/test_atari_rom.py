@@ -10,7 +10,9 @@ from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 
 from minirl.config import ConfigError
-from minirl.envs.atari import Frame, is_atari, make_atari_env
+from minirl.envs.atari import Frame, make_atari_env
+from minirl.envs.ids import is_atari, registered_id
+from minirl.envs.make import make_env
 
 Transition = tuple[NDArray[np.uint8], float, bool, bool]
 
@@ -148,8 +150,45 @@ def test_a_game_of_half_an_hour_is_cut_not_over(env_id: str) -> None:
     assert info["episode"]["l"] == 27_000 == steps + 2  # FIRE and one more button
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pang-v5", ""])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pang-v5"])
 def test_other_ids_are_refused(env_id: str) -> None:
     assert not is_atari(env_id)
     with pytest.raises(ConfigError, match="--env-id must be an Atari game"):
         make_atari_env(env_id)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "registered"),
+    [
+        ("PongNoFrameskip-v4", "PongNoFrameskip-v4"),
+        ("PongNoFrameskip", "PongNoFrameskip-v4"),
+        ("ALE/Pong", "ALE/Pong-v5"),
+        ("ale_py:ALE/Pong-v5", "ALE/Pong-v5"),
+    ],
+)
+def test_every_spelling_of_a_games_id_is_preprocessed(env_id: str, registered: str) -> None:
+    assert registered_id(env_id) == registered
+    assert make_env(env_id).observation_space.shape == (4, 84, 84)
+
+
+def test_the_number_of_frames_is_passed_on() -> None:
+    assert make_atari_env("PongNoFrameskip-v4", frame_stack=2).observation_space.shape == (2, 84, 84)
+
+
+def test_a_cut_is_a_cut_with_all_preprocessing_and_a_new_game_follows() -> None:
+    env = make_atari_env("BreakoutNoFrameskip-v4")
+    emulator = env.unwrapped.ale  # type: ignore[attr-defined]
+    emulator.setInt("max_num_frames_per_episode", 400)
+    env.reset(seed=0)  # a seeded reset loads the game anew, with the new limit
+    rng = np.random.default_rng(0)
+    ends: list[tuple[bool, bool, bool]] = []
+    while not ends or not ends[-1][1]:
+        *_, terminated, truncated, info = env.step(int(rng.integers(4)))
+        if terminated or truncated:
+            ends.append((terminated, truncated, "episode" in info))
+            if not truncated:
+                env.reset()
+    assert ends[-1] == (False, True, True)
+    assert emulator.getEpisodeFrameNumber() == 400
+    env.reset()
+    assert emulator.getEpisodeFrameNumber() < 100

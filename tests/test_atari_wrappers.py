@@ -176,6 +176,26 @@ def test_episodic_life_obeys_a_seed_in_the_middle_of_a_game() -> None:
     assert emulator.seeds == [1, 5]
 
 
+def test_episodic_life_starts_a_new_game_after_a_cut() -> None:
+    emulator = FakeAtari(lives=2, cut_at=2)
+    env = EpisodicLife(emulator)
+    env.reset()
+    env.step(1)
+    assert env.step(1)[2:4] == (False, True)
+    obs, _ = env.reset()
+    assert (emulator.game, emulator.frame) == (1, 0)
+    np.testing.assert_array_equal(obs, 50)
+
+
+def test_episodic_life_notices_a_life_lost_in_the_first_step_and_not_one_lost_in_the_no_op() -> None:
+    env = EpisodicLife(FakeAtari(lives=4, life_lost_at=(1, 2, 4)))
+    env.reset()
+    assert env.step(1)[2], "lost at frame 1, right after the reset"
+    env.reset()  # the no-op loses another at frame 2
+    assert not env.step(1)[2]
+    assert env.step(1)[2]
+
+
 # FireReset
 
 
@@ -193,6 +213,14 @@ def test_fire_reset_resets_when_a_press_ends_the_game(ends_at: int, game: int) -
     assert (emulator.game, emulator.frame) == (game, 0), "where the first frame ends games, both presses do"
     np.testing.assert_array_equal(obs, game * 50)
     assert info["episode"] == {"r": 3.0, "l": ends_at}
+
+
+def test_fire_reset_keeps_the_score_of_a_game_that_ended_in_the_reset_below() -> None:
+    env = FireReset(EpisodicLife(EpisodeStatistics(FakeAtari(lives=2, life_lost_at=(3,), ends_at=4, rewards={4: 2.0}))))
+    env.reset()  # frames 1 and 2 are the presses
+    assert env.step(3)[2]
+    _, info = env.reset()  # the no-op of the next life, frame 4, ends the game
+    assert info["episode"] == {"r": 2.0, "l": 4}
 
 
 def test_fire_reset_refuses_a_game_without_fire() -> None:
@@ -227,10 +255,11 @@ def test_grayscale_weighs_colours_by_luminance() -> None:
 
 
 def test_resize_takes_the_mean_of_each_area() -> None:
-    screen = np.array([[0, 4, 10, 10], [8, 4, 10, 30], [1, 1, 200, 200], [1, 1, 100, 100]], np.uint8)
+    screen = np.zeros((6, 6), np.uint8)
+    screen[0, :3], screen[:3, 3:], screen[5, 0], screen[3:, 3:] = 90, 7, 45, np.arange(9).reshape(3, 3)
     env = Resize(FixedScreens(screen), size=2)
     obs, _ = env.reset()
-    assert obs.tolist() == [[4, 15], [1, 150]]
+    assert obs.tolist() == [[30, 7], [5, 4]]
     assert env.observation_space == gym.spaces.Box(0, 255, (2, 2), np.uint8)
 
 

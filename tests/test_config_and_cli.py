@@ -96,7 +96,6 @@ def test_every_field_of_ppo_is_a_flag_with_its_default_and_help(capsys: pytest.C
 def test_the_defaults_are_the_source_notebooks() -> None:
     config = PPOConfig()
     assert dataclasses.asdict(config) == {
-        **dataclasses.asdict(config),
         "env_id": "PongNoFrameskip-v4",
         "num_envs": 8,
         "num_steps": 128,
@@ -104,7 +103,6 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "minibatch_size": 256,
         "update_epochs": 4,
         "learning_rate": 2.5e-4,
-        "anneal_lr": False,
         "gamma": 0.99,
         "gae_lambda": 0.9,
         "clip_coef": 0.1,
@@ -112,8 +110,14 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "vf_coef": 0.5,
         "max_grad_norm": 0.5,
         "seed": 42,
+        # Switches of the field's that the notebook leaves as Stable-Baselines3 has them.
+        "anneal_lr": False,
+        "anneal_clip": False,
+        "norm_adv": True,
         "value_clip_coef": None,
         "target_kl": None,
+        "num_workers": None,
+        "checkpoint_frequency": 100_000,
     }
     assert config.batch_size == 1024
     assert config.num_updates == 9766
@@ -192,7 +196,9 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
         save_config(tmp_path / name, "dqn" if name == "foreign" else "ppo", PPOConfig())
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "list" / "config.json").write_text("[]")
-    (tmp_path / "newer" / "config.json").write_text('{"algorithm": "ppo", "wings": 2}')
+    (tmp_path / "newer" / "config.json").write_text(
+        '{"algorithm": "ppo", "env_id": "CartPole-v1", "seed": 1, "wings": 2}'
+    )
     (tmp_path / "garbled" / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 

@@ -10,17 +10,16 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
 from minirl import evaluate as evaluation
 from minirl import plots
 from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.vector import VectorEnv
+from minirl.envs.vector import Episode, VectorEnv
 from minirl.evaluate import evaluate, play_games
 from minirl.plots import Curve, plot_curves, read_curve
 from minirl.ppo import PPOConfig, train
-from minirl.runs import save_config
+from minirl.runs import Run, load_checkpoint, save_config
 from tests.fake_envs import Counter
 
 
@@ -131,7 +130,7 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
     [
         ("nowhere", "nowhere must be a run directory, and has no config.json"),
         ("{run} --episodes 0", "--episodes must be a whole number of at least 1, not 0"),
-        ("{run} --episodes x", "--episodes: invalid int value: 'x'"),
+        ("{run} --episodes x", "--episodes: must be a whole number, not 'x'"),
         ("{run} --seed -1", "--seed must be a whole number from 0 to"),
         ("{run} --video game.avi", "--video must be a file that ends in .mp4"),
         ("{run} --video no/such/game.mp4", "in a directory that exists"),
@@ -171,24 +170,31 @@ def test_mistakes(
 # Plots
 
 
-def write_session(run_dir: Path, points: list[tuple[int, float, float]], created: float) -> None:
-    """Write an event file of (agent step, seconds since the start, return)."""
-    writer = SummaryWriter(str(run_dir), filename_suffix=f".{created}")
-    for step, seconds, value in points:
-        writer.add_scalar("charts/episodic_return", value, step, walltime=time.time() + seconds)
-    writer.close()
-
-
 def test_a_curve_joins_the_sessions_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_config(tmp_path, "ppo", PPOConfig())
-    write_session(tmp_path, [(10, 60, -21), (20, 120, -20), (30, 180, -19)], 1)
+    now = [0.0]
+    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
+    config = PPOConfig(checkpoint_frequency=20)
+
+    def play(run: Run, steps: list[int], value: float) -> None:
+        for step in steps:
+            now[0] += 60
+            run.log_episodes(step - 5, [Episode(0, value, 5)])
+            run.log(step, {})
+            run.checkpoint(step, dict)
+
+    with Run("ppo", config, tmp_path / "run", total=100) as run:
+        play(run, [10, 20, 30], -20.0)  # saved at 20, killed after 30
+    now[0] += 10_000
     time.sleep(1.1)  # TensorBoard names its files by the second
-    write_session(tmp_path, [(25, 60, -10), (35, 120, -9)], 2)  # went on from a checkpoint at 20
-    curve = read_curve(tmp_path)
+    saved = load_checkpoint(tmp_path / "run", "ppo")
+    assert saved["global_step"] == 20
+    with Run("ppo", config, tmp_path / "run", total=100, done=20, resumed=saved) as run:
+        play(run, [30, 40], -10.0)
+    curve = read_curve(tmp_path / "run")
     assert curve.name == "ppo PongNoFrameskip-v4, seed 42"
-    assert curve.steps.tolist() == [10, 20, 25, 35]
-    assert curve.returns.tolist() == [-21, -20, -10, -9]
-    assert curve.minutes == pytest.approx([1, 2, 3, 4], abs=0.05)
+    assert curve.steps.tolist() == [5, 15, 25, 35]
+    assert curve.returns.tolist() == [-20, -20, -10, -10]
+    assert curve.minutes.tolist() == pytest.approx([0.5, 1.5, 2.5, 3.5])
 
 
 def test_the_mean_of_the_last_episodes() -> None:

@@ -106,7 +106,9 @@ def test_a_value_that_is_not_finite_behind_a_real_end_does_no_harm() -> None:
     assert advantages.item() == -1.0
 
 
-def test_shapes_must_match() -> None:
-    good = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"next_values \(3, 1\)"):
-        compute_gae(good, good, torch.zeros(3, 1), good.bool(), good.bool(), 0.9, 0.9)
+@pytest.mark.parametrize("name", ["rewards", "values", "next_values", "terminated", "truncated"])
+def test_shapes_must_match(name: str) -> None:
+    tensors = {key: torch.zeros(3, 2) for key in ["rewards", "values", "next_values", "terminated", "truncated"]}
+    tensors[name] = torch.zeros(3, 1)
+    with pytest.raises(ValueError, match=rf"{name} \(3, 1\)"):
+        compute_gae(**tensors, gamma=0.9, gae_lambda=0.9)

@@ -75,7 +75,8 @@ def test_rendering() -> None:
     assert env.render() == "S A .\n. # .\n. . G\n"
     picture = GridWorld(render_mode="rgb_array").render()
     assert isinstance(picture, np.ndarray)
-    assert (picture.shape, picture.dtype) == ((96, 96, 3), np.uint8)
+    assert picture.shape == (96, 96, 3)
+    assert picture.dtype == np.uint8
     agent, free, obstacle, goal = (tuple(picture[y, x]) for y, x in [(16, 16), (16, 48), (48, 48), (80, 80)])
     assert len({agent, free, obstacle, goal}) == 4
     assert GridWorld().render() is None

@@ -11,6 +11,7 @@ from torch import nn
 from minirl.config import ConfigError
 from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
 from minirl.ppo import ActorCritic
+from minirl.runtime import select_device
 
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
@@ -36,6 +37,7 @@ def test_the_actor_critic_on_vectors_has_two_separate_mlps() -> None:
     distribution, value = agent(torch.randn(5, 4))
     value.sum().backward()
     assert all(parameter.grad is None for parameter in agent.actor_body.parameters())
+    assert agent.critic_body is not None
     assert all(parameter.grad is not None for parameter in agent.critic_body.parameters())
     assert distribution.logits.shape == (5, 2)
     assert value.shape == (5,)
@@ -45,13 +47,25 @@ def test_the_actor_critic_on_pixels_shares_one_nature_cnn() -> None:
     agent = ActorCritic(PIXELS, gym.spaces.Discrete(6))
     # 4x32x8x8 + 32, 32x64x4x4 + 64, 64x64x3x3 + 64, 3136x512 + 512, 512x6 + 6, 512 + 1
     assert count(agent) == 8224 + 32832 + 36928 + 1606144 + 3078 + 513
-    assert agent.actor_body is agent.critic_body
+    assert agent.critic_body is None
 
 
 def test_all_actions_are_about_equally_likely_at_first() -> None:
     agent = ActorCritic(PIXELS, gym.spaces.Discrete(6))
     distribution, _ = agent(torch.randint(0, 256, (16, 4, 84, 84), dtype=torch.uint8))
     torch.testing.assert_close(distribution.probs, torch.full((16, 6), 1 / 6), atol=0.01, rtol=0)
+
+
+def test_layers_start_with_the_gains_of_the_paper() -> None:
+    for agent in (ActorCritic(VECTOR, TWO), ActorCritic(PIXELS, TWO)):
+        bodies = [body for body in (agent.actor_body, agent.critic_body) if body is not None]
+        layers = [layer for body in bodies for layer in body.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        assert len(layers) == 4
+        for layer, gain in [*((layer, math.sqrt(2)) for layer in layers), (agent.actor, 0.01), (agent.critic, 1.0)]:
+            weight = layer.weight.detach().flatten(1)
+            largest = float(torch.linalg.matrix_norm(weight, ord=2))
+            assert largest == pytest.approx(gain, rel=1e-4), "orthogonal: all singular values are the gain"
+    assert [type(layer) for layer in ActorCritic(VECTOR, TWO).actor_body] == [nn.Linear, nn.Tanh] * 2  # type: ignore[arg-type]
 
 
 def test_bytes_and_normalised_floats_give_the_same_features() -> None:
@@ -80,7 +94,14 @@ def test_only_images_of_bytes_stay_bytes(space: gym.spaces.Box, dtype: torch.dty
     assert observation_dtype(space) == dtype
 
 
-@pytest.mark.parametrize("shape", [(84, 84, 3), (4, 35, 84), (84, 84), (2, 4, 84, 84)])
+@pytest.mark.parametrize("shape", [(84, 84, 3), (4, 35, 84), (84, 84), (2, 4, 84, 84), ()])
 def test_other_pictures_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="--env-id must have vectors"):
         is_image(gym.spaces.Box(0, 255, shape, np.uint8))
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_cuda_where_it_is(there: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    assert select_device("auto") == torch.device(device)
+    assert select_device("cpu") == torch.device("cpu")

@@ -17,8 +17,18 @@ from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.ppo import ActorCritic, PPOConfig, Rollout, collect_rollout, train, update_policy
-from minirl.runs import Run
+from minirl.ppo import (
+    ActorCritic,
+    PPOConfig,
+    Rollout,
+    collect_rollout,
+    compute_gae,
+    explained_variance,
+    ppo_loss,
+    train,
+    update_policy,
+)
+from minirl.runs import Run, load_checkpoint
 from tests.fake_envs import counter
 
 CPU = torch.device("cpu")
@@ -202,7 +212,101 @@ def test_value_clipping_holds_values_that_have_moved_far_enough(value_clip_coef:
     assert torch.equal(agent.critic.weight, before) != moves
 
 
+def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() -> None:
+    """Two epochs of one minibatch, against two steps of plain descent on `ppo_loss` written out here."""
+    config = PPOConfig(
+        env_id="CartPole-v1",
+        num_envs=4,
+        num_steps=8,
+        minibatch_size=32,
+        update_epochs=2,
+        clip_coef=0.9,  # not the one to use: it is annealed
+        vf_coef=0.3,
+        ent_coef=0.2,
+        value_clip_coef=0.4,
+        norm_adv=False,
+        max_grad_norm=1e9,
+    )
+    agent, rollout, advantages, returns = made_up_rollout(config)
+    rollout.log_probs -= 0.05  # ratios around 1.05: with a clip range of 0.03 they are outside
+    losses = update_policy(
+        agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, advantages, returns, config, clip_coef=0.03
+    )
+
+    twin, *_ = made_up_rollout(config)
+    logged = []
+    for _ in range(2):
+        distribution, values = twin(rollout.observations.flatten(0, 1))
+        loss, stats = ppo_loss(
+            distribution.log_prob(rollout.actions.flatten()),
+            rollout.log_probs.flatten(),
+            advantages.flatten(),
+            values,
+            returns.flatten(),
+            distribution.entropy(),
+            clip_coef=0.03,
+            vf_coef=0.3,
+            ent_coef=0.2,
+            old_values=rollout.values.flatten(),
+            value_clip_coef=0.4,
+        )
+        logged.append(stats)
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    torch.testing.assert_close(parameters(agent), parameters(twin), rtol=1e-5, atol=1e-6)
+    for name in logged[0]:
+        expected = (logged[0][name] + logged[1][name]).item() / 2
+        assert losses[f"losses/{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([1.0, 2.0, 6.0], 1.0), ([3.0, 3.0, 3.0], 0.0), ([-1.0, -2.0, -6.0], -3.0)]
+)
+def test_explained_variance(values: list[float], expected: float) -> None:
+    returns = torch.tensor([1.0, 2.0, 6.0])
+    assert explained_variance(torch.tensor(values), returns) == pytest.approx(expected)
+    assert math.isnan(explained_variance(torch.tensor(values), torch.ones(3)))
+
+
 # Whole runs
+
+
+def test_the_rollout_goes_into_the_advantages_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    rollouts: list[Rollout] = []
+
+    def spy_collect(*args: Any) -> Any:
+        rollouts.append(args[3])
+        return collect_rollout(*args)
+
+    def spy_gae(*args: Any) -> Any:
+        rollout = rollouts[-1]
+        fields = ["rewards", "values", "next_values", "terminated", "truncated"]
+        calls.append([torch.equal(arg, getattr(rollout, name)) for arg, name in zip(args, fields, strict=False)])
+        assert args[5:] == (0.7, 0.3)
+        return compute_gae(*args)
+
+    variances = []
+
+    def spy_variance(values: Tensor, returns: Tensor) -> float:
+        variances.append(torch.equal(values, rollouts[-1].values) and not torch.equal(values, returns))
+        return 0.0
+
+    monkeypatch.setattr("minirl.ppo.collect_rollout", spy_collect)
+    monkeypatch.setattr("minirl.ppo.compute_gae", spy_gae)
+    monkeypatch.setattr("minirl.ppo.explained_variance", spy_variance)
+    train(dataclasses.replace(TINY, gamma=0.7, gae_lambda=0.3), device="cpu")
+    assert calls == [[True] * 5] * 4
+    assert variances == [True] * 4
+
+
+def test_the_optimiser_has_the_settings_of_the_paper_and_the_annealed_rate(tmp_path: Path) -> None:
+    train(dataclasses.replace(TINY, anneal_lr=True, learning_rate=0.4), run_dir=tmp_path / "run", device="cpu")
+    (group,) = load_checkpoint(tmp_path / "run", "ppo")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.1), "a quarter is left in the last of four updates"
+    assert (group["eps"], tuple(group["betas"]), group["weight_decay"]) == (1e-5, (0.9, 0.999), 0)
 
 
 def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(tmp_path: Path) -> None:
@@ -308,6 +412,53 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {6 * 8}
     assert len(resumed["returns"]) == 8 + 4
     assert [step for step, _ in read_scalars(run_dir)["losses/entropy"]] == [16, 32, 48, 64, 80, 96]
+
+
+def test_resuming_takes_up_the_random_numbers_and_plays_other_games(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    saved = load_checkpoint(tmp_path / "run", "ppo")
+    states, seeds = [], []
+
+    def spy_collect(*args: Any) -> Any:
+        states.append(torch.get_rng_state())
+        return collect_rollout(*args)
+
+    reset = VectorEnv.reset
+
+    def spy_reset(envs: VectorEnv, seed: int | None = None) -> Any:
+        seeds.append(seed)
+        return reset(envs, seed)
+
+    monkeypatch.setattr("minirl.ppo.collect_rollout", spy_collect)
+    monkeypatch.setattr(VectorEnv, "reset", spy_reset)
+    train(dataclasses.replace(TINY, total_timesteps=96), run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert torch.equal(states[0], saved["random_state"]["cpu"])
+    assert seeds == [TINY.seed + 64]
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_logged_anew(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, total_timesteps=160, checkpoint_frequency=32)
+    stop_after = 80
+
+    def killed(*args: Any) -> Any:
+        if args[-1] >= stop_after:
+            raise InterruptedError
+        return collect_rollout(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("minirl.ppo.collect_rollout", killed)
+        train(config, run_dir=tmp_path / "run", device="cpu")
+    assert [step for step, _ in read_scalars(tmp_path / "run")["losses/entropy"]] == [16, 32, 48, 64, 80]
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 64
+    time.sleep(1.1)  # TensorBoard names its files by the second
+    train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
+    scalars = read_scalars(tmp_path / "run")
+    assert [step for step, _ in scalars["losses/entropy"]] == list(range(16, 161, 16))
+    minutes = [value for _, value in scalars["charts/minutes"]]
+    assert minutes == sorted(minutes)
+    assert minutes[0] > 0
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_the_fast_loop_is_the_public_functions_number_for_number(env_id: str) ->
             alpha = config.alpha * remaining
             q_update(table, state, action, float(reward), next_state, terminated, alpha=alpha, gamma=config.gamma)
             state, ended = next_state, terminated or truncated
-    assert table.any()
+    assert table.any() or env_id == "FrozenLake-v1", "200 games may all be lost there"
     np.testing.assert_array_equal(train(config), table)
 
 
@@ -173,7 +173,8 @@ def test_a_cut_is_not_an_end() -> None:
     for _ in range(200):
         result = play_episode(Corridor(), table, lambda: 0.5, alpha=0.5, gamma=0.5, epsilon=0.0)
     assert table[0][0] == pytest.approx(2.0)  # 1 + 0.5 + 0.25 + ...
-    assert result == (1.0, 1, pytest.approx(0.0, abs=1e-9))
+    assert result[:2] == (1.0, 1)
+    assert result[2] == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -187,7 +188,7 @@ def random_layout(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     while True:
         cells = [divmod(int(cell), 4) for cell in rng.permutation(np.arange(1, 15))[:4]]
-        layout = {"size": 4, "goal": (3, 3), "obstacles": tuple(cells)}
+        layout: dict[str, Any] = {"size": 4, "goal": (3, 3), "obstacles": tuple(cells)}
         try:
             GridWorld(**layout)
         except ValueError:
@@ -198,7 +199,7 @@ def random_layout(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_random_grids_reach_q_star(seed: int) -> None:
     layout = random_layout(seed)
-    gym.register(f"RandomGrid{seed}-v0", GridWorld, kwargs=layout, max_episode_steps=1000)
+    gym.register(f"RandomGrid{seed}-v0", "minirl.envs.gridworld:GridWorld", kwargs=layout, max_episode_steps=1000)
     config = QLearningConfig(env_id=f"RandomGrid{seed}-v0", epsilon=0.7, num_episodes=20_000)
     learned = train(config)
     grid = GridWorld(**layout)

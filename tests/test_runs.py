@@ -1,5 +1,6 @@
 """Checkpoints, signals, progress and what goes to TensorBoard."""
 
+import contextlib
 import functools
 import io
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minirl import runs
 from minirl.config import ConfigError
@@ -20,6 +22,7 @@ from minirl.progress import Progress
 from minirl.runs import Run, atomic_file, load_checkpoint, random_state, save_checkpoint, seed_everything
 
 CONFIG = PPOConfig(checkpoint_frequency=30)
+COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "seconds": 0.0, "random_state": {}}
 
 
 class Bomb:
@@ -53,17 +56,20 @@ def test_random_states_are_put_back() -> None:
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    state = {"algorithm": "ppo", "model": {"weight": torch.arange(3.0)}, "returns": [1.0, -2.5], "global_step": 7}
+    state = {**COMMON, "model": {"weight": torch.arange(3.0)}, "returns": [1.0, -2.5], "global_step": 7}
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     loaded = load_checkpoint(tmp_path, "ppo")
     assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))  # type: ignore[attr-defined]
     assert loaded == state
+    load_checkpoint(tmp_path, "ppo", "model")
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt must be a whole checkpoint, and has no optimizer, wings"):
+        load_checkpoint(tmp_path, "ppo", "model", "wings", "optimizer")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"algorithm": "ppo", "global_step": 1})
+    save_checkpoint(path, {**COMMON, "global_step": 1})
     with pytest.raises(OSError, match="full"), atomic_file(path) as temporary:
         temporary.write_bytes(b"half of a check")
         assert temporary.parent == tmp_path, "moving across file systems is not atomic"
@@ -144,10 +150,46 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_signal_after_the_last_update_lets_the_run_end_well(tmp_path: Path) -> None:
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        signal.raise_signal(signal.SIGINT)
+        run.checkpoint(100, dict, finished=True)
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 100
+
+
+def test_a_directory_that_cannot_be_looked_into_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(ConfigError, match="--run-dir must be a directory that can be written"):
+        Run("ppo", CONFIG, Path("secret"), total=100)
+
+
+def test_speed_and_minutes_are_logged_and_pauses_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        now[0] = 120.0
+        run.log(60, {})
+        run.checkpoint(60, dict)
+    now[0] = 9000.0
+    saved = load_checkpoint(tmp_path / "run", "ppo")
+    assert saved["seconds"] == 120.0
+    with Run("ppo", CONFIG, tmp_path / "run", total=100, done=60, resumed=saved) as run:
+        now[0] += 20.0
+        run.log(100, {})
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("charts/SPS")] == [0.5, 2.0]
+    assert [event.value for event in events.Scalars("charts/minutes")] == pytest.approx([2.0, 140 / 60])
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, tmp_path / "run", total=100):
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+    assert stop.value.code == 130
 
 
 def test_without_a_directory_a_signal_still_stops() -> None:
@@ -175,7 +217,7 @@ def test_progress_in_a_file_is_plain_lines_now_and_then(monkeypatch: pytest.Monk
     clock = [100.0]
     monkeypatch.setattr("minirl.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
-    with Progress(20_000, done=5_000, stream=stream) as progress:
+    with contextlib.closing(Progress(20_000, done=5_000, stream=stream)) as progress:
         for done in range(6_000, 20_001, 1_000):
             clock[0] += 2.0
             progress.update(done, "so far so good")
@@ -190,7 +232,7 @@ def test_progress_in_a_file_is_plain_lines_now_and_then(monkeypatch: pytest.Monk
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     stream = Terminal()
-    with Progress(10, stream=stream) as progress:
+    with contextlib.closing(Progress(10, stream=stream)) as progress:
         progress.update(10, "mean return 3.0")
     assert "\r" in stream.getvalue()
     assert "10/10" in stream.getvalue()

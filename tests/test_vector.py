@@ -18,8 +18,9 @@ import torch
 
 from minirl.envs import vector
 from minirl.envs.make import make_env, make_vector_env
-from minirl.envs.vector import Episode, VectorEnv, WorkerError
-from tests.fake_envs import Faulty, TorchDetector, Unmakable, counter
+from minirl.envs.vector import Episode, VectorEnv, WorkerError, available_cores
+from minirl.ppo import PPOConfig, train
+from tests.fake_envs import EndsInReset, Faulty, Stuck, TorchDetector, Unmakable, counter
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +124,7 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
     ("fault", "message"),
     [
         ("raise", "environments 0 to 1.*raised(.|\n)*in step(.|\n)*ArithmeticError: the pole snapped"),
+        ("hang up", "environments 0 to 1.*raised(.|\n)*EOFError: the game server hung up"),
         ("exit", "raised(.|\n)*SystemExit: 3"),
         ("die", "environments 0 to 1.*died without a word, exit code -9"),
     ],
@@ -162,11 +164,35 @@ def test_a_worker_that_cannot_make_its_environments_says_why() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_closing_twice_is_safe() -> None:
-    envs = VectorEnv(counter, 2, num_workers=2)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_closing_twice_is_safe_and_stepping_then_is_not(num_workers: int) -> None:
+    envs = VectorEnv(counter, 2, num_workers=num_workers)
+    envs.reset()
     envs.close()
     envs.close()
     assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.step(np.zeros(2, np.int64))
+    with pytest.raises(RuntimeError, match="closed"):
+        envs.reset()
+
+
+def test_a_worker_that_is_stuck_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector, "PATIENCE", 0.2)
+    envs = VectorEnv(Stuck, 2, num_workers=2)
+    envs.reset()
+    for worker in envs._workers:
+        worker.send(("step", None))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    envs.close()
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
+
+
+def test_an_episode_that_ends_in_a_reset_is_counted() -> None:
+    with VectorEnv(EndsInReset, 1, num_workers=1) as envs:
+        envs.reset()
+        assert envs.step(np.array([0])).episodes == [Episode(0, 41.0, 9)]
 
 
 def pids_of_session(session: int) -> list[int]:
@@ -213,20 +239,22 @@ def test_a_stopped_training_saves_and_leaves_no_process(
     assert_no_process_left(process.pid)
 
 
-def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> None:
-    script = (
-        "import time, functools\n"
-        "from minirl.envs.vector import VectorEnv\n"
-        "from tests.fake_envs import counter\n"
-        "if __name__ == '__main__':\n"
-        "    envs = VectorEnv(counter, 2, num_workers=2)\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(60)\n"
-    )
+SCRIPT = """
+import sys, time
+from minirl.envs.vector import VectorEnv
+from tests.fake_envs import counter
+if __name__ == "__main__":
+    envs = VectorEnv(counter, 2, num_workers=2, start_method=sys.argv[1])
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def start_script(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     file = tmp_path / "script.py"
-    file.write_text(script)
+    file.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, str(file)],
+        [sys.executable, str(file), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -234,6 +262,38 @@ def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> No
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_leave_when_the_training_process_is_killed(start_method: str, tmp_path: Path) -> None:
+    process = start_script(tmp_path, start_method, "60")
+    process.kill()
+    process.communicate(timeout=30)
+    assert_no_process_left(process.pid)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_leave_when_a_script_ends_without_closing(start_method: str, tmp_path: Path) -> None:
+    process = start_script(tmp_path, start_method, "0")
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert_no_process_left(process.pid)
+
+
+def test_evaluation_workers_have_no_torch_either(tmp_path: Path) -> None:
+    config = PPOConfig(num_envs=1, num_steps=4, minibatch_size=4, total_timesteps=4, update_epochs=1)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minirl.evaluate", str(tmp_path / "run")], cwd=ROOT, start_new_session=True
+    )
+    # Pong games take a while: the workers play until they are killed.
+    while len(pids_of_session(process.pid)) < 1 + available_cores():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    for pid in pids_of_session(process.pid):
+        assert pid == process.pid or "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
     process.kill()
     process.communicate(timeout=30)
     assert_no_process_left(process.pid)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
+from minirl.envs.ids import is_atari
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
@@ -92,8 +93,9 @@ class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
     def step(self, action: int) -> StepResult:
         """Take `skip` frames, fewer where the episode ends before.
 
-        An end before the last frame leaves older frames in the maximum, those of the step before. No update ever
-        sees that image after a game over; it is kept so that games are bit for bit those of Stable-Baselines3.
+        An end before the last frame leaves older frames in the maximum, those of the step before. After a game over
+        no update sees that image, after a cut its value is bootstrapped from; it is kept so that games are bit for bit
+        those of Stable-Baselines3.
         """
         total_reward = 0.0
         for frame_number in range(self.skip):
@@ -140,7 +142,8 @@ class EpisodicLife(gym.Wrapper[Frame, int, Frame, int]):
         else:
             obs, _, terminated, truncated, info = self.env.step(NOOP)
             if terminated or truncated:
-                obs, info = _reset_after_end(self.env, info, options)
+                obs, reset_info = self.env.reset(options=options)
+                info = _keep_episode(info, reset_info)
         self.lives = self._count_lives()
         return obs, info
 
@@ -159,16 +162,18 @@ class FireReset(gym.Wrapper[Frame, int, Frame, int]):
             raise ValueError(f"FireReset needs a game with FIRE as its second action, not {meanings}")
 
     def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
-        """Reset, then two agent steps: FIRE and action 2."""
-        self.env.reset(seed=seed, options=options)
-        obs, _, terminated, truncated, info = self.env.step(1)
-        carried: Info = {}
-        if terminated or truncated:
-            _, carried = _reset_after_end(self.env, info, options)
-        obs, _, terminated, truncated, info = self.env.step(2)
-        info = {**carried, **info}
-        if terminated or truncated:
-            obs, info = _reset_after_end(self.env, info, options)
+        """Reset, then two agent steps: FIRE and action 2.
+
+        Where the second press ends the game, this returns the start of the next one; Stable-Baselines3 returns the
+        last frame of the game that is over.
+        """
+        obs, info = self.env.reset(seed=seed, options=options)
+        for button in (1, 2):
+            obs, _, terminated, truncated, step_info = self.env.step(button)
+            info = _keep_episode(info, step_info)
+            if terminated or truncated:
+                obs, reset_info = self.env.reset(options=options)
+                info = _keep_episode(info, reset_info)
         return obs, info
 
 
@@ -310,20 +315,11 @@ def make_atari_env(
     return FrameStack(env, frame_stack)
 
 
-def is_atari(env_id: str) -> bool:
-    """Whether `env_id` names a registered game of the Arcade Learning Environment."""
-    spec = gym.registry.get(env_id)
-    return spec is not None and str(spec.entry_point).startswith("ale_py")
-
-
 def _action_meanings(env: AtariEnv) -> list[str]:
     meanings: list[str] = env.unwrapped.get_action_meanings()  # type: ignore[attr-defined]
     return meanings
 
 
-def _reset_after_end(env: AtariEnv, last_info: Info, options: Options) -> tuple[Frame, Info]:
-    """Reset after a step taken inside a reset ended the game; keep that game's `info["episode"]` from being lost."""
-    obs, info = env.reset(options=options)
-    if "episode" in last_info:
-        info = {**info, "episode": last_info["episode"]}
-    return obs, info
+def _keep_episode(earlier: Info, later: Info) -> Info:
+    """Return `later`, with the score of a game that ended before it, inside a reset, so that no game is lost."""
+    return {"episode": earlier["episode"], **later} if "episode" in earlier else later

@@ -10,6 +10,7 @@ import no torch. The number of workers changes the speed only: each environment 
 """
 
 import atexit
+import contextlib
 import ctypes
 import itertools
 import math
@@ -26,6 +27,8 @@ import cv2
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+
+PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
 
@@ -111,32 +114,27 @@ class VectorEnv:
             try:
                 for group in rows:
                     self._workers.append(_Worker(start_method, make_env, group, self._arrays))
-                self._receive_all()  # each says that its environments are made
+                self._ask_all("make")
             except BaseException:
                 self.close()
                 raise
 
     def reset(self, seed: int | None = None) -> NDArray[Any]:
-        """Start new episodes everywhere and return the first observations (N, ...).
+        """Start new episodes everywhere and return the first observations (N, ...), overwritten by the next step.
 
         With a seed, environment i is seeded with `seed + i`: give one once, since the same seed means the same games.
         """
         if self._local is not None:
             self._local.reset(self._arrays, seed)
         else:
-            self._send_all(("reset", seed))
-            self._receive_all()
+            self._ask_all("reset", seed)
         return self._arrays.observations
 
     def step(self, actions: NDArray[np.int64]) -> VectorStep:
         """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
         arrays = self._arrays
         arrays.actions[:] = actions
-        if self._local is not None:
-            episodes = self._local.step(arrays)
-        else:
-            self._send_all(("step", None))
-            episodes = self._receive_all()
+        episodes = self._local.step(arrays) if self._local is not None else self._ask_all("step")
         return VectorStep(
             arrays.observations,
             arrays.rewards,
@@ -166,11 +164,11 @@ class VectorEnv:
     ) -> None:
         self.close()
 
-    def _send_all(self, message: tuple[str, Any]) -> None:
+    def _ask_all(self, command: str, argument: Any = None) -> list[Episode]:
+        if not self._workers:
+            raise RuntimeError("these environments are closed")
         for worker in self._workers:
-            worker.send(message)
-
-    def _receive_all(self) -> list[Episode]:
+            worker.send((command, argument))
         return [episode for worker in self._workers for episode in worker.receive()]
 
 
@@ -278,9 +276,13 @@ class _Worker:
 
     def receive(self) -> list[Episode]:
         try:
+            # A look at the process now and then: not every platform turns its death into an end of file.
+            while not self.connection.poll(timeout=1.0):
+                if not self.process.is_alive() and not self.connection.poll():
+                    raise EOFError
             failure, episodes = self.connection.recv()
         except (EOFError, OSError) as error:
-            self.process.join(timeout=5)
+            self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
             raise WorkerError(f"the {self.name} died without a word, exit code {code}") from error
         if failure is not None:
@@ -289,33 +291,36 @@ class _Worker:
         return result
 
     def join(self) -> None:
-        self.process.join(timeout=5)
+        self.process.join(timeout=PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
 
 
 def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
-    """Run a worker: answer each message with (traceback or None, finished episodes) until the other end is closed."""
+    """Run a worker: answer each message with (traceback or None, finished episodes) until the other end is closed.
+
+    The first message makes the environments; the others reset or step them.
+    """
     # Ctrl-C, and often SIGTERM, reaches every process of the group: the training process decides, and hangs up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    group = None
-    try:
-        group = _EnvGroup(make_env, rows)
-        connection.send((None, []))
+    group: _EnvGroup | None = None
+    with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
         while True:
             command, argument = connection.recv()
-            if command == "step":
-                connection.send((None, group.step(arrays)))
-            else:
-                group.reset(arrays, argument)
-                connection.send((None, []))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the training process is done, or gone
-    except BaseException:
-        connection.send((traceback.format_exc(), []))
-    finally:
-        if group is not None:
-            group.close()
+            episodes: list[Episode] = []
+            failure = None
+            try:
+                if group is None:
+                    group = _EnvGroup(make_env, rows)
+                elif command == "reset":
+                    group.reset(arrays, argument)
+                else:
+                    episodes = group.step(arrays)
+            except BaseException:
+                failure = traceback.format_exc()
+            connection.send((failure, episodes))
+    if group is not None:
+        group.close()

@@ -4,6 +4,7 @@ On Atari the games come with the preprocessing of the training (FIRE is pressed 
 returns are the real scores of whole games.
 """
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirl.cli import Parser, fail
+from minirl.cli import Parser, fail, reader
 from minirl.config import MAX_SEED, ConfigError
-from minirl.envs.atari import is_atari
+from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import observation_dtype
@@ -51,7 +53,7 @@ def evaluate(
         episodes: games to play.
         seed: of the games and of sampled actions; None for the seed of the training plus 10,000.
         stochastic: sample actions from the policy; otherwise always take the likeliest.
-        video: record one more game, in colour, to this `.mp4`.
+        video: record a game, in colour, to this `.mp4`: the first of the first environment if actions are greedy.
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
@@ -73,10 +75,11 @@ def evaluate(
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
     with make_vector_env(settings["env_id"], min(episodes, SIDE_BY_SIDE)) as envs:
         policy = load_policy(run_dir, settings["algorithm"], envs, stochastic, torch_device)
+        if video is not None:
+            seed_everything(seed)
+            record_game(policy, settings["env_id"], seed, video)
         seed_everything(seed)
         returns = play_games(policy, envs, episodes, seed)
-    if video is not None:
-        record_game(policy, settings["env_id"], seed, video)
     return {
         "mean_return": statistics.fmean(returns),
         "std_return": statistics.pstdev(returns),
@@ -104,7 +107,7 @@ def load_policy(run_dir: Path, algorithm: str, envs: VectorEnv, stochastic: bool
 
 def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
     """Return PPO's network as a policy: its likeliest actions, or sampled ones."""
-    saved = load_checkpoint(run_dir, "ppo")
+    saved = load_checkpoint(run_dir, "ppo", "model")
     agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
     load_weights(agent, saved)
     dtype = observation_dtype(envs.observation_space)
@@ -121,10 +124,11 @@ def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.d
 
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
     """Return a Q-table as a policy: the first of the best actions."""
-    table = load_table(load_checkpoint(run_dir, "q_learning"), envs)
+    table = load_table(load_checkpoint(run_dir, "q_learning", "q_table"), envs)
 
     def policy(observations: NDArray[Any]) -> NDArray[np.int64]:
-        return table[observations].argmax(axis=-1)
+        best: NDArray[np.int64] = table[observations].argmax(axis=-1)
+        return best
 
     return policy
 
@@ -137,7 +141,7 @@ def play_games(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> lis
     shares = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns: list[list[float]] = [[] for _ in shares]
     obs = envs.reset(seed=seed)
-    with Progress(episodes, unit="games") as progress:
+    with contextlib.closing(Progress(episodes, unit="games")) as progress:
         while (played := sum(map(len, returns))) < episodes:
             progress.update(played)
             step = envs.step(policy(obs))
@@ -150,37 +154,60 @@ def play_games(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> lis
 
 
 def record_game(policy: Policy, env_id: str, seed: int, path: Path) -> None:
-    """Play one whole game and write it, in colour, to an `.mp4` file at the speed of the game."""
+    """Play one whole game and write it, in colour, to an `.mp4` file at the speed of the game.
+
+    Raises:
+        ConfigError: if the environment can't be drawn, or the file not written.
+    """
     env = make_env(env_id, render_mode="rgb_array")
     first_action = int(getattr(env.action_space, "start", 0))
-    obs, info = env.reset(seed=seed)
-    frames = [env.render()]
-    while "episode" not in info:
-        action = int(policy(np.asarray(obs)[None])[0]) + first_action
-        obs, _, terminated, truncated, info = env.step(action)
-        frames.append(env.render())
-        if (terminated or truncated) and "episode" not in info:
-            obs, info = env.reset()  # a life was lost; the game goes on
-    env.close()
-    pictures = [np.asarray(frame) for frame in frames]
-    height, width = pictures[0].shape[:2]
     fps = ATARI_STEPS_PER_SECOND if is_atari(env_id) else float(env.metadata.get("render_fps", 30))
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
-    if not writer.isOpened():
-        raise ConfigError(f"--video must be a file that can be written, and {path} can't")
-    for picture in pictures:
-        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    writer.release()
+    writer = None
+    try:
+        obs, info = env.reset(seed=seed)
+        while True:
+            picture = draw(env)
+            if writer is None:
+                height, width = picture.shape[:2]
+                writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
+                if not writer.isOpened():
+                    raise ConfigError(f"--video must be a file that can be written, and {path} can't")
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            if "episode" in info:
+                break
+            action = int(policy(np.asarray(obs)[None])[0]) + first_action
+            obs, _, terminated, truncated, info = env.step(action)
+            if (terminated or truncated) and "episode" not in info:
+                obs, info = env.reset()  # a life was lost; the game goes on
+    finally:
+        env.close()
+        if writer is not None:
+            writer.release()
+
+
+def draw(env: gym.Env[Any, Any]) -> NDArray[np.uint8]:
+    """Return a picture of the environment (H, W, 3).
+
+    Raises:
+        ConfigError: if it can't be drawn, say because a package for that is missing.
+    """
+    try:
+        picture = env.render()
+    except gym.error.Error as error:
+        raise ConfigError(f"--video needs an environment that can be drawn: {error}") from error
+    if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+        raise ConfigError("--video needs an environment that can be drawn: this one gives no picture")
+    return picture
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, play and print."""
     parser = Parser(prog="python -m minirl.evaluate", description="Play full games with a trained network.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
-    parser.add_argument("--episodes", type=int, default=100, metavar="N", help="games to play (default: 100)")
-    parser.add_argument("--seed", type=int, metavar="S", help="seed (default: that of the training + 10,000)")
+    parser.add_argument("--episodes", type=reader(int), default=100, metavar="N", help="games to play (default: 100)")
+    parser.add_argument("--seed", type=reader(int), metavar="S", help="seed (default: that of the training + 10,000)")
     parser.add_argument("--stochastic", action="store_true", help="sample actions (default: always the likeliest)")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="record one more game to this .mp4 file")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="record a game to this .mp4 file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     arguments = vars(parser.parse_args(argv))
@@ -198,7 +225,3 @@ def main(argv: list[str] | None = None) -> None:
             f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
             f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
         )
-
-
-if __name__ == "__main__":
-    main()
