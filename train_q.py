@@ -9,7 +9,8 @@ def main() -> None:
 
     about = "Train tabular Q-learning; without flags, on the source notebook's 3x3 grid with its settings."
     config, q_table = run_training("q_learning", QLearningConfig, train, about)
-    print(describe(q_table, make_tabular_env(config.env_id)))
+    env, _ = make_tabular_env(config.env_id)
+    print(describe(q_table, env))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Nothing follows a terminal state, so nothing is added for s' there; an episode t
 on in principle and keeps its gamma max Q(s', a').
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
-from minirl.envs.make import make_plain_env
+from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
 from minirl.runs import Run, State, load_checkpoint, seed_everything
 from minirl.runtime import select_device
@@ -133,6 +133,7 @@ def play_episode(
     alpha: float,
     gamma: float,
     epsilon: float,
+    max_steps: float,
 ) -> tuple[float, int, float]:
     """Play one episode and learn from each step; return its return, its length and the sum of its |TD errors|.
 
@@ -146,28 +147,41 @@ def play_episode(
         alpha: learning rate.
         gamma: discount factor.
         epsilon: probability of a random action.
+        max_steps: after how many the episode is cut.
     """
     num_actions = len(table[0])
     step: Callable[[int], tuple[int, float, bool, bool, Any]] = env.step  # type: ignore[assignment]
     episodic_return, length, total_error = 0.0, 0, 0.0
     state, _ = env.reset()
+    row = table[state]
     ended = False
     while not ended:
-        row = table[state]
         u = random()
         action = int(u / epsilon * num_actions) if u < epsilon else row.index(max(row))
         next_state, reward, terminated, truncated, _ = step(action)
 
-        target = reward if terminated else reward + gamma * max(table[next_state])
-        td_error = target - row[action]
+        next_row = table[next_state]
+        td_error = (reward if terminated else reward + gamma * max(next_row)) - row[action]
         row[action] += alpha * td_error
 
-        state = next_state
-        ended = terminated or truncated
+        row = next_row
         episodic_return += reward
         length += 1
         total_error += abs(td_error)
+        ended = terminated or truncated or length == max_steps
     return episodic_return, length, total_error
+
+
+def random_numbers(seed: int, skip: int = 0) -> Iterator[float]:
+    """Yield what `np.random.default_rng(seed).random()` would, from the number `skip` on.
+
+    Drawn in blocks, a number costs a tenth. Each step takes one, so that a resumed run knows where it was.
+    """
+    generator = np.random.PCG64(seed)
+    generator.advance(skip)
+    rng = np.random.Generator(generator)
+    while True:
+        yield from rng.random(4096).tolist()
 
 
 def train(
@@ -187,16 +201,14 @@ def train(
     """
     select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "q_learning", "q_table", "episode", "rng", "env_rng") if resume else None
+    saved = load_checkpoint(run_dir, "q_learning", "q_table", "episode", "env_rng") if resume else None
     seed_everything(config.seed)
-    rng = np.random.default_rng(config.seed)
-    env = make_tabular_env(config.env_id)
+    env, max_steps = make_tabular_env(config.env_id)
     env.reset(seed=config.seed)
     table: list[list[float]] = np.zeros(table_shape(env)).tolist()
     first_episode = global_step = 0
     if saved is not None:
         table = load_table(saved, env).tolist()
-        rng.bit_generator.state = saved["rng"]
         env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
         first_episode, global_step = saved["episode"], saved["global_step"]
         if first_episode > config.num_episodes:
@@ -206,11 +218,11 @@ def train(
         return {
             "q_table": torch.tensor(table, dtype=torch.float64),
             "episode": episode,
-            "rng": rng.bit_generator.state,
             "env_rng": env.unwrapped.np_random.bit_generator.state,
         }
 
     total, episode = config.num_episodes, first_episode
+    random = random_numbers(config.seed, skip=global_step).__next__
     with env, Run("q_learning", config, run_dir, total=total, done=episode, unit="episodes", resumed=saved) as run:
         run.checkpoint(global_step, state)
         unlogged: list[tuple[float, int, float]] = []
@@ -218,7 +230,7 @@ def train(
             remaining = 1 - episode / total
             alpha = config.alpha * (remaining if config.anneal_alpha else 1)
             epsilon = config.epsilon * (remaining if config.anneal_epsilon else 1)
-            played = play_episode(env, table, rng.random, alpha, config.gamma, epsilon)
+            played = play_episode(env, table, random, alpha, config.gamma, epsilon, max_steps)
             episode += 1
             global_step += played[1]
             unlogged.append(played)
@@ -241,17 +253,17 @@ def log_episodes(run: Run, global_step: int, episode: int, played: list[tuple[fl
     run.log(global_step, scalars, done=episode)
 
 
-def make_tabular_env(env_id: str) -> gym.Env[int, int]:
-    """Make an environment whose observations and actions are numbers from 0.
+def make_tabular_env(env_id: str) -> tuple[gym.Env[int, int], float]:
+    """Make an environment whose observations and actions are numbers from 0; return it and its time limit in steps.
 
     Raises:
         ConfigError: if there is no such environment, or its observations or actions are something else.
     """
-    env = make_plain_env(env_id)
+    env, max_steps = make_bare_env(env_id)
     for name, space in [("observations", env.observation_space), ("actions", env.action_space)]:
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             raise ConfigError(f"--env-id must have Discrete {name} that count from 0 for a Q-table, not {space}")
-    return env
+    return env, max_steps
 
 
 def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:

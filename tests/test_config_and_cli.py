@@ -1,6 +1,7 @@
 """Settings and flags: what is read, and that every mistake is one line and status 2 before anything is written."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -196,9 +197,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
         save_config(tmp_path / name, "dqn" if name == "foreign" else "ppo", PPOConfig())
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "list" / "config.json").write_text("[]")
-    (tmp_path / "newer" / "config.json").write_text(
-        '{"algorithm": "ppo", "env_id": "CartPole-v1", "seed": 1, "wings": 2}'
-    )
+    newer = {"algorithm": "ppo", "env_id": "CartPole-v1", "seed": 1, "wings": 2}
+    (tmp_path / "newer" / "config.json").write_text(json.dumps(newer))
     (tmp_path / "garbled" / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 

@@ -65,7 +65,7 @@ def test_layers_start_with_the_gains_of_the_paper() -> None:
             weight = layer.weight.detach().flatten(1)
             largest = float(torch.linalg.matrix_norm(weight, ord=2))
             assert largest == pytest.approx(gain, rel=1e-4), "orthogonal: all singular values are the gain"
-    assert [type(layer) for layer in ActorCritic(VECTOR, TWO).actor_body] == [nn.Linear, nn.Tanh] * 2  # type: ignore[arg-type]
+    assert [type(layer) for layer in ActorCritic(VECTOR, TWO).actor_body.children()] == [nn.Linear, nn.Tanh] * 2
 
 
 def test_bytes_and_normalised_floats_give_the_same_features() -> None:

@@ -254,7 +254,7 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
         gradients = torch.autograd.grad(loss, list(twin.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
-                parameter -= 0.1 * gradient
+                parameter.sub_(gradient, alpha=0.1)
     torch.testing.assert_close(parameters(agent), parameters(twin), rtol=1e-5, atol=1e-6)
     for name in logged[0]:
         expected = (logged[0][name] + logged[1][name]).item() / 2
@@ -404,6 +404,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert saved["global_step"] == 64
     assert torch.equal(saved["model"]["actor.weight"], half.state_dict()["actor.weight"])
 
+    time.sleep(1.1)  # TensorBoard names its files by the second
     train(dataclasses.replace(TINY, total_timesteps=96), run_dir=run_dir, resume=True, device="cpu")
     resumed = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert resumed["global_step"] == 96

@@ -71,7 +71,7 @@ class GridWorld(gym.Env[Any, Any]):
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
         """Move one cell, or stay and pay where that is not possible."""
-        _, self.state, reward, terminated = self.P[self.state][action][0]
+        ((_, self.state, reward, terminated),) = self.P[self.state][action]
         return self.state, reward, terminated, False, {}
 
     def render(self) -> str | NDArray[np.uint8] | None:

@@ -1,6 +1,8 @@
 """From an id to an environment that the algorithms can train on."""
 
+import copy
 import functools
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -37,6 +39,24 @@ def make_plain_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[An
     options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         return gym.make(registered_id(env_id), **options)
+    except (gym.error.Error, ImportError) as error:
+        raise unmakable(error) from error
+
+
+def make_bare_env(env_id: str) -> tuple[gym.Env[Any, Any], float]:
+    """Make an environment without Gymnasium's own wrappers, which cost more than a step of a small environment.
+
+    Returns:
+        The environment, and its time limit in steps (infinity where it has none), which is the caller's to keep.
+
+    Raises:
+        ConfigError: if there is no such environment, or it can't be made.
+    """
+    try:
+        spec = copy.deepcopy(gym.spec(registered_id(env_id)))
+        limit = math.inf if spec.max_episode_steps is None else spec.max_episode_steps
+        spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None
+        return gym.make(spec), limit
     except (gym.error.Error, ImportError) as error:
         raise unmakable(error) from error
 

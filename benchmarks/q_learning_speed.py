@@ -1,0 +1,102 @@
+"""Environment steps per second of Q-learning on the grid, against the source notebook's own loop.
+
+    python benchmarks/q_learning_speed.py
+
+The notebook's loop is written anew here, function by function as it is built there: states are tuples, the table is a
+NumPy array, an action is a move. Both train with the notebook's settings, in turn, in one process; the ratio is taken
+pair by pair. Exit status 1 if the median ratio is below the goal.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minirl.q_learning import QLearningConfig, make_tabular_env, play_episode, random_numbers
+
+PAIRS = 7
+GOAL = 4.0
+Cell = tuple[int, int]
+
+
+def notebook_loop(config: QLearningConfig) -> int:
+    """Train as the notebook does; return the number of steps."""
+    size, start, goal, obstacle = 3, (0, 0), (2, 2), (1, 1)
+    moves: list[Cell] = [(-1, 0), (0, 1), (1, 0), (0, -1)]
+
+    def valid(state: Cell) -> bool:
+        return 0 <= state[0] < size and 0 <= state[1] < size and state != obstacle
+
+    def successor(state: Cell, move: Cell) -> Cell:
+        moved = (state[0] + move[0], state[1] + move[1])
+        return moved if valid(moved) else state
+
+    def reward_of(state: Cell, moved: Cell) -> int:
+        if moved == goal:
+            return 100
+        if moved in (obstacle, state):
+            return -10
+        return -1
+
+    def choose(state: Cell, table: NDArray[np.float64]) -> Cell:
+        if random.uniform(0, 1) < config.epsilon:
+            return random.choice(moves)
+        return moves[np.argmax(table[state])]
+
+    def update(table: NDArray[np.float64], state: Cell, move: Cell, reward: int, moved: Cell) -> None:
+        action = moves.index(move)
+        target = reward + config.gamma * np.max(table[moved])
+        table[state][action] += config.alpha * (target - table[state][action])
+
+    table = np.zeros((size, size, len(moves)))
+    steps = 0
+    for _ in range(config.num_episodes):
+        state = start
+        while state != goal:
+            move = choose(state, table)
+            moved = successor(state, move)
+            reward = reward_of(state, moved)
+            update(table, state, move, reward, moved)
+            state = moved
+            steps += 1
+    return steps
+
+
+def minirl_loop(config: QLearningConfig) -> int:
+    """Train as `train` does, without a run directory; return the number of steps."""
+    env, max_steps = make_tabular_env(config.env_id)
+    random = random_numbers(config.seed).__next__
+    table = [[0.0] * 4 for _ in range(9)]
+    return sum(
+        play_episode(env, table, random, config.alpha, config.gamma, config.epsilon, max_steps)[1]
+        for _ in range(config.num_episodes)
+    )
+
+
+def steps_per_second(loop: Callable[[QLearningConfig], int], config: QLearningConfig) -> float:
+    """Run a loop once and return its speed."""
+    started = time.perf_counter()
+    steps = loop(config)
+    return steps / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measure in turn and print."""
+    config = QLearningConfig()
+    ratios = []
+    for pair in range(PAIRS + 1):
+        theirs = steps_per_second(notebook_loop, config)
+        ours = steps_per_second(minirl_loop, config)
+        if pair > 0:  # the first warms up
+            ratios.append(ours / theirs)
+            print(f"notebook {theirs:9,.0f} steps/s   minirl {ours:9,.0f} steps/s   ratio {ours / theirs:.2f}")
+    median = statistics.median(ratios)
+    print(f"median ratio {median:.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); goal {GOAL}")
+    raise SystemExit(0 if median >= GOAL else 1)
+
+
+if __name__ == "__main__":
+    main()
