@@ -136,11 +136,11 @@ def compute_gae(
     Neither passes anything on from the episode that follows.
 
     Args:
-        rewards: (T, N).
-        values: (T, N), V of the observation that each action was chosen from.
-        next_values: (T, N), V of the true successor: the final observation where an episode ended at that step.
-        terminated: (T, N), real ends.
-        truncated: (T, N), cuts.
+        rewards: (T, N), as all of them.
+        values: V of the observation that each action was chosen from.
+        next_values: V of the true successor: the final observation where an episode ended at that step.
+        terminated: real ends.
+        truncated: cuts.
         gamma: discount factor.
         gae_lambda: 0 trusts the values (one-step TD error), 1 the rewards (Monte Carlo).
 
@@ -195,7 +195,7 @@ def value_loss(
     Args:
         values: (B,) V(s), carries the gradient.
         returns: (B,) R.
-        old_values: (B,) V(s) when the data were collected, to clip around.
+        old_values: (B,) V_old(s), when the data were collected.
         clip_coef: eps.
 
     Raises:
@@ -228,18 +228,7 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The whole loss, L = L_policy + c_vf L_value - c_ent mean(entropy) (PPO, eq. 9, negated to be minimised).
 
-    Args:
-        log_prob: (B,) log pi(a|s).
-        old_log_prob: (B,) log pi_old(a|s).
-        advantages: (B,).
-        values: (B,) V(s).
-        returns: (B,) R.
-        entropy: (B,) of pi(.|s).
-        clip_coef: see `clipped_surrogate_loss`.
-        vf_coef: c_vf.
-        ent_coef: c_ent.
-        old_values: see `value_loss`.
-        value_clip_coef: see `value_loss`.
+    All tensors are (B,), as in `clipped_surrogate_loss` and `value_loss`; `entropy` is that of pi(.|s).
 
     Returns:
         The loss (scalar), and detached scalars: `policy_loss`, `value_loss`, `entropy`, `approx_kl` (the estimate
@@ -388,6 +377,8 @@ def train(
     run_dir = None if run_dir is None else Path(run_dir)
     saved = load_checkpoint(run_dir, "ppo", "model", "optimizer") if resume else None
     first_step: int = saved["global_step"] if saved else 0
+    if first_step > config.num_updates * config.batch_size:
+        raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     seed_everything(config.seed + first_step)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
@@ -397,8 +388,6 @@ def train(
             load_weights(agent, saved)
             optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
-            if first_step > config.num_updates * config.batch_size:
-                raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
 
         def state() -> State:
             return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
