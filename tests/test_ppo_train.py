@@ -310,14 +310,16 @@ def test_the_optimiser_has_the_settings_of_the_paper_and_the_annealed_rate(tmp_p
 
 
 def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(tmp_path: Path) -> None:
-    torch.manual_seed(SMALL_PONG.seed)
     with make_vector_env(SMALL_PONG.env_id, 1) as envs:
-        before = parameters(ActorCritic(envs.observation_space, envs.action_space))
-    agent = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
-    after = parameters(agent)
-    assert before.shape == after.shape == (1_687_719,)
-    assert (before != after).float().mean() > 0.9
-    assert after.isfinite().all()
+        torch.manual_seed(SMALL_PONG.seed)
+        before = ActorCritic(envs.observation_space, envs.action_space)
+    after = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
+    assert parameters(after).shape == (1_687_719,)
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert new.isfinite().all(), name
+        assert not torch.equal(old, new), name
+        # 16 steps of Adam at 2.5e-4: the network that was trained is the one that was made from this seed.
+        assert (new - old).abs().max() < 16 * 3e-4, name
     scalars = read_scalars(tmp_path / "run")
     for tag in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"):
         points = scalars[f"losses/{tag}"]
