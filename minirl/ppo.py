@@ -377,7 +377,8 @@ def train(
     run_dir = None if run_dir is None else Path(run_dir)
     saved = load_checkpoint(run_dir, "ppo", "model", "optimizer") if resume else None
     first_step: int = saved["global_step"] if saved else 0
-    if first_step > config.num_updates * config.batch_size:
+    last_step = config.num_updates * config.batch_size
+    if first_step > last_step:
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     seed_everything(config.seed + first_step)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
@@ -392,7 +393,7 @@ def train(
         def state() -> State:
             return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
 
-        with Run("ppo", config, run_dir, total=config.total_timesteps, done=first_step, resumed=saved) as run:
+        with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run:
             obs = envs.reset(seed=config.seed + first_step)
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
@@ -416,5 +417,5 @@ def train(
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout.values, returns)
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
-                run.checkpoint(global_step, state, finished=update + 1 == config.num_updates)
+                run.checkpoint(global_step, state, finished=global_step == last_step)
     return agent

@@ -251,7 +251,7 @@ class Run:
         if not self.returns:
             return "no episode finished yet"
         mean = sum(self.returns) / len(self.returns)
-        return f"mean return {mean:.1f} (last {len(self.returns)} episodes)"
+        return f"mean return {mean:.1f} (last {len(self.returns)})"
 
     def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.

@@ -202,7 +202,7 @@ def test_without_a_directory_a_signal_still_stops() -> None:
 def test_the_mean_return_is_over_the_last_100_episodes(tmp_path: Path) -> None:
     with Run("ppo", CONFIG, None, total=100) as run:
         run.log_episodes(0, [Episode(0, 1000.0, 1)] * 50 + [Episode(0, 7.0, 1)] * 100)
-        assert run._note() == "mean return 7.0 (last 100 episodes)"
+        assert run._note() == "mean return 7.0 (last 100)"
 
 
 # Progress

@@ -224,7 +224,7 @@ def test_a_stopped_training_saves_and_leaves_no_process(
         text=True,
     )
     assert process.stderr is not None
-    while " of 10,000,000 steps" not in process.stderr.readline():
+    while " of 10,000,128 steps" not in process.stderr.readline():
         assert process.poll() is None
     children = [pid for pid in pids_of_session(process.pid) if pid != process.pid]
     assert len(children) >= 2, "there must be two workers"
