@@ -164,10 +164,18 @@ def test_the_fast_loop_is_the_public_functions_number_for_number(env_id: str) ->
     np.testing.assert_array_equal(train(config), table)
 
 
-@pytest.mark.parametrize(("cuts_itself", "max_steps"), [(True, math.inf), (False, 1)])
-def test_a_cut_is_not_an_end(cuts_itself: bool, max_steps: float) -> None:
+@pytest.mark.parametrize(
+    ("terminated", "truncated", "max_steps", "value"),
+    [
+        (False, True, math.inf, 2.0),  # cut by the environment: 1 + 0.5 + 0.25 + ...
+        (False, False, 1, 2.0),  # cut by the time limit
+        (True, False, math.inf, 1.0),  # over: nothing follows, though the same state has a value
+        (True, True, 1, 1.0),
+    ],
+)
+def test_a_cut_is_not_an_end(terminated: bool, truncated: bool, max_steps: float, value: float) -> None:
     class Corridor(gym.Env[Any, Any]):
-        """Pays 1 a step for ever; is cut after each step."""
+        """Pays 1 a step; its episodes have one step."""
 
         observation_space = gym.spaces.Discrete(1)
         action_space = gym.spaces.Discrete(1)
@@ -176,12 +184,12 @@ def test_a_cut_is_not_an_end(cuts_itself: bool, max_steps: float) -> None:
             return 0, {}
 
         def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-            return 0, 1.0, False, cuts_itself, {}
+            return 0, 1.0, terminated, truncated, {}
 
     table = [[0.0]]
     for _ in range(200):
         result = play_episode(Corridor(), table, lambda: 0.5, 0.5, 0.5, 0.0, max_steps)
-    assert table[0][0] == pytest.approx(2.0)  # 1 + 0.5 + 0.25 + ...
+    assert table[0][0] == pytest.approx(value)
     assert result[:2] == (1.0, 1)
     assert result[2] == pytest.approx(0.0, abs=1e-9)
 

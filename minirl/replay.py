@@ -1,0 +1,208 @@
+"""Replay memory: the last transitions of N environments, sampled uniformly (Lin 1992; Mnih et al. 2015).
+
+A stack of four frames shares three with the one before it, and a transition holds two stacks: stored as they are, a
+million transitions of Atari take 56 GB. Here each frame is stored once, 7 GB, and the stacks are put together when they
+are sampled, byte for byte as they were.
+"""
+
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from minirl.networks import is_image
+
+SPARE = 20  # one row in so many is spare, for the last frames of episodes
+
+
+class Batch(NamedTuple):
+    """Sampled transitions, B of them.
+
+    Attributes:
+        observations: (B, ...).
+        actions: (B,) int64.
+        rewards: (B,) float32.
+        next_observations: (B, ...) the true successors: the last observation where an episode ended.
+        terminated: (B,) bool, real ends; a cut episode bootstraps from its last observation.
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+    next_observations: NDArray[Any]
+    terminated: NDArray[np.bool_]
+
+
+class ReplayBuffer:
+    """A ring of transitions.
+
+    Args:
+        capacity: transitions, over all environments; a multiple of their number.
+        observation_space: stacks of byte images (C, H, W) are stored frame by frame, all else as it is.
+        num_envs: N, environments that are stepped together.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: if the capacity is not a positive multiple of the number of environments.
+    """
+
+    def __init__(self, capacity: int, observation_space: gym.Space[Any], num_envs: int = 1, *, seed: int = 0) -> None:
+        if num_envs < 1 or capacity < 1 or capacity % num_envs != 0:
+            raise ValueError(f"capacity must be a positive multiple of num_envs = {num_envs}, not {capacity}")
+        self.num_envs = num_envs
+        self.length = capacity // num_envs  # of each environment's ring
+        self.rng = np.random.default_rng(seed)
+        self.added = 0  # transitions of each environment, ever
+        self.actions = np.zeros((num_envs, self.length), np.int64)
+        self.rewards = np.zeros((num_envs, self.length), np.float32)
+        self.terminated = np.zeros((num_envs, self.length), np.bool_)
+        frames = is_image(observation_space) and observation_space.dtype == np.uint8
+        self.observations: _Pairs | _Frames = (_Frames if frames else _Pairs)(num_envs, self.length, observation_space)
+
+    def __len__(self) -> int:
+        """Return how many transitions can be sampled."""
+        return int(self._sizes().sum())
+
+    def add(
+        self,
+        observations: NDArray[Any],
+        actions: NDArray[np.int64],
+        rewards: NDArray[np.float32],
+        next_observations: NDArray[Any],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+    ) -> None:
+        """Add one step of each environment; the oldest transitions make room.
+
+        Args:
+            observations: (N, ...) what the actions were chosen from.
+            actions: (N,).
+            rewards: (N,).
+            next_observations: (N, ...) the true successors, never the first observation of the next episode.
+            terminated: (N,) real ends.
+            truncated: (N,) cuts.
+        """
+        slot = self.added % self.length
+        self.actions[:, slot] = actions
+        self.rewards[:, slot] = rewards
+        self.terminated[:, slot] = terminated
+        self.observations.write(slot, observations, next_observations, terminated | truncated)
+        self.added += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw transitions uniformly, with replacement.
+
+        Raises:
+            ValueError: if there are fewer than `batch_size`, or that is below 1.
+        """
+        sizes = self._sizes()
+        ends = sizes.cumsum()
+        if not 1 <= batch_size <= ends[-1]:
+            raise ValueError(f"batch_size must be from 1 to the {ends[-1]} transitions stored, not {batch_size}")
+        index = self.rng.integers(ends[-1], size=batch_size)
+        env = ends.searchsorted(index, side="right")
+        # Counted back from each environment's newest transition.
+        slot = (self.added - 1 - (ends[env] - 1 - index)) % self.length
+        return Batch(
+            self.observations.read(env, slot),
+            self.actions[env, slot],
+            self.rewards[env, slot],
+            self.observations.read_next(env, slot),
+            self.terminated[env, slot],
+        )
+
+    def _sizes(self) -> NDArray[np.int64]:
+        """Return how many transitions of each environment can be sampled (N,)."""
+        return np.minimum(self.observations.available(self.added), min(self.added, self.length))
+
+
+class _Pairs:
+    """Observations and their successors as they are: for vectors."""
+
+    def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
+        assert space.shape is not None
+        dtype = np.dtype(np.float32) if space.dtype == np.float64 else space.dtype
+        self.current = np.zeros((num_envs, length, *space.shape), dtype)
+        self.following = np.zeros_like(self.current)
+
+    def write(
+        self, slot: int, observations: NDArray[Any], next_observations: NDArray[Any], ended: NDArray[np.bool_]
+    ) -> None:
+        self.current[:, slot] = observations
+        self.following[:, slot] = next_observations
+
+    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[Any]:
+        observations: NDArray[Any] = self.current[env, slot]
+        return observations
+
+    def read_next(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[Any]:
+        observations: NDArray[Any] = self.following[env, slot]
+        return observations
+
+    def available(self, added: int) -> NDArray[np.int64]:
+        return np.full(len(self.current), added)
+
+
+class _Frames:
+    """Stacks of images, each frame stored once, in one ring of rows for each environment.
+
+    A row holds the newest frame of an observation. An episode of T steps takes T + 1 rows, the last one for its final
+    observation, to which no transition belongs. `age` says how many frames of the same episode come before a row, up
+    to a stack's worth: where they run out, the stack was filled with copies of the first, as `FrameStack` does.
+
+    Rows are counted from the beginning of time; row r lies at r modulo the length of the ring.
+    """
+
+    def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
+        assert space.shape is not None
+        self.stack = space.shape[0]
+        self.num_rows = length + length // SPARE + self.stack + 1
+        self.frames = np.zeros((num_envs, self.num_rows, *space.shape[1:]), np.uint8)
+        self.age = np.zeros((num_envs, self.num_rows), np.int64)
+        self.row_of = np.zeros((num_envs, length), np.int64)  # the row of each transition
+        self.row = np.zeros(num_envs, np.int64)  # the row of each environment's current observation
+        self.oldest = np.zeros(num_envs, np.int64)  # transition whose frames are all still there, ever counted
+        self.added = 0
+        self.envs = np.arange(num_envs)
+
+    def write(
+        self, slot: int, observations: NDArray[Any], next_observations: NDArray[Any], ended: NDArray[np.bool_]
+    ) -> None:
+        here, there = self.row % self.num_rows, (self.row + 1) % self.num_rows
+        self.frames[self.envs, here] = observations[:, -1]
+        self.frames[self.envs, there] = next_observations[:, -1]
+        self.age[self.envs, there] = np.minimum(self.age[self.envs, here] + 1, self.stack - 1)
+        self.row_of[:, slot] = self.row
+        # The next observation's row is the successor's, or the one behind it where a new episode starts.
+        self.row += 1 + ended
+        self.age[ended, self.row[ended] % self.num_rows] = 0
+        self.added += 1
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the transitions whose oldest frame the next step will overwrite."""
+        length = self.row_of.shape[1]
+        self.oldest = np.maximum(self.oldest, self.added - length)
+        while True:
+            first = self.row_of[self.envs, self.oldest % length]
+            first = first - self.age[self.envs, first % self.num_rows]
+            lost = (first <= self.row + 1 - self.num_rows) & (self.oldest < self.added)
+            if not lost.any():
+                return
+            self.oldest += lost
+
+    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self._stacks(env, self.row_of[env, slot])
+
+    def read_next(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self._stacks(env, self.row_of[env, slot] + 1)
+
+    def _stacks(self, env: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Put stacks together, (B, C, H, W): the frame of `row` and those before it in its episode."""
+        back = np.minimum(np.arange(self.stack)[::-1], self.age[env, row % self.num_rows][:, None])
+        stacks: NDArray[np.uint8] = self.frames[env[:, None], (row[:, None] - back) % self.num_rows]
+        return stacks
+
+    def available(self, added: int) -> NDArray[np.int64]:
+        return added - self.oldest
