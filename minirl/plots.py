@@ -61,6 +61,7 @@ def plot_curves(curves: list[Curve], output: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise ConfigError("plots need matplotlib, the extra `plot`: pip install -e '.[plot]'") from error
     figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
@@ -70,6 +71,7 @@ def plot_curves(curves: list[Curve], output: Path) -> None:
     for curve in curves:
         by_steps.plot(curve.steps, curve.mean_of_last(), label=curve.name)
         by_minutes.plot(curve.minutes, curve.mean_of_last(), label=curve.name)
+    by_steps.xaxis.set_major_formatter(EngFormatter(sep=" "))
     by_steps.set(xlabel="agent steps", ylabel=f"return, mean of the last {LAST_EPISODES} games")
     by_minutes.set(xlabel="minutes of training")
     for axes in (by_steps, by_minutes):

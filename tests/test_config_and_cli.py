@@ -160,6 +160,7 @@ MISTAKES = [
     ("--env-id no_such_module:Env-v0", "--env-id must be an environment that Gymnasium can make"),
     ("--env-id Pendulum-v1", "--env-id must have Discrete actions for PPO"),
     ("--env-id FrozenLake-v1", "--env-id must have Box observations"),
+    ("--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple"),
     ("--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete actions"),
     ("--env-id tests.fake_envs:DiscreteObservations-v0", "--env-id must have Box observations"),
     ("--env-id tests.fake_envs:SmallPicture-v0", "--env-id must have vectors (n,) or images"),

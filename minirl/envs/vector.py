@@ -28,6 +28,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from minirl.config import ConfigError
+
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
@@ -78,6 +80,7 @@ class VectorEnv:
             it copies torch's locked threads.)
 
     Raises:
+        ConfigError: if the observations are not arrays.
         WorkerError: if an environment raises in a worker, or a worker dies.
     """
 
@@ -186,7 +189,8 @@ class _SharedArrays:
     """
 
     def __init__(self, num_envs: int, observation_space: gym.Space[Any], *, shared: bool) -> None:
-        assert observation_space.shape is not None
+        if observation_space.shape is None:
+            raise ConfigError(f"--env-id must have observations that are one array, not {observation_space}")
         shape = (num_envs, *observation_space.shape)
         dtype = np.dtype(observation_space.dtype)
         context = multiprocessing.get_context("spawn")
