@@ -1,10 +1,11 @@
-# Two commands do everything: `make pong` trains, `make test` checks. Both make .venv first, once.
+# Two commands do everything: `make pong` trains, `make test` checks. Both make .venv first, once;
+# `make install` does only that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test clean
+.PHONY: pong test install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
@@ -14,6 +15,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+install: $(INSTALLED)
 
 # Made anew only when a requirement changes; the file is written last, so a broken install is tried again.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -4,13 +4,12 @@
 def main() -> None:
     """Parse the flags, train and print the table."""
     from minirl.cli import run_training
-    from minirl.q_learning import QLearningConfig, make_tabular_env, train
+    from minirl.q_learning import QLearningConfig, train
     from minirl.tables import describe
 
     about = "Train tabular Q-learning; without flags, on the source notebook's 3x3 grid with its settings."
     config, q_table = run_training("q_learning", QLearningConfig, train, about)
-    env, _ = make_tabular_env(config.env_id)
-    print(describe(q_table, env))
+    print(describe(q_table, config.env_id))
 
 
 if __name__ == "__main__":

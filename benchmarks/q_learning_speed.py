@@ -7,15 +7,19 @@ NumPy array, an action is a move. Both train with the notebook's settings, in tu
 pair by pair. Exit status 1 if the median ratio is below the goal.
 """
 
+import contextlib
+import io
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.q_learning import QLearningConfig, make_tabular_env, play_episode, random_numbers
+from minirl.q_learning import QLearningConfig, train
+from minirl.runs import load_checkpoint
 
 PAIRS = 7
 GOAL = 4.0
@@ -65,31 +69,37 @@ def notebook_loop(config: QLearningConfig) -> int:
     return steps
 
 
-def minirl_loop(config: QLearningConfig) -> int:
-    """Train as `train` does, without a run directory; return the number of steps."""
-    env, max_steps = make_tabular_env(config.env_id)
-    random = random_numbers(config.seed).__next__
-    table = [[0.0] * 4 for _ in range(9)]
-    return sum(
-        play_episode(env, table, random, config.alpha, config.gamma, config.epsilon, max_steps)[1]
-        for _ in range(config.num_episodes)
-    )
-
-
-def steps_per_second(loop: Callable[[QLearningConfig], int], config: QLearningConfig) -> float:
-    """Run a loop once and return its speed."""
+def notebook_speed(config: QLearningConfig) -> float:
+    """Train as the notebook does; return steps per second."""
     started = time.perf_counter()
-    steps = loop(config)
+    steps = notebook_loop(config)
     return steps / (time.perf_counter() - started)
+
+
+def minirl_speed(config: QLearningConfig, steps: int) -> float:
+    """Train as `train_q.py` does, without a run directory; return steps per second."""
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):  # progress is shown, but not here
+        train(config)
+    return steps / (time.perf_counter() - started)
+
+
+def count_steps(config: QLearningConfig) -> int:
+    """Return the number of steps of a training, which the seed decides."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
+        train(config, run_dir=directory)
+        steps: int = load_checkpoint(Path(directory), "q_learning")["global_step"]
+    return steps
 
 
 def main() -> None:
     """Measure in turn and print."""
     config = QLearningConfig()
+    steps = count_steps(config)
     ratios = []
     for pair in range(PAIRS + 1):
-        theirs = steps_per_second(notebook_loop, config)
-        ours = steps_per_second(minirl_loop, config)
+        theirs = notebook_speed(config)
+        ours = minirl_speed(config, steps)
         if pair > 0:  # the first warms up
             ratios.append(ours / theirs)
             print(f"notebook {theirs:9,.0f} steps/s   minirl {ours:9,.0f} steps/s   ratio {ours / theirs:.2f}")

@@ -10,6 +10,9 @@ from typing import Any, NoReturn, Protocol
 from minirl.config import ConfigError, field_types, flag_name
 from minirl.runs import default_run_dir, load_settings
 
+# What may be given with --resume: how far to go on, and what changes no result.
+MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency")
+
 
 class Train(Protocol):
     """The `train` function of an algorithm."""
@@ -61,7 +64,7 @@ def run_training(
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
-    """Return the settings of a saved run; only the length of the run may be given anew.
+    """Return the settings of a saved run; only those of `MAY_CHANGE` may be given anew.
 
     Raises:
         ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
@@ -74,7 +77,7 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
     for name, value in given.items():
-        if name not in ("total_timesteps", "num_episodes") and value != settings.get(name):
+        if name not in MAY_CHANGE and value != settings.get(name):
             raise ConfigError(
                 f"{flag_name(name)} {value} can't go with --resume: the run has {settings.get(name)}; leave it out"
             )

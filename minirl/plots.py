@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minirl.cli import Parser, fail
 from minirl.config import ConfigError
+from minirl.q_learning import LOG_EVERY
 from minirl.runs import load_settings
 
 LAST_EPISODES = 100
@@ -17,15 +18,20 @@ LAST_EPISODES = 100
 
 @dataclass(frozen=True)
 class Curve:
-    """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended."""
+    """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended.
+
+    Q-learning's episodes are logged in means of `episodes_per_point`, everything else's one by one.
+    """
 
     name: str
     steps: NDArray[np.int64]
     minutes: NDArray[np.float64]
     returns: NDArray[np.float64]
+    episodes_per_point: int = 1
 
-    def mean_of_last(self, window: int = LAST_EPISODES) -> NDArray[np.float64]:
-        """Return the mean of the last `window` returns at each episode, of fewer at the start (E,)."""
+    def mean_of_last(self, episodes: int = LAST_EPISODES) -> NDArray[np.float64]:
+        """Return the mean of the last returns at each point, of fewer at the start (E,)."""
+        window = max(episodes // self.episodes_per_point, 1)
         sums = np.concatenate([[0.0], np.cumsum(self.returns)])
         ends = np.arange(1, len(self.returns) + 1)
         starts = np.maximum(ends - window, 0)
@@ -50,7 +56,8 @@ def read_curve(run_dir: Path) -> Curve:
     # Episodes end between two readings of the clock.
     minutes = np.interp(steps, [0] + [event.step for event in clock], [0.0] + [event.value for event in clock])
     name = f"{settings['algorithm']} {settings['env_id']}, seed {settings['seed']}"
-    return Curve(name, steps, minutes, np.array([event.value for event in episodes]))
+    per_point = LOG_EVERY if settings["algorithm"] == "q_learning" else 1
+    return Curve(name, steps, minutes, np.array([event.value for event in episodes]), per_point)
 
 
 def plot_curves(curves: list[Curve], output: Path) -> None:
@@ -93,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run_dirs[0] / "curve.png"
+    output = output if output.suffix else output.with_suffix(".png")
     try:
         plot_curves([read_curve(run_dir) for run_dir in arguments.run_dirs], output)
     except ConfigError as error:

@@ -10,6 +10,7 @@ The same for every algorithm. With `run_dir=None` nothing is written.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -63,9 +64,15 @@ def set_random_state(state: State) -> None:
 
 
 def default_run_dir(algorithm: str, config: Any) -> Path:
-    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`."""
+    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken."""
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
-    return Path("runs") / algorithm / env_name / f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
+    run_dir = Path("runs") / algorithm / env_name / name
+    for number in itertools.count(2):
+        if not run_dir.exists():
+            break
+        run_dir = run_dir.with_name(f"{name}-{number}")
+    return run_dir
 
 
 def save_checkpoint(path: Path, state: State) -> None:
@@ -129,6 +136,25 @@ def load_weights(network: nn.Module, saved: State) -> None:
         raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error
 
 
+def claim(run_dir: Path) -> None:
+    """Make a directory this run's own: of several that try, one succeeds.
+
+    Raises:
+        ConfigError: if it is another run's, or can't be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).open("x").close()
+    except FileExistsError as error:
+        if not run_dir.is_dir():
+            raise ConfigError(f"--run-dir must be a directory, and {run_dir} is a file") from error
+        raise ConfigError(
+            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+
+
 def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
     """Write the algorithm's name and all settings to `config.json`."""
     settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
@@ -149,7 +175,8 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{run_dir} must be a run directory, and has no {CONFIG_FILE}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
-    if not isinstance(settings, dict) or not {"algorithm", "env_id", "seed"} <= settings.keys():
+    kinds = {"algorithm": str, "env_id": str, "seed": int}
+    if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):
         raise ConfigError(f"{path} must hold the settings of a run")
     return settings
 
@@ -192,15 +219,9 @@ class Run:
         self.stop_signal: int | None = None
         self.writer: SummaryWriter | None = None
         if run_dir is not None:
-            try:
-                if resumed is None and (run_dir / CONFIG_FILE).exists():
-                    raise ConfigError(
-                        f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
-                    )
-                run_dir.mkdir(parents=True, exist_ok=True)
-                save_config(run_dir, algorithm, config)
-            except OSError as error:
-                raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+            if resumed is None:
+                claim(run_dir)
+            save_config(run_dir, algorithm, config)
             print(f"run directory: {run_dir}", file=sys.stderr)
             # What an interrupted session logged after its last checkpoint is dropped: it is done again.
             self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)

@@ -1,19 +1,19 @@
 """A Q-table in words: the source notebook's two tables for a grid, a summary for anything else."""
 
-from typing import Any
-
-import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from minirl.envs.gridworld import GridWorld
+from minirl.envs.make import make_env
 
 ARROWS = ["^", ">", "v", "<"]
 
 
-def describe(q_table: NDArray[np.float64], env: gym.Env[Any, Any]) -> str:
+def describe(q_table: NDArray[np.float64], env_id: str) -> str:
     """Return what `train_q.py` prints of a Q-table (S, A): both grids of a GridWorld, a summary of others."""
+    env = make_env(env_id)
     grid = env.unwrapped
+    env.close()
     if isinstance(grid, GridWorld):
         return f"\n{detailed_grid(q_table, grid)}\n\n{best_actions_grid(q_table, grid)}"
     return summary(q_table)
@@ -52,9 +52,12 @@ def _name(cell: tuple[int, int], grid: GridWorld) -> str | None:
 
 
 def summary(q_table: NDArray[np.float64]) -> str:
-    """Return how much of a table was learned, and for each action where it is best and what it is worth there."""
+    """Return how much of a table was learned, and for each action where it is best and what it is worth there.
+
+    A state whose actions all have one value counts as not learned: that is how the table starts.
+    """
     num_states, num_actions = q_table.shape
-    learned = q_table.any(axis=1)
+    learned = (q_table != q_table[:, :1]).any(axis=1)
     best = q_table.argmax(axis=1)
     lines = [
         f"Q-table: {num_states} states x {num_actions} actions; {int(learned.sum())} states have learned values.",

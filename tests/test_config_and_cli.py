@@ -156,6 +156,9 @@ MISTAKES = [
     ("--seed 99999999999", "--seed must be a whole number from 0 to 2147483647"),
     ("--env-id NoSuchGame-v0", "--env-id must be an environment that Gymnasium can make"),
     ("--env-id ALE/Pang-v5", "--env-id must be an environment that Gymnasium can make"),
+    ("--env-id Acrobot-v0", "--env-id must be an environment that Gymnasium can make"),
+    ("--env-id HalfCheetah-v2", "--env-id must be an environment that Gymnasium can make"),
+    ("--env-id .x:Y-v0", "--env-id must be an environment that Gymnasium can make"),
     ("--env-id CartPole-v99", "--env-id must be an environment that Gymnasium can make"),
     ("--env-id no_such_module:Env-v0", "--env-id must be an environment that Gymnasium can make"),
     ("--env-id Pendulum-v1", "--env-id must have Discrete actions for PPO"),
@@ -169,11 +172,13 @@ MISTAKES = [
     ("--nonsense 3", "unrecognized arguments: --nonsense 3"),
     ("--total 3", "unrecognized arguments: --total 3"),
     ("--run-dir taken", "--run-dir must be a new directory: taken holds a run; continue it with --resume taken"),
-    ("--run-dir file", "--run-dir must be a directory that can be written"),
+    ("--run-dir file", "--run-dir must be a directory, and file is a file"),
+    ("--run-dir file/inside", "--run-dir must be a directory that can be written"),
     ("--resume nowhere", "nowhere must be a run directory, and has no config.json"),
     ("--resume taken", "there is no checkpoint here"),
     ("--resume broken", "can't be read"),
     ("--resume list", "must hold the settings of a run"),
+    ("--resume odd", "must hold the settings of a run"),
     ("--resume foreign", "--resume must name a run of ppo: foreign is one of dqn"),
     ("--resume newer", "newer has settings that this version does not know: wings"),
     ("--resume garbled", "must be a checkpoint that minirl wrote, and can't be read"),
@@ -200,6 +205,8 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
     (tmp_path / "list" / "config.json").write_text("[]")
     newer = {"algorithm": "ppo", "env_id": "CartPole-v1", "seed": 1, "wings": 2}
     (tmp_path / "newer" / "config.json").write_text(json.dumps(newer))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"algorithm": "ppo", "env_id": "CartPole-v1", "seed": "x"}')
     (tmp_path / "garbled" / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
@@ -222,9 +229,10 @@ def test_a_flag_that_repeats_the_runs_own_setting_may_go_with_resume(tmp_path: P
 
     save_config(tmp_path, "ppo", PPOConfig(gamma=0.5))
     argv = ["--resume", str(tmp_path), "--gamma", "0.5", "--total-timesteps", "7", "--device", "cpu"]
+    argv += ["--num-workers", "3", "--checkpoint-frequency", "9"]
     run_training("ppo", PPOConfig, train, "", argv)
     assert seen == {
-        "config": PPOConfig(gamma=0.5, total_timesteps=7),
+        "config": PPOConfig(gamma=0.5, total_timesteps=7, num_workers=3, checkpoint_frequency=9),
         "run_dir": tmp_path,
         "resume": True,
         "device": "cpu",

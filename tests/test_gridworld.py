@@ -85,8 +85,13 @@ def test_rendering() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"size": 1, "goal": (0, 0)}, "size must be at least 2, not 1"),
-        ({"start": (3, 0)}, r"the start \(3, 0\) must be \(row, column\) inside the 3x3 grid"),
+        ({"size": 1, "goal": (0, 0)}, "size must be a whole number of at least 2, not 1"),
+        ({"size": 3.0}, "size must be a whole number of at least 2, not 3.0"),
+        ({"obstacles": (1, 1)}, "the obstacle 1 must be a cell"),
+        ({"obstacles": [(1, 1)]}, "obstacles must be a tuple of cells"),
+        ({"start": 0}, "the start 0 must be a cell"),
+        ({"start": (0.5, 0)}, r"the start \(0.5, 0\) must be a cell"),
+        ({"start": (3, 0)}, r"the start \(3, 0\) must be a cell \(row, column\) inside the 3x3 grid"),
         ({"goal": (0, -1)}, r"the goal \(0, -1\) must be"),
         ({"obstacles": ((1, 3),)}, r"the obstacle \(1, 3\) must be"),
         ({"obstacles": ((1,),)}, r"the obstacle \(1,\) must be"),

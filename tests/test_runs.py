@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from minirl.config import ConfigError
 from minirl.envs.vector import Episode
 from minirl.ppo import PPOConfig
 from minirl.progress import Progress
-from minirl.runs import Run, atomic_file, load_checkpoint, random_state, save_checkpoint, seed_everything
+from minirl.runs import (
+    Run,
+    atomic_file,
+    claim,
+    default_run_dir,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    seed_everything,
+)
 
 CONFIG = PPOConfig(checkpoint_frequency=30)
 COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "seconds": 0.0, "random_state": {}}
@@ -158,10 +168,10 @@ def test_a_signal_after_the_last_update_lets_the_run_end_well(tmp_path: Path) ->
 
 
 def test_a_directory_that_cannot_be_looked_into_is_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> bool:
+    def denied(path: Path, *args: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "exists", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
     with pytest.raises(ConfigError, match="--run-dir must be a directory that can be written"):
         Run("ppo", CONFIG, Path("secret"), total=100)
 
@@ -183,6 +193,37 @@ def test_speed_and_minutes_are_logged_and_pauses_left_out(tmp_path: Path, monkey
     events.Reload()
     assert [event.value for event in events.Scalars("charts/SPS")] == [0.5, 2.0]
     assert [event.value for event in events.Scalars("charts/minutes")] == pytest.approx([2.0, 140 / 60])
+
+
+def test_one_directory_is_one_runs(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        tries = [pool.submit(claim, tmp_path / "run") for _ in range(8)]
+    failures = [str(attempt.exception()) for attempt in tries if attempt.exception() is not None]
+    assert len(failures) == 7
+    assert all("continue it with --resume" in failure for failure in failures)
+
+
+def test_a_default_directory_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minirl.runs.time.strftime", lambda format: "20260102-030405")
+    for name in ("seed42", "seed42-2", "seed42-3"):
+        run_dir = default_run_dir("ppo", PPOConfig(env_id="ALE/Pong-v5"))
+        assert run_dir == Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}"
+        claim(run_dir)
+
+
+def test_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logged() -> int:
+        events = EventAccumulator(str(tmp_path / "run"))
+        events.Reload()
+        return len(events.Scalars("charts/minutes"))
+
+    seen: list[int] = []
+    monkeypatch.setattr("minirl.runs.save_checkpoint", lambda path, state: seen.append(logged()))
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        run.log(40, {})
+        run.checkpoint(40, dict)
+    assert seen == [1]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Many environments at once: what a step reports, and how workers live and die."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -196,8 +197,13 @@ def test_an_episode_that_ends_in_a_reset_is_counted() -> None:
 
 
 def pids_of_session(session: int) -> list[int]:
-    listing = subprocess.run(["ps", "-s", str(session), "-o", "pid="], capture_output=True, text=True)
-    return [int(pid) for pid in listing.stdout.split()]
+    pids = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                pids.append(int(stat.parent.name))
+    return pids
 
 
 def assert_no_process_left(session: int) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari
+from minirl.envs.ids import is_atari, registered_id
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
@@ -297,7 +297,8 @@ def make_atari_env(
     """
     if not is_atari(env_id):
         raise ConfigError(f"--env-id must be an Atari game here, not {env_id!r}")
-    env = gym.make(env_id, frameskip=1, render_mode=render_mode, disable_env_checker=True)
+    spec = gym.spec(registered_id(env_id))
+    env = gym.make(spec, frameskip=1, render_mode=render_mode, disable_env_checker=True)
     if noop_max > 0:
         env = NoopReset(env, noop_max)
     env = MaxAndSkip(env, frame_skip)

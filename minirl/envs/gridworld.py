@@ -19,12 +19,12 @@ Model = dict[int, dict[int, list[tuple[float, int, float, bool]]]]
 
 MOVES: tuple[Cell, ...] = ((-1, 0), (0, 1), (1, 0), (0, -1))
 GOAL_REWARD, BLOCKED_REWARD, STEP_REWARD = 100.0, -10.0, -1.0
-SYMBOL_PIXELS = 32  # side of a cell in `rgb_array`
+CELL_PIXELS = 32  # side of a cell in `rgb_array`
 COLOURS = {".": (255, 255, 255), "#": (70, 70, 70), "G": (90, 190, 90), "S": (210, 225, 245), "A": (220, 60, 50)}
 
 
 class GridWorld(gym.Env[Any, Any]):
-    """A square grid with one start, one goal and any number of obstacles.
+    """A square grid with one start, one goal and any number of obstacles. In `P` the goal and obstacles lead nowhere.
 
     Args:
         size: rows and columns.
@@ -47,11 +47,11 @@ class GridWorld(gym.Env[Any, Any]):
         obstacles: tuple[Cell, ...] = ((1, 1),),
         render_mode: str | None = None,
     ) -> None:
+        check_layout(size, start, goal, obstacles)
         self.size = size
-        self.start, self.goal = tuple(start), tuple(goal)
-        self.obstacles = frozenset(tuple(cell) for cell in obstacles)
+        self.start, self.goal = start, goal
+        self.obstacles = frozenset(obstacles)
         self.render_mode = render_mode
-        self._check_cells()
         self.observation_space = gym.spaces.Discrete(size * size)
         self.action_space = gym.spaces.Discrete(len(MOVES))
         self.start_state, self.goal_state = self._state(self.start), self._state(self.goal)
@@ -81,12 +81,12 @@ class GridWorld(gym.Env[Any, Any]):
             return "\n".join(" ".join(row) for row in cells) + "\n"
         if self.render_mode == "rgb_array":
             colours = np.array([[COLOURS[symbol] for symbol in row] for row in cells], np.uint8)
-            picture = colours.repeat(SYMBOL_PIXELS, axis=0).repeat(SYMBOL_PIXELS, axis=1)
-            picture[::SYMBOL_PIXELS], picture[:, ::SYMBOL_PIXELS] = 150, 150  # lines between the cells
+            picture = colours.repeat(CELL_PIXELS, axis=0).repeat(CELL_PIXELS, axis=1)
+            picture[::CELL_PIXELS], picture[:, ::CELL_PIXELS] = 150, 150  # lines between the cells
             return picture
         return None
 
-    def _state(self, cell: tuple[int, ...]) -> int:
+    def _state(self, cell: Cell) -> int:
         return cell[0] * self.size + cell[1]
 
     def _cell(self, state: int) -> Cell:
@@ -98,27 +98,11 @@ class GridWorld(gym.Env[Any, Any]):
         if cell == self.goal or cell in self.obstacles:
             return 1.0, state, 0.0, True
         target = (cell[0] + MOVES[action][0], cell[1] + MOVES[action][1])
-        if not self._inside(target) or target in self.obstacles:
+        if not inside(target, self.size) or target in self.obstacles:
             return 1.0, state, BLOCKED_REWARD, False
         if target == self.goal:
             return 1.0, self._state(target), GOAL_REWARD, True
         return 1.0, self._state(target), STEP_REWARD, False
-
-    def _inside(self, cell: tuple[int, ...]) -> bool:
-        return len(cell) == 2 and all(0 <= index < self.size for index in cell)
-
-    def _check_cells(self) -> None:
-        if self.size < 2:
-            raise ValueError(f"size must be at least 2, not {self.size}")
-        named = [("start", self.start), ("goal", self.goal), *(("obstacle", cell) for cell in sorted(self.obstacles))]
-        for name, cell in named:
-            if not self._inside(cell):
-                raise ValueError(f"the {name} {cell} must be (row, column) inside the {self.size}x{self.size} grid")
-        if self.start == self.goal:
-            raise ValueError(f"start and goal must be two cells, not both {self.start}")
-        for name, cell in named[:2]:
-            if cell in self.obstacles:
-                raise ValueError(f"the {name} {cell} must not be an obstacle")
 
     def reachable(self) -> set[int]:
         """Return the states that can be reached from the start."""
@@ -138,3 +122,27 @@ class GridWorld(gym.Env[Any, Any]):
         if cell in self.obstacles:
             return "#"
         return "S" if cell == self.start else "."
+
+
+def check_layout(size: int, start: Cell, goal: Cell, obstacles: tuple[Cell, ...]) -> None:
+    """Check that the cells of a layout lie in the grid, each for itself.
+
+    Raises:
+        ValueError: naming the first that does not.
+    """
+    if not isinstance(size, int) or size < 2:
+        raise ValueError(f"size must be a whole number of at least 2, not {size}")
+    if not isinstance(obstacles, tuple):
+        raise ValueError(f"obstacles must be a tuple of cells, ((1, 1),) say, not {obstacles}")
+    for name, cell in [("start", start), ("goal", goal), *(("obstacle", cell) for cell in obstacles)]:
+        if not inside(cell, size):
+            raise ValueError(f"the {name} {cell} must be a cell (row, column) inside the {size}x{size} grid")
+        if name != "obstacle" and cell in obstacles:
+            raise ValueError(f"the {name} {cell} must not be an obstacle")
+    if start == goal:
+        raise ValueError(f"start and goal must be two cells, not both {start}")
+
+
+def inside(cell: Any, size: int) -> bool:
+    """Whether something is a cell of the grid."""
+    return isinstance(cell, tuple) and len(cell) == 2 and all(isinstance(i, int) and 0 <= i < size for i in cell)

@@ -1,6 +1,8 @@
 """What an environment's id stands for."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 import ale_py
 import gymnasium as gym
@@ -20,12 +22,10 @@ def registered_id(env_id: str) -> str:
         ConfigError: if the module can't be imported or the id is no id.
     """
     module, _, name = env_id.rpartition(":")
-    try:
+    with user_errors():
         if module:
             importlib.import_module(module)
         namespace, base_name, version = parse_env_id(name)
-    except (ImportError, TypeError, gym.error.Error) as error:
-        raise unmakable(error) from error
     if version is None:
         version = find_highest_version(namespace, base_name)
     return get_env_id(namespace, base_name, version)
@@ -41,7 +41,13 @@ def is_atari(env_id: str) -> bool:
     return spec is not None and str(spec.entry_point).startswith("ale_py")
 
 
-def unmakable(error: Exception) -> ConfigError:
-    """Return the error that tells a user why an environment can't be made, in one line."""
-    reason = " ".join(str(error).split())
-    return ConfigError(f"--env-id must be an environment that Gymnasium can make: {reason}")
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what goes wrong with an id or in making its environment into one line for the user."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--env-id must be an environment that Gymnasium can make: {reason}") from error

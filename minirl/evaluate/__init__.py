@@ -1,4 +1,4 @@
-"""Play full, unclipped games with a trained network: `python -m minirl.evaluate RUN_DIR`.
+"""Play full, unclipped games with what a run has learned: `python -m minirl.evaluate RUN_DIR`.
 
 On Atari the games come with the preprocessing of the training (FIRE is pressed after a lost life, say), while the
 returns are the real scores of whole games.
@@ -43,7 +43,7 @@ def evaluate(
     episodes: int = 100,
     seed: int | None = None,
     stochastic: bool = False,
-    video: Path | None = None,
+    video: str | Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Play `episodes` games and return what `--json` prints.
@@ -52,7 +52,7 @@ def evaluate(
         run_dir: the directory of a run.
         episodes: games to play.
         seed: of the games and of sampled actions; None for the seed of the training plus 10,000.
-        stochastic: sample actions from the policy; otherwise always take the likeliest.
+        stochastic: sample actions from PPO's policy; otherwise always take the likeliest.
         video: record a game, in colour, to this `.mp4`: the first of the first environment if actions are greedy.
         device: `auto`, `cpu` or `cuda`.
 
@@ -66,6 +66,7 @@ def evaluate(
         raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"--seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
+    video = None if video is None else Path(video)
     if video is not None and (video.suffix != ".mp4" or not video.parent.is_dir()):
         raise ConfigError(f"--video must be a file that ends in .mp4, in a directory that exists, not {video}")
     run_dir = Path(run_dir)
@@ -159,6 +160,9 @@ def record_game(policy: Policy, env_id: str, seed: int, path: Path) -> None:
     Raises:
         ConfigError: if the environment can't be drawn, or the file not written.
     """
+    with contextlib.closing(make_env(env_id)) as env:
+        if "rgb_array" not in env.metadata.get("render_modes", []):
+            raise ConfigError(f"--video needs an environment that can be drawn, and {env_id} can't")
     env = make_env(env_id, render_mode="rgb_array")
     first_action = int(getattr(env.action_space, "start", 0))
     fps = ATARI_STEPS_PER_SECOND if is_atari(env_id) else float(env.metadata.get("render_fps", 30))
@@ -202,11 +206,11 @@ def draw(env: gym.Env[Any, Any]) -> NDArray[np.uint8]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, play and print."""
-    parser = Parser(prog="python -m minirl.evaluate", description="Play full games with a trained network.")
+    parser = Parser(prog="python -m minirl.evaluate", description="Play full games with what a run has learned.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
     parser.add_argument("--episodes", type=reader(int), default=100, metavar="N", help="games to play (default: 100)")
     parser.add_argument("--seed", type=reader(int), metavar="S", help="seed (default: that of the training + 10,000)")
-    parser.add_argument("--stochastic", action="store_true", help="sample actions (default: always the likeliest)")
+    parser.add_argument("--stochastic", action="store_true", help="sample PPO's actions (default: the likeliest)")
     parser.add_argument("--video", type=Path, metavar="FILE", help="record a game to this .mp4 file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
@@ -216,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         result = evaluate(**arguments)
     except ConfigError as error:
         fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     if as_json:
         print(json.dumps(result))
     else:
