@@ -61,6 +61,8 @@ def run_training(
         return config, train(config, run_dir=run_dir, resume=resume is not None, device=device)
     except ConfigError as error:
         fail(error)
+    except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
+        raise SystemExit(130) from None
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:

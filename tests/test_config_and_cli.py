@@ -239,6 +239,17 @@ def test_a_flag_that_repeats_the_runs_own_setting_may_go_with_resume(tmp_path: P
     }
 
 
+def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def train(config: Any, *, run_dir: Path | None, resume: bool, device: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_training("ppo", PPOConfig, train, "", [])
+    assert stop.value.code == 130
+
+
 def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
     """The real script in a process of its own: a default run directory, status 0, and 2 for a mistake."""
 
