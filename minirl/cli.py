@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from minirl.config import ConfigError, field_types, flag_name
+from minirl.config import ConfigError, Sizes, field_types, flag_name
 from minirl.runs import default_run_dir, load_settings
 
 # What may be given with --resume: how far to go on, and what changes no result.
@@ -72,18 +72,30 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
         ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
     """
     settings = load_settings(run_dir)
-    saved_algorithm = settings.pop("algorithm")
+    saved_algorithm = settings["algorithm"]
     if saved_algorithm != algorithm:
         raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
+    config = saved_config(config_class, settings)
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
+            raise ConfigError(
+                f"{flag_name(name)} {_shown(value)} can't go with --resume: the run has {_shown(saved)}; leave it out"
+            )
+    return dataclasses.replace(config, **given)
+
+
+def saved_config(config_class: type, settings: dict[str, Any]) -> Any:
+    """Return the config that `config.json` holds.
+
+    Raises:
+        ConfigError: if a setting is unknown or wrong.
+    """
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    settings.pop("algorithm", None)
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(settings.keys() - known):
-        raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
-    for name, value in given.items():
-        if name not in MAY_CHANGE and value != settings.get(name):
-            raise ConfigError(
-                f"{flag_name(name)} {value} can't go with --resume: the run has {settings.get(name)}; leave it out"
-            )
-    return config_class(**{**settings, **given})
+        raise ConfigError(f"the run has settings that this version does not know: {', '.join(unknown)}")
+    return config_class(**settings)
 
 
 def make_parser(config_class: type, description: str) -> Parser:
@@ -100,7 +112,7 @@ def make_parser(config_class: type, description: str) -> Parser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = reader(plain, optional)
-            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[plain]
+            options["metavar"] = {int: "N", float: "X", str: "TEXT", Sizes: "N,N"}[plain]
         parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
     parser.add_argument(
         "--run-dir",
@@ -114,6 +126,8 @@ def make_parser(config_class: type, description: str) -> Parser:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
     return "none" if default is None else str(default)
 
 
@@ -124,9 +138,9 @@ def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:
         if optional and text.lower() == "none":
             return None
         try:
-            return plain(text)
+            return tuple(map(int, text.split(","))) if plain == Sizes else plain(text)
         except ValueError:
-            noun = {int: "a whole number", float: "a number"}[plain]
+            noun = {int: "a whole number", float: "a number", Sizes: "whole numbers as in 24,24"}[plain]
             raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}") from None
 
     return read

@@ -15,6 +15,14 @@ import typing
 from typing import Any
 
 MAX_SEED = 2**31 - 1
+Sizes = tuple[int, ...]  # as a flag: 24,24
+NOUNS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Sizes: "whole numbers with commas between them, each",
+}
 
 
 class ConfigError(ValueError):
@@ -70,6 +78,8 @@ def check_settings(config: Any) -> None:
 
 
 def _has_type(value: Any, plain: type) -> bool:
+    if plain == Sizes:
+        return isinstance(value, tuple) and all(_has_type(size, int) for size in value)
     if plain is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if plain is int:
@@ -78,6 +88,8 @@ def _has_type(value: Any, plain: type) -> bool:
 
 
 def _in_range(value: Any, at_least: float | None, at_most: float | None, above: float | None) -> bool:
+    if isinstance(value, tuple):
+        return all(_in_range(size, at_least, at_most, above) for size in value)
     return (
         (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
@@ -86,7 +98,7 @@ def _in_range(value: Any, at_least: float | None, at_most: float | None, above: 
 
 
 def _describe(plain: type, at_least: float | None, at_most: float | None, above: float | None) -> str:
-    noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[plain]
+    noun = NOUNS[plain]
     if at_least is not None and at_most is not None:
         return f"{noun} from {at_least} to {at_most}"
     limits = [

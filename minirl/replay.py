@@ -41,13 +41,20 @@ class ReplayBuffer:
         capacity: transitions, over all environments; a multiple of their number.
         observation_space: stacks of byte images (C, H, W) are stored frame by frame, all else as it is.
         num_envs: N, environments that are stepped together.
-        seed: of the sampling.
+        seed: of the sampling, or the generator to draw from.
 
     Raises:
         ValueError: if the capacity is not a positive multiple of the number of environments.
     """
 
-    def __init__(self, capacity: int, observation_space: gym.Space[Any], num_envs: int = 1, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        observation_space: gym.Space[Any],
+        num_envs: int = 1,
+        *,
+        seed: int | np.random.Generator = 0,
+    ) -> None:
         if num_envs < 1 or capacity < 1 or capacity % num_envs != 0:
             raise ValueError(f"capacity must be a positive multiple of num_envs = {num_envs}, not {capacity}")
         self.num_envs = num_envs

@@ -3,6 +3,7 @@
     runs/ppo/PongNoFrameskip-v4/20260131-142500-seed42/
         config.json              the algorithm and its settings
         checkpoint.pt            the latest checkpoint, replaced atomically
+        best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
         events.out.tfevents...   TensorBoard
 
 The same for every algorithm. With `run_dir=None` nothing is written.
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -34,6 +36,7 @@ from minirl.progress import Progress
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.pt"
+BEST_FILE = "best.pt"
 
 COMMON_KEYS = ("global_step", "returns", "seconds", "random_state")  # of every algorithm's checkpoint
 
@@ -95,20 +98,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str) -> State:
+def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str = CHECKPOINT_FILE) -> State:
     """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
 
     Args:
         run_dir: the directory of the run.
         algorithm: whose checkpoint it must be.
         keys: what it must hold of the algorithm's own state.
+        file: `checkpoint.pt` or `best.pt`.
 
     Raises:
         ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
     """
     if run_dir is None:
         raise ConfigError("resume=True needs run_dir, the directory of the run")
-    path = run_dir / CHECKPOINT_FILE
+    path = run_dir / file
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -123,14 +127,14 @@ def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str) -> State:
     return state
 
 
-def load_weights(network: nn.Module, saved: State) -> None:
-    """Put the weights of a checkpoint into the network.
+def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
+    """Put the weights that a checkpoint holds under `key` into the network.
 
     Raises:
         ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
     """
     try:
-        network.load_state_dict(saved["model"])
+        network.load_state_dict(saved[key])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error
@@ -212,6 +216,7 @@ class Run:
         self.config = config
         self.run_dir = run_dir
         self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
+        self.best_return: float = resumed.get("best_return", -math.inf) if resumed else -math.inf
         self.seconds_before: float = resumed["seconds"] if resumed else 0.0
         self.started = time.monotonic()
         self.first_step: int = resumed["global_step"] if resumed else 0
@@ -282,16 +287,30 @@ class Run:
         """
         due = global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
-            common = {
-                "algorithm": self.algorithm,
-                "global_step": global_step,
-                "returns": list(self.returns),
-                "seconds": self.seconds_before + time.monotonic() - self.started,
-                "random_state": random_state(),
-            }
-            assert self.writer is not None
-            self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
-            save_checkpoint(self.run_dir / CHECKPOINT_FILE, {**common, **state()})
+            self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved = global_step
         if self.stop_signal is not None and not finished:
             raise SystemExit(128 + self.stop_signal)
+
+    def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
+        """Log the mean return of some greedy games; if none before was better, save to `best.pt`."""
+        if self.run_dir is None or self.writer is None:
+            return
+        self.writer.add_scalar("eval/mean_return", mean_return, global_step)
+        if mean_return >= self.best_return:
+            self.best_return = mean_return
+            self._save(BEST_FILE, global_step, state)
+
+    def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
+        assert self.run_dir is not None
+        assert self.writer is not None
+        common = {
+            "algorithm": self.algorithm,
+            "global_step": global_step,
+            "returns": list(self.returns),
+            "best_return": self.best_return,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "random_state": random_state(),
+        }
+        self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
+        save_checkpoint(self.run_dir / file, {**common, **state()})

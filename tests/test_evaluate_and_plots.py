@@ -16,7 +16,8 @@ from minirl import plots
 from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.vector import Episode, VectorEnv
-from minirl.evaluate import evaluate, play_games
+from minirl.evaluate import evaluate
+from minirl.play import play_games
 from minirl.plots import Curve, plot_curves, read_curve
 from minirl.ppo import PPOConfig, train
 from minirl.runs import Run, load_checkpoint, save_config

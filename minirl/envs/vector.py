@@ -62,6 +62,15 @@ class VectorStep(NamedTuple):
     final_observations: NDArray[Any]
     episodes: list[Episode]
 
+    def next_observations(self) -> NDArray[Any]:
+        """Return the true successors (N, ...): the final observation where an episode ended."""
+        ended = self.terminated | self.truncated
+        if not ended.any():
+            return self.observations
+        return np.where(
+            ended.reshape(-1, *[1] * (self.observations.ndim - 1)), self.final_observations, self.observations
+        )
+
 
 class WorkerError(RuntimeError):
     """An environment raised in a worker process, or the process died. The message holds the worker's traceback."""

@@ -7,7 +7,6 @@ returns are the real scores of whole games.
 import contextlib
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirl.cli import Parser, fail, reader
+from minirl.cli import Parser, fail, reader, saved_config
 from minirl.config import MAX_SEED, ConfigError
+from minirl.dqn import DQNConfig, Learner
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import observation_dtype
+from minirl.play import Policy, play_games
 from minirl.ppo import ActorCritic
 from minirl.progress import Progress
 from minirl.q_learning import load_table
-from minirl.runs import load_checkpoint, load_settings, load_weights, seed_everything
+from minirl.runs import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_settings, load_weights, seed_everything
 from minirl.runtime import select_device
-
-Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
 
 SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
 SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
@@ -44,9 +43,12 @@ def evaluate(
     seed: int | None = None,
     stochastic: bool = False,
     video: str | Path | None = None,
+    last: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Play `episodes` games and return what `--json` prints.
+
+    Where the training has picked a best network (`best.pt`, from DQN), that one plays; otherwise the last.
 
     Args:
         run_dir: the directory of a run.
@@ -54,6 +56,7 @@ def evaluate(
         seed: of the games and of sampled actions; None for the seed of the training plus 10,000.
         stochastic: sample actions from PPO's policy; otherwise always take the likeliest.
         video: record a game, in colour, to this `.mp4`: the first of the first environment if actions are greedy.
+        last: play with the last network though there is a best one.
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
@@ -75,12 +78,13 @@ def evaluate(
     if seed is None:
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
     with make_vector_env(settings["env_id"], min(episodes, SIDE_BY_SIDE)) as envs:
-        policy = load_policy(run_dir, settings["algorithm"], envs, stochastic, torch_device)
+        policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:
             seed_everything(seed)
             record_game(policy, settings["env_id"], seed, video)
         seed_everything(seed)
-        returns = play_games(policy, envs, episodes, seed)
+        with contextlib.closing(Progress(episodes, unit="games")) as progress:
+            returns = play_games(policy, envs, episodes, seed, progress)
     return {
         "mean_return": statistics.fmean(returns),
         "std_return": statistics.pstdev(returns),
@@ -91,19 +95,24 @@ def evaluate(
     }
 
 
-def load_policy(run_dir: Path, algorithm: str, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
+def load_policy(
+    run_dir: Path, settings: dict[str, Any], envs: VectorEnv, stochastic: bool, last: bool, device: torch.device
+) -> Policy:
     """Return the saved network or table as a function from observations to actions.
 
     Raises:
         ConfigError: if there is none, or `stochastic` is asked of an algorithm that has no distribution to sample from.
     """
+    algorithm = settings["algorithm"]
+    if stochastic and algorithm != "ppo":
+        raise ConfigError(f"--stochastic must go with a run of ppo: {algorithm} has no probabilities to sample from")
     if algorithm == "ppo":
         return ppo_policy(run_dir, envs, stochastic, device)
+    if algorithm == "dqn":
+        return dqn_policy(run_dir, settings, envs, last, device)
     if algorithm == "q_learning":
-        if stochastic:
-            raise ConfigError("--stochastic must not go with Q-learning, whose policy is the best entry of its table")
         return q_learning_policy(run_dir, envs)
-    raise ConfigError(f"{run_dir} must hold a run of ppo or q_learning, not of {algorithm}")
+    raise ConfigError(f"{run_dir} must hold a run of ppo, dqn or q_learning, not of {algorithm}")
 
 
 def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
@@ -123,6 +132,15 @@ def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.d
     return policy
 
 
+def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: bool, device: torch.device) -> Policy:
+    """Return DQN's network, the best if there is one, as a policy: the first of its best actions."""
+    file = CHECKPOINT_FILE if last or not (run_dir / BEST_FILE).exists() else BEST_FILE
+    saved = load_checkpoint(run_dir, "dqn", "model", file=file)
+    learner = Learner(saved_config(DQNConfig, settings), envs, device)
+    load_weights(learner.online, saved)
+    return learner.greedy_actions
+
+
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
     """Return a Q-table as a policy: the first of the best actions."""
     table = load_table(load_checkpoint(run_dir, "q_learning", "q_table"), envs)
@@ -132,26 +150,6 @@ def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
         return best
 
     return policy
-
-
-def play_games(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> list[float]:
-    """Play `episodes` games in the environments and return their returns, environment by environment.
-
-    Each environment plays its fixed share. Taking whichever games end first would favour short ones.
-    """
-    shares = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
-    returns: list[list[float]] = [[] for _ in shares]
-    obs = envs.reset(seed=seed)
-    with contextlib.closing(Progress(episodes, unit="games")) as progress:
-        while (played := sum(map(len, returns))) < episodes:
-            progress.update(played)
-            step = envs.step(policy(obs))
-            for episode in step.episodes:
-                if len(returns[episode.env_index]) < shares[episode.env_index]:
-                    returns[episode.env_index].append(episode.episodic_return)
-            obs = step.observations
-        progress.update(episodes)
-    return [value for games in returns for value in games]
 
 
 def record_game(policy: Policy, env_id: str, seed: int, path: Path) -> None:
@@ -212,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=reader(int), metavar="S", help="seed (default: that of the training + 10,000)")
     parser.add_argument("--stochastic", action="store_true", help="sample PPO's actions (default: the likeliest)")
     parser.add_argument("--video", type=Path, metavar="FILE", help="record a game to this .mp4 file")
+    parser.add_argument("--last", action="store_true", help="play with the last network, not with DQN's best.pt")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     arguments = vars(parser.parse_args(argv))

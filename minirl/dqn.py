@@ -1,0 +1,369 @@
+"""Double DQN (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461), on the DQN of Mnih et al. (2015).
+
+    repeat for each step:
+        a  <- a random action with probability epsilon, else argmax_a Q(s, a)        epsilon_greedy
+        take a, see r and s'; remember (s, a, r, s')                                 ReplayBuffer
+        draw a batch from the memory:                                                update
+            a* = argmax_a Q(s', a)                      the online network chooses,
+            y  = r + gamma Q_target(s', a*)             the target network judges    double_dqn_target
+            loss = mean((Q(s, a) - y)^2), one step of Adam                           dqn_loss
+        now and then Q_target <- Q                                                   update_target
+
+Nothing follows a terminal state, so y = r there; a cut episode goes on in principle and keeps its bootstrap.
+
+Read from top to bottom: settings, network, the maths as pure functions, training.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minirl.config import MAX_SEED, ConfigError, check_settings, setting
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
+from minirl.play import Judge
+from minirl.q_learning import epsilon_greedy
+from minirl.replay import Batch, ReplayBuffer
+from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything
+from minirl.runtime import select_device
+from minirl.shapes import require_same_shape
+
+LOG_EVERY = 1_000  # agent steps
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """The settings of a run; the defaults are for CartPole (docs/dqn-cartpole.md says what chose them)."""
+
+    env_id: str = setting("CartPole-v1", "environment, any id that gymnasium.make takes")
+    seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
+    total_timesteps: int = setting(100_000, "agent steps to train for, over all environments", at_least=1)
+    num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
+    hidden_sizes: tuple[int, ...] = setting((24, 24), "widths of the hidden layers on vectors, as in 24,24", at_least=1)
+    initial_value: float = setting(0.0, "what all Q-values start near: the bias of the last layer")
+    learning_rate: float = setting(1e-3, "Adam's step size", above=0)
+    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
+    max_grad_norm: float | None = setting(10.0, "clip the norm of the gradient to this; none: never", above=0)
+    num_envs: int = setting(1, "environments played side by side (N)", at_least=1)
+    buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
+    batch_size: int = setting(64, "transitions per gradient step", at_least=1)
+    learning_starts: int = setting(1_000, "agent steps before the first gradient step", at_least=0)
+    train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
+    target_network_frequency: int = setting(1, "agent steps between updates of the target network", at_least=1)
+    target_network_episodes: int | None = setting(
+        None, "episodes between updates of the target network, in place of steps", at_least=1
+    )
+    tau: float = setting(0.005, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
+    start_epsilon: float = setting(1.0, "probability of a random action at the start", at_least=0, at_most=1)
+    end_epsilon: float = setting(0.05, "the same in the end", at_least=0, at_most=1)
+    exploration_fraction: float = setting(
+        0.1, "share of the steps over which epsilon falls linearly", above=0, at_most=1
+    )
+    epsilon_decay: float | None = setting(
+        None, "multiply epsilon by this after each episode, in place of the line", above=0, at_most=1
+    )
+    eval_frequency: int | None = setting(
+        1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1
+    )
+    eval_episodes: int = setting(10, "greedy games each time", at_least=1)
+    num_workers: int | None = setting(
+        None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
+    )
+    checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.buffer_size % self.num_envs != 0:
+            raise ConfigError(f"--buffer-size must be a multiple of num_envs = {self.num_envs}, not {self.buffer_size}")
+        if self.batch_size > self.buffer_size:
+            raise ConfigError(
+                f"--batch-size must be at most buffer_size = {self.buffer_size}, and {self.batch_size} is not"
+            )
+        if self.learning_starts >= self.total_timesteps:
+            raise ConfigError(
+                f"--learning-starts must be below total_timesteps = {self.total_timesteps}, "
+                f"or nothing is learned, and {self.learning_starts} is not"
+            )
+        if self.end_epsilon > self.start_epsilon:
+            raise ConfigError(
+                f"--end-epsilon must be at most start_epsilon = {self.start_epsilon}, and {self.end_epsilon} is not"
+            )
+
+    @property
+    def last_step(self) -> int:
+        """Agent steps of a whole run: the last vector step may go past `total_timesteps`."""
+        return math.ceil(self.total_timesteps / self.num_envs) * self.num_envs
+
+
+class QNetwork(nn.Module):
+    """The action values Q(s, .): an MLP with ReLU for vectors, the Nature CNN for images.
+
+    With two hidden layers of 24 it has 770 parameters on CartPole, as the source notebook's.
+
+    Args:
+        observation_space: of one environment.
+        num_actions: A.
+        hidden_sizes: widths of the hidden layers on vectors; the CNN has its own.
+        initial_value: the bias of the last layer: what all values start near.
+
+    Raises:
+        ConfigError: if the observations are not a Box of vectors or images.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        num_actions: int,
+        hidden_sizes: tuple[int, ...] = (24, 24),
+        initial_value: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.body: nn.Module
+        if is_image(observation_space):
+            assert observation_space.shape is not None
+            self.body = NatureCNN(observation_space.shape)
+            num_features = NatureCNN.num_features
+        else:
+            assert observation_space.shape is not None
+            sizes = (*observation_space.shape, *hidden_sizes)
+            self.body = mlp(sizes, nn.ReLU)
+            num_features = sizes[-1]
+        head = nn.Linear(num_features, num_actions)
+        self.head = orthogonal(head, gain=0.01)
+        nn.init.constant_(head.bias, initial_value)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Observations (B, ...) -> values (B, A)."""
+        values: Tensor = self.head(self.body(obs))
+        return values
+
+
+@torch.no_grad()
+def double_dqn_target(
+    rewards: Tensor, terminated: Tensor, next_q_online: Tensor, next_q_target: Tensor, gamma: float
+) -> Tensor:
+    """What Q(s, a) is moved towards, y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)).
+
+    The online network chooses and the target network judges: one network that does both picks its own overestimates
+    (van Hasselt et al. 2016, eq. 4). The result carries no gradient.
+
+    Args:
+        rewards: (B,).
+        terminated: (B,) real ends: nothing follows. A cut episode is not one.
+        next_q_online: (B, A) Q(s', .) of the online network.
+        next_q_target: (B, A) Q(s', .) of the target network.
+        gamma: discount factor.
+
+    Returns:
+        y (B,).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    require_same_shape(rewards=rewards, terminated=terminated)
+    require_same_shape(next_q_online=next_q_online, next_q_target=next_q_target)
+    require_same_shape(rewards=rewards, next_q_online_of_an_action=next_q_online[..., 0])
+    chosen = next_q_online.argmax(dim=-1, keepdim=True)
+    judged = next_q_target.gather(-1, chosen).squeeze(-1)
+    return rewards + gamma * judged.where(~terminated.bool(), 0.0)
+
+
+def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool = False) -> Tensor:
+    """The loss, L = mean((Q(s, a) - y)^2), or with `huber` the mean of the smooth-L1 of the same TD errors.
+
+    No factor 1/2 on the square. Smooth-L1 is d^2 / 2 up to |d| = 1 and |d| - 1/2 beyond: its gradient is the square's
+    clipped to [-1, 1], which is what Mnih et al. (2015) mean by clipping the error.
+
+    Args:
+        q_values: (B, A) Q(s, .), carries the gradient.
+        actions: (B,) a.
+        targets: (B,) y.
+        huber: smooth-L1.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    require_same_shape(actions=actions, targets=targets, q_values_of_an_action=q_values[..., 0])
+    chosen = q_values.gather(-1, actions[..., None]).squeeze(-1)
+    return F.smooth_l1_loss(chosen, targets) if huber else F.mse_loss(chosen, targets)
+
+
+class Clock(NamedTuple):
+    """How far a run is: agent steps over all environments, and finished episodes."""
+
+    steps: int
+    episodes: int
+
+
+def passed(every: int, before: int, now: int) -> int:
+    """How many multiples of `every` lie above `before` and up to `now`: how often to do what is due every so often."""
+    return now // every - before // every
+
+
+def epsilon_at(config: DQNConfig, now: Clock) -> float:
+    """Return the probability of a random action.
+
+    It falls linearly over the first `exploration_fraction` of the steps, or by `epsilon_decay` each episode.
+    """
+    if config.epsilon_decay is not None:
+        return max(config.end_epsilon, config.start_epsilon * config.epsilon_decay**now.episodes)
+    progress = min(1.0, now.steps / (config.exploration_fraction * config.total_timesteps))
+    return config.start_epsilon + progress * (config.end_epsilon - config.start_epsilon)
+
+
+def target_is_due(config: DQNConfig, before: Clock, now: Clock) -> bool:
+    """Whether the target network is to be updated, by steps or by episodes."""
+    if config.target_network_episodes is not None:
+        return passed(config.target_network_episodes, before.episodes, now.episodes) > 0
+    return passed(config.target_network_frequency, before.steps, now.steps) > 0
+
+
+class Learner:
+    """The online network, the target network and the optimiser."""
+
+    def __init__(self, config: DQNConfig, envs: VectorEnv, device: torch.device) -> None:
+        if not isinstance(envs.action_space, gym.spaces.Discrete):
+            raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
+        sizes = (int(envs.action_space.n), config.hidden_sizes, config.initial_value)
+        self.config = config
+        self.device = device
+        self.obs_dtype = observation_dtype(envs.observation_space)
+        self.online = QNetwork(envs.observation_space, *sizes).to(device)
+        self.target = QNetwork(envs.observation_space, *sizes).to(device)
+        self.target.load_state_dict(self.online.state_dict())
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.learning_rate, fused=True)
+
+    def state(self) -> State:
+        """Return what a checkpoint holds of it."""
+        return {
+            "model": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, saved: State) -> None:
+        """Put back what `state` returned."""
+        load_weights(self.online, saved)
+        load_weights(self.target, saved, "target")
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    @torch.no_grad()
+    def q_values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
+        """Q(s, .) of the online network: observations (N, ...) -> (N, A)."""
+        obs_tensor = torch.as_tensor(obs, dtype=self.obs_dtype, device=self.device)
+        values: NDArray[np.float32] = self.online(obs_tensor).cpu().numpy()
+        return values
+
+    def greedy_actions(self, obs: NDArray[Any]) -> NDArray[np.int64]:
+        """The first of the best actions: observations (N, ...) -> (N,)."""
+        best: NDArray[np.int64] = self.q_values(obs).argmax(axis=-1)
+        return best
+
+    def update(self, batch: Batch) -> Tensor:
+        """Take one gradient step on a batch; return the loss and the mean of Q(s, a) (2,), still on the device."""
+        obs, actions, rewards, next_obs, terminated = (torch.from_numpy(array).to(self.device) for array in batch)
+        with torch.no_grad():
+            next_q_online, next_q_target = self.online(next_obs), self.target(next_obs)
+        targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, self.config.gamma)
+        q_values = self.online(obs)
+        loss = dqn_loss(q_values, actions, targets, huber=self.config.huber)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()]).detach()
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Move the target network towards the online one, w_target += tau (w - w_target); tau = 1 copies."""
+        for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            target.lerp_(online, self.config.tau)
+
+
+def means(losses: list[Tensor]) -> dict[str, float]:
+    """Return the mean of what `Learner.update` returned since the last time, under TensorBoard's tags."""
+    if not losses:
+        return {}
+    td_loss, q_values = torch.stack(losses).mean(dim=0).tolist()
+    return {"losses/td_loss": td_loss, "losses/q_values": q_values}
+
+
+def train(
+    config: DQNConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
+) -> QNetwork:
+    """Train and return the network as it is at the end; `best.pt` in the run directory holds the best one.
+
+    Args:
+        config: the settings.
+        run_dir: where checkpoints, `best.pt` and TensorBoard events go; None writes nothing, and picks no best one.
+        resume: go on from the checkpoint in `run_dir`, with new episodes and an empty memory.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: if the environment, the device or the run directory will not do.
+        SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
+    """
+    torch_device = select_device(device)
+    run_dir = None if run_dir is None else Path(run_dir)
+    saved = load_checkpoint(run_dir, "dqn", "model", "target", "optimizer", "episodes") if resume else None
+    start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
+    if start.steps > config.last_step:
+        raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
+    seed_everything(config.seed + start.steps)
+    rng = np.random.default_rng([config.seed, start.steps])  # explores and samples; no environment draws the same
+    eval_frequency = None if run_dir is None else config.eval_frequency
+    with (
+        make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
+        Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency) as judge,
+    ):
+        learner = Learner(config, envs, torch_device)
+        if saved is not None:
+            learner.load(saved)
+        memory = ReplayBuffer(config.buffer_size, envs.observation_space, config.num_envs, seed=rng)
+
+        def state() -> State:
+            return {"episodes": now.episodes, **learner.state()}
+
+        with Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run:
+            losses: list[Tensor] = []
+            obs = envs.reset(seed=config.seed + start.steps).copy()
+            run.checkpoint(now.steps, state)
+            finished = now.steps == config.last_step
+            while not finished:
+                epsilon = epsilon_at(config, now)
+                actions = np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in learner.q_values(obs)])
+                step = envs.step(actions)
+                memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
+                obs = step.observations.copy()
+                before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(step.episodes))
+
+                if now.steps - start.steps >= config.learning_starts and len(memory) >= config.batch_size:
+                    remaining = 1 - before.steps / config.last_step
+                    learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
+                    learner.optimizer.param_groups[0]["lr"] = learning_rate
+                    for _ in range(passed(config.train_frequency, before.steps, now.steps)):
+                        losses.append(learner.update(memory.sample(config.batch_size)))
+                if target_is_due(config, before, now):
+                    learner.update_target()
+
+                finished = now.steps == config.last_step or now.episodes == config.num_episodes
+                run.log_episodes(now.steps, step.episodes)
+                if passed(LOG_EVERY, before.steps, now.steps) or finished:
+                    run.log(now.steps, {"charts/epsilon": epsilon, **means(losses)})
+                    losses.clear()
+                if judge.is_due(before.steps, now.steps, finished=finished):
+                    run.keep_best(now.steps, judge.mean_return(learner.greedy_actions, now.steps), state)
+                run.checkpoint(now.steps, state, finished=finished)
+    return learner.online

@@ -1,0 +1,82 @@
+"""Playing games with a policy as it is, without learning: for evaluation, during training and after."""
+
+import statistics
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minirl.config import MAX_SEED
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.progress import Progress
+
+Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
+
+JUDGE_SEED_OFFSET = 1_000_000  # from the seed of the training; `minirl.evaluate` plays other games again
+
+
+def play_games(
+    policy: Policy, envs: VectorEnv, episodes: int, seed: int, progress: Progress | None = None
+) -> list[float]:
+    """Play `episodes` games in the environments and return their returns, environment by environment.
+
+    Each environment plays its fixed share. Taking whichever games end first would favour short ones.
+    """
+    shares = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
+    returns: list[list[float]] = [[] for _ in shares]
+    obs = envs.reset(seed=seed)
+    while (played := sum(map(len, returns))) < episodes:
+        if progress is not None:
+            progress.update(played)
+        step = envs.step(policy(obs))
+        for episode in step.episodes:
+            if len(returns[episode.env_index]) < shares[episode.env_index]:
+                returns[episode.env_index].append(episode.episodic_return)
+        obs = step.observations
+    if progress is not None:
+        progress.update(episodes)
+    return [value for games in returns for value in games]
+
+
+class Judge:
+    """Plays a few games every so often during training, to tell how good the policy is without exploration.
+
+    It has its own environments and changes nothing of the training. The games are new ones each time, and not those
+    that `minirl.evaluate` reports: a network that is picked for its luck in them gains nothing there.
+
+    Args:
+        env_id: the environment.
+        episodes: games each time.
+        seed: of the training.
+        frequency: agent steps from one time to the next; None for never.
+    """
+
+    def __init__(self, env_id: str, episodes: int, seed: int, frequency: int | None) -> None:
+        self.episodes = episodes
+        self.seed = seed
+        self.frequency = frequency
+        self.envs = None if frequency is None else make_vector_env(env_id, episodes)
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.envs is not None:
+            self.envs.close()
+
+    def is_due(self, step_before: int, global_step: int, *, finished: bool) -> bool:
+        """Whether a multiple of the frequency has been passed since `step_before`, or training ends here."""
+        if self.frequency is None:
+            return False
+        return finished or global_step // self.frequency > step_before // self.frequency
+
+    def mean_return(self, policy: Policy, global_step: int) -> float:
+        """Play, and return the mean return."""
+        assert self.envs is not None
+        seed = (self.seed + JUDGE_SEED_OFFSET + global_step) % (MAX_SEED + 1)
+        return statistics.fmean(play_games(policy, self.envs, self.episodes, seed))

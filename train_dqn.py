@@ -1,0 +1,14 @@
+"""Train Double DQN, on CartPole unless told otherwise: `python train_dqn.py --help`."""
+
+
+def main() -> None:
+    """Parse the flags and train."""
+    # Imported here, not above: environment workers load this file too, and must not load torch.
+    from minirl.cli import run_training
+    from minirl.dqn import DQNConfig, train
+
+    run_training("dqn", DQNConfig, train, "Train Double DQN; without flags, on CartPole.")
+
+
+if __name__ == "__main__":
+    main()
