@@ -343,6 +343,8 @@ def train(
             finished = now.steps == config.last_step
             while not finished:
                 epsilon = epsilon_at(config, now)
+                learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
+                learner.optimizer.param_groups[0]["lr"] = learning_rate
                 actions = np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in learner.q_values(obs)])
                 step = envs.step(actions)
                 memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
@@ -350,9 +352,6 @@ def train(
                 before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(step.episodes))
 
                 if now.steps - start.steps >= config.learning_starts and len(memory) >= config.batch_size:
-                    remaining = 1 - before.steps / config.last_step
-                    learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
-                    learner.optimizer.param_groups[0]["lr"] = learning_rate
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
                         losses.append(learner.update(memory.sample(config.batch_size)))
                 if target_is_due(config, before, now):
@@ -361,7 +360,9 @@ def train(
                 finished = now.steps == config.last_step or now.episodes == config.num_episodes
                 run.log_episodes(now.steps, step.episodes)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished:
-                    run.log(now.steps, {"charts/epsilon": epsilon, **means(losses)})
+                    run.log(
+                        now.steps, {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate, **means(losses)}
+                    )
                     losses.clear()
                 if judge.is_due(before.steps, now.steps, finished=finished):
                     run.keep_best(now.steps, judge.mean_return(learner.greedy_actions, now.steps), state)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from minirl.config import ConfigError
@@ -30,6 +29,7 @@ from minirl.ppo import (
 )
 from minirl.runs import Run, load_checkpoint
 from tests.fake_envs import counter
+from tests.scalars import read_scalars
 
 CPU = torch.device("cpu")
 CARTPOLE = PPOConfig(
@@ -51,13 +51,6 @@ SMALL_PONG = PPOConfig(num_envs=4, num_steps=16, minibatch_size=32, total_timest
 
 def parameters(agent: ActorCritic) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
-
-
-def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Map each tag to its (agent step, value) pairs."""
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 # Collecting

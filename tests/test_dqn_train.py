@@ -1,0 +1,411 @@
+"""Training Double DQN as a whole: what is remembered, what an update does, and that it learns."""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minirl.config import ConfigError
+from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, train
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import VectorEnv
+from minirl.evaluate import evaluate
+from minirl.play import Judge
+from minirl.replay import Batch, ReplayBuffer
+from minirl.runs import BEST_FILE, load_checkpoint
+from tests.fake_envs import counter
+from tests.scalars import read_scalars
+
+CPU = torch.device("cpu")
+TINY = DQNConfig(
+    env_id="tests.fake_envs:Counter-v0",  # episodes of 7 steps
+    total_timesteps=60,
+    learning_starts=20,
+    buffer_size=50,
+    batch_size=4,
+    eval_frequency=25,
+    eval_episodes=2,
+    checkpoint_frequency=1000,
+)
+SMALL_PONG = DQNConfig(
+    env_id="PongNoFrameskip-v4",
+    total_timesteps=40,
+    learning_starts=33,
+    train_frequency=4,
+    buffer_size=1000,
+    batch_size=8,
+    learning_rate=1e-4,
+    anneal_lr=False,
+    target_network_frequency=40,
+    tau=1.0,
+    eval_frequency=None,
+)
+
+
+def parameters(network: QNetwork) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def random_batch(size: int = 16) -> Batch:
+    rng = np.random.default_rng(0)
+    return Batch(
+        rng.normal(size=(size, 4)).astype(np.float32),
+        rng.integers(2, size=size),
+        rng.normal(size=size).astype(np.float32),
+        rng.normal(size=(size, 4)).astype(np.float32),
+        rng.random(size) < 0.4,
+    )
+
+
+def cartpole_learner(**settings: Any) -> Learner:
+    torch.manual_seed(0)
+    with make_vector_env("CartPole-v1", 1) as envs:
+        return Learner(dataclasses.replace(DQNConfig(), **settings), envs, CPU)
+
+
+# What is remembered
+
+
+def test_the_successor_of_an_end_is_the_last_observation_and_not_the_next_start() -> None:
+    with VectorEnv(functools.partial(counter, None, 2), 2, num_workers=1) as envs:  # cut after 2 steps
+        envs.reset(seed=5)
+        first = envs.step(np.array([0, 1]))
+        assert first.next_observations()[:, :2].tolist() == [[0, 1], [0, 1]]
+        second = envs.step(np.array([0, 1]))
+        assert second.next_observations().tolist() == [[0, 2, 5, 0], [0, 2, 6, 1]]
+        assert second.observations[:, :2].tolist() == [[1, 0], [1, 0]]
+
+
+def test_only_the_environment_that_ended_takes_its_final_observation() -> None:
+    with VectorEnv(functools.partial(counter, 2), 2, num_workers=1) as envs:
+        envs.reset(seed=0)
+        step = envs.step(np.array([0, 0]))
+        mixed = step._replace(truncated=np.array([False, True]), final_observations=step.observations + 10)
+        assert np.array_equal(mixed.next_observations()[0], step.observations[0])
+        assert np.array_equal(mixed.next_observations()[1], step.observations[1] + 10)
+
+
+@pytest.mark.parametrize("env_id", ["tests.fake_envs:Counter-v0", "tests.fake_envs:Endless-v0"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_training_remembers_what_happened(env_id: str, num_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[NDArray[Any], ...]] = []
+
+    class Spy(ReplayBuffer):
+        def add(self, *arrays: NDArray[Any]) -> None:
+            rows.append(tuple(array.copy() for array in arrays))
+            super().add(*arrays)
+
+    monkeypatch.setattr("minirl.dqn.ReplayBuffer", Spy)
+    train(dataclasses.replace(TINY, env_id=env_id, num_envs=num_envs), device="cpu")
+    assert len(rows) == 60 / num_envs
+    ends_at, terminates = (7, True) if "Counter" in env_id else (5, False)
+    for t, (obs, actions, rewards, next_obs, terminated, truncated) in enumerate(rows):
+        episode, count = divmod(t, ends_at)
+        for env in range(num_envs):
+            # (episode, step, seed, last action)
+            assert obs[env, :3].tolist() == [episode, count, TINY.seed + env]
+            assert next_obs[env].tolist() == [episode, count + 1, TINY.seed + env, actions[env]]
+            assert rewards[env] == count + 1
+            ended = count + 1 == ends_at
+            assert (terminated[env], truncated[env]) == (ended and terminates, ended and not terminates)
+
+
+# An update
+
+
+@pytest.mark.parametrize("huber", [False, True])
+def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
+    learner = cartpole_learner(huber=huber, gamma=0.9, learning_rate=0.01, max_grad_norm=None)
+    other = cartpole_learner(initial_value=3.0)
+    learner.target.load_state_dict(other.online.state_dict())
+    reference = cartpole_learner().online
+    batch = random_batch()
+    obs, actions, rewards, next_obs, terminated = map(torch.from_numpy, batch)
+    targets = double_dqn_target(rewards, terminated, reference(next_obs), other.online(next_obs), 0.9)
+    q_values = reference(obs)
+    loss = dqn_loss(q_values, actions, targets, huber=huber)
+    adam = torch.optim.Adam(reference.parameters(), lr=0.01)
+    loss.backward()
+    adam.step()
+
+    target_before = parameters(learner.target)
+    logged = learner.update(batch)
+    torch.testing.assert_close(parameters(learner.online), parameters(reference))
+    assert torch.equal(parameters(learner.target), target_before)
+    expected = [loss.item(), q_values[range(16), actions].mean().item()]
+    assert logged.tolist() == pytest.approx(expected)
+    assert not logged.requires_grad
+
+
+def test_gradients_do_not_add_up_over_updates() -> None:
+    learner = cartpole_learner(max_grad_norm=None)
+    learner.update(random_batch())
+    first = [parameter.grad.clone() for parameter in learner.online.parameters() if parameter.grad is not None]
+    assert len(first) == 6
+    learner.load({**cartpole_learner().state(), "optimizer": learner.optimizer.state_dict()})
+    learner.update(random_batch())
+    for parameter, gradient in zip(learner.online.parameters(), first, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_the_norm_of_the_gradient_is_clipped() -> None:
+    learner = cartpole_learner(max_grad_norm=0.25, initial_value=50.0)
+    learner.update(random_batch())
+    gradient = torch.cat([p.grad.flatten() for p in learner.online.parameters() if p.grad is not None])
+    assert gradient.norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_target_moves_by_tau() -> None:
+    learner = cartpole_learner(tau=0.25)
+    assert torch.equal(parameters(learner.target), parameters(learner.online)), "they start as the same"
+    before = parameters(learner.target)
+    learner.update(random_batch())
+    online = parameters(learner.online)
+    learner.update_target()
+    torch.testing.assert_close(parameters(learner.target), 0.75 * before + 0.25 * online)
+    assert torch.equal(parameters(learner.online), online)
+
+
+def test_tau_1_copies() -> None:
+    learner = cartpole_learner(tau=1.0)
+    learner.update(random_batch())
+    learner.update_target()
+    assert torch.equal(parameters(learner.target), parameters(learner.online))
+
+
+# Training
+
+
+class Calls:
+    """What a training did at which step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: DQNConfig) -> None:
+        self.updates: list[int] = []
+        self.targets: list[int] = []
+        self.rates: list[float] = []
+        self.added = 0
+        add, update, update_target = ReplayBuffer.add, Learner.update, Learner.update_target
+
+        def spy_add(buffer: ReplayBuffer, *arrays: Any) -> None:
+            self.added += config.num_envs
+            add(buffer, *arrays)
+
+        def spy_update(learner: Learner, batch: Batch) -> Tensor:
+            assert len(batch.actions) == config.batch_size
+            self.updates.append(self.added)
+            self.rates.append(learner.optimizer.param_groups[0]["lr"])
+            return update(learner, batch)
+
+        def spy_target(learner: Learner) -> None:
+            self.targets.append(self.added)
+            update_target(learner)
+
+        monkeypatch.setattr(ReplayBuffer, "add", spy_add)
+        monkeypatch.setattr(Learner, "update", spy_update)
+        monkeypatch.setattr(Learner, "update_target", spy_target)
+        train(config, device="cpu")
+
+
+def test_updates_come_after_the_start_and_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, dataclasses.replace(TINY, train_frequency=8, target_network_frequency=15))
+    assert calls.updates == [24, 32, 40, 48, 56]
+    assert calls.targets == [15, 30, 45, 60]
+
+
+def test_several_environments_do_not_change_the_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(TINY, num_envs=5, train_frequency=2, learning_starts=40)
+    calls = Calls(monkeypatch, config)
+    # 5 steps at a time: 36, 38 and 40 are due at 40; 42 and 44 at 45; 46, 48 and 50 at 50; and so on
+    assert calls.updates == [*[40] * 3, *[45] * 2, *[50] * 3, *[55] * 2, *[60] * 3]
+
+
+def test_no_update_before_the_memory_holds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, dataclasses.replace(TINY, learning_starts=0, batch_size=30))
+    assert calls.updates[0] == 30
+
+
+def test_the_learning_rate_falls_to_zero_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(TINY, learning_starts=30, train_frequency=10, learning_rate=0.6, anneal_lr=True)
+    assert Calls(monkeypatch, config).rates == pytest.approx([0.31, 0.21, 0.11, 0.01])
+    constant = dataclasses.replace(config, anneal_lr=False)
+    assert Calls(monkeypatch, constant).rates == pytest.approx([0.6] * 4)
+
+
+def test_a_run_can_end_by_episodes(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, num_episodes=5, target_network_episodes=2, eval_frequency=None)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    saved = load_checkpoint(tmp_path / "run", "dqn")
+    assert (saved["global_step"], saved["episodes"]) == (35, 5)
+    assert saved["returns"] == [28.0] * 5
+
+
+def test_what_a_run_directory_holds(tmp_path: Path) -> None:
+    network = train(TINY, run_dir=tmp_path / "run", device="cpu")
+    last = load_checkpoint(tmp_path / "run", "dqn", "model", "target", "optimizer", "episodes")
+    assert torch.equal(last["model"]["head.weight"], network.state_dict()["head.weight"])
+    assert (last["global_step"], last["episodes"]) == (60, 8)
+    best = load_checkpoint(tmp_path / "run", "dqn", "model", file=BEST_FILE)
+    assert best["global_step"] == 60, "all games are alike: the latest of equals"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["hidden_sizes"] == [24, 24]
+    scalars = read_scalars(tmp_path / "run")
+    assert scalars["eval/mean_return"] == [(25, 28.0), (50, 28.0), (60, 28.0)]
+    assert [step for step, _ in scalars["charts/epsilon"]] == [60]
+    assert {step for step, _ in scalars["charts/episodic_return"]} == {7, 14, 21, 28, 35, 42, 49, 56}
+    for tag in ("losses/td_loss", "losses/q_values", "charts/learning_rate"):
+        assert all(math.isfinite(value) for _, value in scalars[tag]), tag
+    assert evaluate(tmp_path / "run", episodes=3)["returns"] == [28.0] * 3
+
+
+def test_best_is_the_network_of_its_step_and_only_a_worse_one_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 9.0, 5.0])
+    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step: next(scores))
+    last = train(TINY, run_dir=tmp_path / "run", device="cpu")
+    best = load_checkpoint(tmp_path / "run", "dqn", "model", file=BEST_FILE)
+    assert (best["global_step"], best["best_return"]) == (50, 9.0)
+    assert not torch.equal(best["model"]["head.weight"], last.state_dict()["head.weight"])
+
+
+def test_evaluation_plays_the_best_network_unless_told_otherwise(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, env_id="CartPole-v1")
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    for file, action in [("best.pt", 1.0), ("checkpoint.pt", -1.0)]:  # push right for ever, or left
+        saved = load_checkpoint(tmp_path / "run", "dqn", "model", file=file)
+        saved["model"] = {name: torch.zeros_like(value) for name, value in saved["model"].items()}
+        saved["model"]["head.bias"] = torch.tensor([0.0, action])
+        torch.save(saved, tmp_path / "run" / file)
+    with make_vector_env("CartPole-v1", 1) as envs:
+        for action, last in [(1, False), (0, True)]:
+            envs.reset(seed=3)
+            length = 1
+            while not envs.step(np.array([action])).terminated[0]:
+                length += 1
+            assert evaluate(tmp_path / "run", episodes=1, seed=3, last=last)["returns"] == [length]
+
+
+def test_judging_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, env_id="CartPole-v1", total_timesteps=200)
+    with_games = train(config, run_dir=tmp_path / "a", device="cpu")
+    without = train(dataclasses.replace(config, eval_frequency=None), run_dir=tmp_path / "b", device="cpu")
+    assert torch.equal(parameters(with_games), parameters(without))
+    assert not (tmp_path / "b" / BEST_FILE).exists()
+
+
+def test_the_judges_games_are_new_each_time_and_not_those_reported() -> None:
+    with Judge("CartPole-v1", 3, seed=42, frequency=10) as judge:
+        seen = []
+
+        def policy(obs: NDArray[Any]) -> NDArray[np.int64]:
+            seen.append(obs[0].tolist())
+            return np.zeros(len(obs), np.int64)
+
+        starts = []
+        for step in (10, 20, 10):
+            seen.clear()
+            judge.mean_return(policy, step)
+            starts.append(seen[0])
+    assert starts[0] == starts[2] != starts[1]
+
+
+def test_when_the_judge_is_due() -> None:
+    with Judge("CartPole-v1", 1, seed=0, frequency=10) as judge:
+        assert [judge.is_due(a, b, finished=False) for a, b in [(8, 9), (9, 10), (10, 11), (8, 12)]] == [0, 1, 0, 1]
+        assert judge.is_due(10, 11, finished=True)
+    with Judge("CartPole-v1", 1, seed=0, frequency=None) as never:
+        assert not never.is_due(9, 10, finished=True)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "tests.fake_envs:Counter-v0", "Acrobot-v1"])
+def test_one_seed_gives_one_result(env_id: str) -> None:
+    config = dataclasses.replace(TINY, env_id=env_id, total_timesteps=200)
+    first, second = parameters(train(config, device="cpu")), parameters(train(config, device="cpu"))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, parameters(train(dataclasses.replace(config, seed=43), device="cpu")))
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    train(dataclasses.replace(TINY, total_timesteps=100), run_dir=tmp_path / "run", resume=True, device="cpu")
+    saved = load_checkpoint(tmp_path / "run", "dqn")
+    assert (saved["global_step"], saved["episodes"]) == (100, 8 + 5)
+    # 41 updates from step 20 to 60; then the memory is filled for 20 steps, and 21 follow
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {41 + 21}
+
+
+def test_nothing_is_written_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(TINY, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_updates_on_the_real_pong(tmp_path: Path) -> None:
+    torch.manual_seed(SMALL_PONG.seed)
+    with make_vector_env(SMALL_PONG.env_id, 1) as envs:
+        before = QNetwork(envs.observation_space, 6)
+    after = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
+    for (name, old), new in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert new[1].isfinite().all(), name
+        assert not torch.equal(old, new[1]), name
+        assert (new[1] - old).abs().max() < 2.1 * 1e-4, name  # two steps of Adam, the one seed's network
+    saved = load_checkpoint(tmp_path / "run", "dqn")
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {2}  # at 36 and 40
+    assert torch.equal(saved["target"]["head.weight"], saved["model"]["head.weight"]), "copied at 40"
+    assert all(math.isfinite(value) for _, value in read_scalars(tmp_path / "run")["losses/td_loss"])
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 51}, "--batch-size must be at most buffer_size = 50"),
+        ({"learning_starts": 60}, "--learning-starts must be below total_timesteps = 60"),
+        ({"train_frequency": 0}, "--train-frequency must be a whole number of at least 1"),
+        ({"target_network_frequency": 0}, "--target-network-frequency must be"),
+        ({"eval_frequency": 0}, "--eval-frequency must be a whole number of at least 1 or none"),
+        ({"num_envs": 4}, "--buffer-size must be a multiple of num_envs = 4"),
+        ({"tau": 0.0}, "--tau must be"),
+        ({"gamma": 1.5}, "--gamma must be"),
+        ({"end_epsilon": 0.5, "start_epsilon": 0.3}, "--end-epsilon must be at most start_epsilon = 0.3"),
+        ({"hidden_sizes": (24, 0)}, "--hidden-sizes must be whole numbers"),
+        ({"hidden_sizes": (24, 2.5)}, "--hidden-sizes must be whole numbers"),
+        ({"hidden_sizes": 24}, "--hidden-sizes must be whole numbers"),
+        ({"epsilon_decay": 1.1}, "--epsilon-decay must be"),
+        ({"exploration_fraction": 0.0}, "--exploration-fraction must be"),
+        ({"learning_rate": math.nan}, "--learning-rate must be"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TINY, **settings)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("tests.fake_envs:Box2Actions-v0", "must have Discrete actions for DQN"),
+        ("tests.fake_envs:DiscreteObservations-v0", "must have Box observations"),
+        ("NoSuchEnv-v0", "--env-id must be"),
+    ],
+)
+def test_environments_that_can_not_work_are_refused(env_id: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(TINY, env_id=env_id), run_dir=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_total_below_what_is_done_is_refused(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match="--total-timesteps must be at least the 60 steps"):
+        train(dataclasses.replace(TINY, total_timesteps=32), run_dir=tmp_path / "run", resume=True, device="cpu")
