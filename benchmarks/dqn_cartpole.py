@@ -35,7 +35,6 @@ NOTEBOOK = DQNConfig(
     num_episodes=500,
     total_timesteps=250_000,
     hidden_sizes=(24, 24),
-    initial_value=0.0,
     learning_rate=1e-3,
     anneal_lr=False,
     gamma=0.95,

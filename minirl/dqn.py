@@ -49,12 +49,11 @@ class DQNConfig:
     total_timesteps: int = setting(100_000, "agent steps to train for, over all environments", at_least=1)
     num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((24, 24), "widths of the hidden layers on vectors, as in 24,24", at_least=1)
-    initial_value: float = setting(0.0, "what all Q-values start near: the bias of the last layer")
-    learning_rate: float = setting(1e-3, "Adam's step size", above=0)
+    learning_rate: float = setting(5e-3, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
-    max_grad_norm: float | None = setting(10.0, "clip the norm of the gradient to this; none: never", above=0)
+    max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
     num_envs: int = setting(1, "environments played side by side (N)", at_least=1)
     buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
     batch_size: int = setting(64, "transitions per gradient step", at_least=1)
@@ -115,18 +114,13 @@ class QNetwork(nn.Module):
         observation_space: of one environment.
         num_actions: A.
         hidden_sizes: widths of the hidden layers on vectors; the CNN has its own.
-        initial_value: the bias of the last layer: what all values start near.
 
     Raises:
         ConfigError: if the observations are not a Box of vectors or images.
     """
 
     def __init__(
-        self,
-        observation_space: gym.Space[Any],
-        num_actions: int,
-        hidden_sizes: tuple[int, ...] = (24, 24),
-        initial_value: float = 0.0,
+        self, observation_space: gym.Space[Any], num_actions: int, hidden_sizes: tuple[int, ...] = (24, 24)
     ) -> None:
         super().__init__()
         self.body: nn.Module
@@ -139,9 +133,7 @@ class QNetwork(nn.Module):
             sizes = (*observation_space.shape, *hidden_sizes)
             self.body = mlp(sizes, nn.ReLU)
             num_features = sizes[-1]
-        head = nn.Linear(num_features, num_actions)
-        self.head = orthogonal(head, gain=0.01)
-        nn.init.constant_(head.bias, initial_value)
+        self.head = orthogonal(nn.Linear(num_features, num_actions), gain=0.01)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, ...) -> values (B, A)."""
@@ -235,7 +227,7 @@ class Learner:
     def __init__(self, config: DQNConfig, envs: VectorEnv, device: torch.device) -> None:
         if not isinstance(envs.action_space, gym.spaces.Discrete):
             raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
-        sizes = (int(envs.action_space.n), config.hidden_sizes, config.initial_value)
+        sizes = (int(envs.action_space.n), config.hidden_sizes)
         self.config = config
         self.device = device
         self.obs_dtype = observation_dtype(envs.observation_space)
