@@ -29,15 +29,16 @@ from torch.nn import functional as F
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
+from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
 from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything
-from minirl.runtime import select_device
+from minirl.runtime import AdamStep, select_device, select_precision
 from minirl.shapes import require_same_shape
 
 LOG_EVERY = 1_000  # agent steps
+COMPILED_FROM = 50_000  # gradient steps
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class DQNConfig:
         1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1
     )
     eval_episodes: int = setting(10, "greedy games each time", at_least=1)
+    compile: bool | None = setting(None, "compile the update into one function; none: if the run is long enough to pay")
+    precision: str = setting("auto", "float32, bfloat16, or auto: the latter for images where the processor has it")
     num_workers: int | None = setting(
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )
@@ -98,6 +101,11 @@ class DQNConfig:
             raise ConfigError(
                 f"--end-epsilon must be at most start_epsilon = {self.start_epsilon}, and {self.end_epsilon} is not"
             )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the update is compiled: that takes some 20 seconds, and saves a third of a millisecond each."""
+        return self.total_timesteps / self.train_frequency >= COMPILED_FROM if self.compile is None else self.compile
 
     @property
     def last_step(self) -> int:
@@ -234,21 +242,29 @@ class Learner:
         self.online = QNetwork(envs.observation_space, *sizes).to(device)
         self.target = QNetwork(envs.observation_space, *sizes).to(device)
         self.target.load_state_dict(self.online.state_dict())
-        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.learning_rate, fused=True)
+        for network in (self.online, self.target):
+            set_precision(network, select_precision(config.precision, device))
+        self.adam_step = AdamStep(
+            self.online,
+            self.loss,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            compiled=config.compiles,
+        )
 
     def state(self) -> State:
         """Return what a checkpoint holds of it."""
         return {
             "model": self.online.state_dict(),
             "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.adam_step.optimizer.state_dict(),
         }
 
     def load(self, saved: State) -> None:
         """Put back what `state` returned."""
         load_weights(self.online, saved)
         load_weights(self.target, saved, "target")
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.adam_step.optimizer.load_state_dict(saved["optimizer"])
 
     @torch.no_grad()
     def q_values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
@@ -262,20 +278,21 @@ class Learner:
         best: NDArray[np.int64] = self.q_values(obs).argmax(axis=-1)
         return best
 
-    def update(self, batch: Batch) -> Tensor:
-        """Take one gradient step on a batch; return the loss and the mean of Q(s, a) (2,), still on the device."""
-        obs, actions, rewards, next_obs, terminated = (torch.from_numpy(array).to(self.device) for array in batch)
+    def loss(
+        self, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what is logged of it (2,): the loss and the mean of Q(s, a)."""
         with torch.no_grad():
             next_q_online, next_q_target = self.online(next_obs), self.target(next_obs)
         targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, self.config.gamma)
         q_values = self.online(obs)
         loss = dqn_loss(q_values, actions, targets, huber=self.config.huber)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        return torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()]).detach()
+        return loss, torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()])
+
+    def update(self, batch: Batch, learning_rate: float) -> Tensor:
+        """Take one gradient step on a batch; return what `loss` logs, still on the device."""
+        self.adam_step.learning_rate = learning_rate
+        return self.adam_step(*(torch.from_numpy(array).to(self.device) for array in batch))
 
     @torch.no_grad()
     def update_target(self) -> None:
@@ -336,7 +353,6 @@ def train(
             while not finished:
                 epsilon = epsilon_at(config, now)
                 learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
-                learner.optimizer.param_groups[0]["lr"] = learning_rate
                 actions = np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in learner.q_values(obs)])
                 step = envs.step(actions)
                 memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
@@ -345,7 +361,7 @@ def train(
 
                 if now.steps - start.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
-                        losses.append(learner.update(memory.sample(config.batch_size)))
+                        losses.append(learner.update(memory.sample(config.batch_size), learning_rate))
                 if target_is_due(config, before, now):
                     learner.update_target()
 

@@ -36,13 +36,15 @@ class NatureCNN(nn.Module):
     """The convolutional network of Mnih et al. (2015): images (B, C, H, W) -> features (B, 512).
 
     Bytes are divided by 255 here, on the device; float observations are taken to be in [0, 1] already. Images and
-    weights lie channels-last in memory, which convolves a quarter faster and changes no shape.
+    weights lie channels-last in memory, which convolves a quarter faster and changes no shape. With `precision`
+    bfloat16, products are computed in it; the weights, their gradients and the features are float32 all the same.
     """
 
     num_features = 512
 
     def __init__(self, image_shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.precision = torch.float32
         channels = image_shape[0]
         self.convolutions = nn.Sequential(
             orthogonal(nn.Conv2d(channels, 32, kernel_size=8, stride=4)),
@@ -62,8 +64,20 @@ class NatureCNN(nn.Module):
         """(B, C, H, W) uint8, or float in [0, 1] -> (B, 512)."""
         images = images.contiguous(memory_format=torch.channels_last)
         pixels = images / 255 if images.dtype == torch.uint8 else images
-        features: Tensor = self.linear(self.convolutions(pixels))
+        features: Tensor
+        if self.precision == torch.float32:
+            features = self.linear(self.convolutions(pixels))
+        else:
+            with torch.autocast(images.device.type, self.precision):
+                features = self.linear(self.convolutions(pixels)).float()
         return features
+
+
+def set_precision(network: nn.Module, precision: torch.dtype) -> None:
+    """Have the convolutions of a network computed in float32 or bfloat16; an MLP stays as it is."""
+    for module in network.modules():
+        if isinstance(module, NatureCNN):
+            module.precision = precision
 
 
 def is_image(space: gym.Space[object]) -> bool:

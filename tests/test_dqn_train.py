@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def parameters(network: QNetwork) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def random_batch(size: int = 16) -> Batch:
-    rng = np.random.default_rng(0)
+def random_batch(size: int = 16, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
     return Batch(
         rng.normal(size=(size, 4)).astype(np.float32),
         rng.integers(2, size=size),
@@ -126,7 +127,8 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     learner = cartpole_learner(huber=huber, gamma=0.9, learning_rate=0.01, max_grad_norm=None)
     other = cartpole_learner()
     with torch.no_grad():
-        other.online.head.bias.copy_(torch.tensor([3.0, -2.0]))
+        for parameter in other.online.parameters():
+            parameter.mul_(-1.5)
     learner.target.load_state_dict(other.online.state_dict())
     reference = cartpole_learner().online
     batch = random_batch()
@@ -139,7 +141,7 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     adam.step()
 
     target_before = parameters(learner.target)
-    logged = learner.update(batch)
+    logged = learner.update(batch, 0.01)
     torch.testing.assert_close(parameters(learner.online), parameters(reference))
     assert torch.equal(parameters(learner.target), target_before)
     expected = [loss.item(), q_values[range(16), actions].mean().item()]
@@ -147,13 +149,56 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     assert not logged.requires_grad
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.25])
+def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None) -> None:
+    eager, compiled = (cartpole_learner(max_grad_norm=max_grad_norm, compile=choice) for choice in (False, True))
+    for i in range(4):
+        batch = random_batch(seed=i)
+        logged = [learner.update(batch, 0.01 / (i + 1)) for learner in (eager, compiled)]
+        torch.testing.assert_close(logged[0], logged[1])
+        for learner in (eager, compiled):
+            learner.update_target()
+    assert compiled.adam_step.compiled is not None, "it fell back"
+    torch.testing.assert_close(parameters(eager.online), parameters(compiled.online))
+    for old, new in zip(
+        eager.state()["optimizer"]["state"].values(), compiled.state()["optimizer"]["state"].values(), strict=True
+    ):
+        torch.testing.assert_close(old, new)
+
+
+def test_a_compilation_that_fails_is_one_warning_and_then_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **options: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
+            raise RuntimeError("no C++ compiler here\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    learner, eager = cartpole_learner(compile=True), cartpole_learner(compile=False)
+    with pytest.warns(UserWarning, match="compilation failed, going on without: no C.. compiler here$"):
+        learner.update(random_batch(), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.update(random_batch(), 0.01)
+    for _ in range(2):
+        eager.update(random_batch(), 0.01)
+    assert torch.equal(parameters(learner.online), parameters(eager.online))
+
+
+def test_only_long_runs_are_compiled() -> None:
+    assert DQNConfig(total_timesteps=100_000, train_frequency=2).compiles
+    assert not DQNConfig(total_timesteps=100_000, train_frequency=4).compiles
+    assert DQNConfig(total_timesteps=2_000, compile=True).compiles
+    assert not DQNConfig(compile=False).compiles
+
+
 def test_gradients_do_not_add_up_over_updates() -> None:
     learner = cartpole_learner(max_grad_norm=None)
-    learner.update(random_batch())
+    learner.update(random_batch(), 0.01)
     first = [parameter.grad.clone() for parameter in learner.online.parameters() if parameter.grad is not None]
     assert len(first) == 6
-    learner.load({**cartpole_learner().state(), "optimizer": learner.optimizer.state_dict()})
-    learner.update(random_batch())
+    learner.load({**cartpole_learner().state(), "optimizer": learner.adam_step.optimizer.state_dict()})
+    learner.update(random_batch(), 0.01)
     for parameter, gradient in zip(learner.online.parameters(), first, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient)
@@ -161,7 +206,7 @@ def test_gradients_do_not_add_up_over_updates() -> None:
 
 def test_the_norm_of_the_gradient_is_clipped() -> None:
     learner = cartpole_learner(max_grad_norm=0.25)
-    learner.update(random_batch())
+    learner.update(random_batch(), 0.01)
     gradient = torch.cat([p.grad.flatten() for p in learner.online.parameters() if p.grad is not None])
     assert gradient.norm().item() == pytest.approx(0.25, rel=1e-4)
 
@@ -170,7 +215,7 @@ def test_the_target_moves_by_tau() -> None:
     learner = cartpole_learner(tau=0.25)
     assert torch.equal(parameters(learner.target), parameters(learner.online)), "they start as the same"
     before = parameters(learner.target)
-    learner.update(random_batch())
+    learner.update(random_batch(), 0.01)
     online = parameters(learner.online)
     learner.update_target()
     torch.testing.assert_close(parameters(learner.target), 0.75 * before + 0.25 * online)
@@ -179,7 +224,7 @@ def test_the_target_moves_by_tau() -> None:
 
 def test_tau_1_copies() -> None:
     learner = cartpole_learner(tau=1.0)
-    learner.update(random_batch())
+    learner.update(random_batch(), 0.01)
     learner.update_target()
     assert torch.equal(parameters(learner.target), parameters(learner.online))
 
@@ -201,11 +246,11 @@ class Calls:
             self.added += config.num_envs
             add(buffer, *arrays)
 
-        def spy_update(learner: Learner, batch: Batch) -> Tensor:
+        def spy_update(learner: Learner, batch: Batch, learning_rate: float) -> Tensor:
             assert len(batch.actions) == config.batch_size
             self.updates.append(self.added)
-            self.rates.append(learner.optimizer.param_groups[0]["lr"])
-            return update(learner, batch)
+            self.rates.append(learning_rate)
+            return update(learner, batch, learning_rate)
 
         def spy_target(learner: Learner) -> None:
             self.targets.append(self.added)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from minirl.config import ConfigError
-from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
+from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.ppo import ActorCritic
-from minirl.runtime import select_device
+from minirl.runtime import has_native_bfloat16, select_device, select_precision
 
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
@@ -105,3 +105,39 @@ def test_auto_takes_cuda_where_it_is(there: bool, device: str, monkeypatch: pyte
     monkeypatch.setattr("torch.cuda.is_available", lambda: there)
     assert select_device("auto") == torch.device(device)
     assert select_device("cpu") == torch.device("cpu")
+
+
+def test_bfloat16_changes_the_features_to_rounding_and_leaves_weights_and_gradients_float32() -> None:
+    torch.manual_seed(0)
+    network = NatureCNN((4, 84, 84))
+    images = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    exact = network(images)
+    exact.square().mean().backward()
+    gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+    network.zero_grad()
+    set_precision(nn.Sequential(network), torch.bfloat16)
+    rounded = network(images)
+    rounded.square().mean().backward()
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert ((rounded - exact).norm() / exact.norm()).item() < 0.01  # bfloat16 has 8 bits: 0.4 % a number
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert ((parameter.grad - gradient).norm() / gradient.norm()).item() < 0.05
+    set_precision(network, torch.float32)
+    assert torch.equal(network(images), exact)
+
+
+def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert select_precision("float32", cpu) == torch.float32
+    assert select_precision("bfloat16", cpu) == torch.bfloat16
+    for native, expected in [(True, torch.bfloat16), (False, torch.float32)]:
+        for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, check, lambda: native, raising=False)  # noqa: B023
+        assert has_native_bfloat16(cpu) == native
+        assert select_precision("auto", cpu) == expected
+    with pytest.raises(ConfigError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
+        select_precision("half", cpu)
