@@ -64,7 +64,7 @@ class DQNConfig:
     target_network_episodes: int | None = setting(
         None, "episodes between updates of the target network, in place of steps", at_least=1
     )
-    tau: float = setting(0.005, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
+    tau: float = setting(0.01, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
     start_epsilon: float = setting(1.0, "probability of a random action at the start", at_least=0, at_most=1)
     end_epsilon: float = setting(0.05, "the same in the end", at_least=0, at_most=1)
     exploration_fraction: float = setting(
@@ -76,7 +76,7 @@ class DQNConfig:
     eval_frequency: int | None = setting(
         1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1
     )
-    eval_episodes: int = setting(10, "greedy games each time", at_least=1)
+    eval_episodes: int = setting(20, "greedy games each time", at_least=1)
     compile: bool | None = setting(None, "compile the update into one function; none: if the run is long enough to pay")
     precision: str = setting("auto", "float32, bfloat16, or auto: the latter for images where the processor has it")
     num_workers: int | None = setting(
