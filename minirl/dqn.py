@@ -229,6 +229,11 @@ def target_is_due(config: DQNConfig, before: Clock, now: Clock) -> bool:
     return passed(config.target_network_frequency, before.steps, now.steps) > 0
 
 
+def is_finished(config: DQNConfig, now: Clock) -> bool:
+    """Whether the run has all its steps, or all its episodes."""
+    return now.steps >= config.last_step or (config.num_episodes is not None and now.episodes >= config.num_episodes)
+
+
 class Learner:
     """The online network, the target network and the optimiser."""
 
@@ -349,7 +354,7 @@ def train(
             losses: list[Tensor] = []
             obs = envs.reset(seed=config.seed + start.steps).copy()
             run.checkpoint(now.steps, state)
-            finished = now.steps == config.last_step
+            finished = is_finished(config, now)
             while not finished:
                 epsilon = epsilon_at(config, now)
                 learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
@@ -365,12 +370,11 @@ def train(
                 if target_is_due(config, before, now):
                     learner.update_target()
 
-                finished = now.steps == config.last_step or now.episodes == config.num_episodes
+                finished = is_finished(config, now)
                 run.log_episodes(now.steps, step.episodes)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished:
-                    run.log(
-                        now.steps, {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate, **means(losses)}
-                    )
+                    schedules = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+                    run.log(now.steps, {**schedules, **means(losses)})
                     losses.clear()
                 if judge.is_due(before.steps, now.steps, finished=finished):
                     run.keep_best(now.steps, judge.mean_return(learner.greedy_actions, now.steps), state)

@@ -295,6 +295,14 @@ def test_a_run_can_end_by_episodes(tmp_path: Path) -> None:
     assert saved["returns"] == [28.0] * 5
 
 
+def test_a_run_whose_last_step_ends_several_episodes_is_done(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, num_envs=2, num_episodes=3, eval_frequency=None)
+    for resume in (False, True):
+        train(config, run_dir=tmp_path / "run", resume=resume, device="cpu")
+        saved = load_checkpoint(tmp_path / "run", "dqn")
+        assert (saved["global_step"], saved["episodes"]) == (28, 4)
+
+
 def test_what_a_run_directory_holds(tmp_path: Path) -> None:
     network = train(TINY, run_dir=tmp_path / "run", device="cpu")
     last = load_checkpoint(tmp_path / "run", "dqn", "model", "target", "optimizer", "episodes")
