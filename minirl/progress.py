@@ -53,8 +53,8 @@ class Progress:
         return (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
 
     def _line(self, note: str) -> str:
-        left = max(self.total - self.done, 0) / max(self.per_second(), 1e-9)
-        clock = datetime.timedelta(seconds=int(left))
+        speed = self.per_second()
+        clock = datetime.timedelta(seconds=int(max(self.total - self.done, 0) / speed)) if speed > 0 else "unknown time"
         line = f"{self.done:,} of {self.total:,} {self.unit}, {self.per_second():,.0f} a second, {clock} left"
         return f"{line}, {note}" if note else line
 

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minirl.cli import run_training
 from minirl.config import ConfigError
 from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
+from minirl.evaluate import main as evaluate_main
 from minirl.play import Judge
 from minirl.replay import Batch, ReplayBuffer
 from minirl.runs import BEST_FILE, load_checkpoint
@@ -418,6 +420,13 @@ def test_two_updates_on_the_real_pong(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for _, value in read_scalars(tmp_path / "run")["losses/td_loss"])
 
 
+def test_learns_cartpole(tmp_path: Path) -> None:
+    config = DQNConfig(seed=1, total_timesteps=40_000, checkpoint_frequency=1_000_000)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    result = evaluate(tmp_path / "run", episodes=40)
+    assert result["mean_return"] >= 475, result
+
+
 # Mistakes
 
 
@@ -464,3 +473,56 @@ def test_a_total_below_what_is_done_is_refused(tmp_path: Path) -> None:
     train(TINY, run_dir=tmp_path / "run", device="cpu")
     with pytest.raises(ConfigError, match="--total-timesteps must be at least the 60 steps"):
         train(dataclasses.replace(TINY, total_timesteps=32), run_dir=tmp_path / "run", resume=True, device="cpu")
+
+
+SMALL = "--total-timesteps 60 --learning-starts 20 --buffer-size 50 --batch-size 4 --eval-episodes 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--env-id Pendulum-v1", "--env-id must have Discrete actions for DQN"),
+        ("--env-id FrozenLake-v1", "--env-id must have Box observations"),
+        (f"{SMALL} --batch-size 51", "--batch-size must be at most buffer_size = 50"),
+        (f"{SMALL} --learning-starts 60", "--learning-starts must be below total_timesteps = 60"),
+        ("--train-frequency 0", "--train-frequency must be a whole number of at least 1, not 0"),
+        ("--target-network-frequency 0", "--target-network-frequency must be a whole number of at least 1, not 0"),
+        ("--target-network-episodes 0", "--target-network-episodes must be a whole number of at least 1 or none"),
+        ("--eval-frequency 0", "--eval-frequency must be a whole number of at least 1 or none"),
+        ("--hidden-sizes 24,x", "--hidden-sizes: must be whole numbers as in 24,24, not '24,x'"),
+        ("--hidden-sizes 24,0", "--hidden-sizes must be whole numbers with commas between them, each of at least 1"),
+        ("--precision half", "--precision must be auto, float32 or bfloat16"),
+        ("--epsilon-decay 0", "--epsilon-decay must be a number above 0 and of at most 1 or none"),
+        ("--resume nowhere", "nowhere must be a run directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_training("dqn", DQNConfig, train, "", flags.split())
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_trains_resumes_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    flags = f"{SMALL} --hidden-sizes 8,6,4 --run-dir {run_dir} --device cpu"
+    config, network = run_training("dqn", DQNConfig, train, "", flags.split())
+    assert config.hidden_sizes == (8, 6, 4)
+    assert [layer.out_features for layer in network.body if isinstance(layer, torch.nn.Linear)] == [8, 6, 4]
+    run_training("dqn", DQNConfig, train, "", f"--resume {run_dir} --hidden-sizes 8,6,4 --total-timesteps 90".split())
+    assert load_checkpoint(run_dir, "dqn")["global_step"] == 90
+    with pytest.raises(SystemExit):
+        run_training("dqn", DQNConfig, train, "", f"--resume {run_dir} --hidden-sizes 8,6".split())
+    assert "--hidden-sizes 8,6 can't go with --resume: the run has 8,6,4" in capsys.readouterr().err
+    evaluate_main([str(run_dir), "--episodes", "2", "--last"])
+    assert "return over 2 games, greedy actions" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate_main([str(run_dir), "--stochastic"])
+    assert "error: --stochastic must go with a run of ppo" in capsys.readouterr().err
