@@ -75,7 +75,7 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
     saved_algorithm = settings["algorithm"]
     if saved_algorithm != algorithm:
         raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
-    config = saved_config(config_class, settings)
+    config = saved_config(config_class, run_dir, settings)
     for name, value in given.items():
         if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
             raise ConfigError(
@@ -84,8 +84,8 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
     return dataclasses.replace(config, **given)
 
 
-def saved_config(config_class: type, settings: dict[str, Any]) -> Any:
-    """Return the config that `config.json` holds.
+def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:
+    """Return the config that the settings in `config.json` of a run are.
 
     Raises:
         ConfigError: if a setting is unknown or wrong.
@@ -94,7 +94,7 @@ def saved_config(config_class: type, settings: dict[str, Any]) -> Any:
     settings.pop("algorithm", None)
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(settings.keys() - known):
-        raise ConfigError(f"the run has settings that this version does not know: {', '.join(unknown)}")
+        raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
     return config_class(**settings)
 
 

@@ -18,7 +18,10 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 class Counter(gym.Env[Any, Any]):
     """Observes (episode, step, seed of the first reset, last action); pays the step; ends or is cut at given steps."""
 
-    def __init__(self, ends_at: int | None = None, cut_at: int | None = None, start: int = 0) -> None:
+    def __init__(
+        self, ends_at: int | None = None, cut_at: int | None = None, start: int = 0, reseeded: bool = False
+    ) -> None:
+        self.reseeded = reseeded
         self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         self.action_space: gym.Space[Any] = gym.spaces.Discrete(2, start=start)
         self.ends_at = ends_at
@@ -34,7 +37,7 @@ class Counter(gym.Env[Any, Any]):
         if self.episode == -1:
             self.first_seed = seed
         else:
-            assert seed is None, "only the first reset may be seeded"
+            assert seed is None or self.reseeded, "only the first reset may be seeded"
         self.episode += 1
         self.count = 0
         return self._obs(), {}
@@ -128,6 +131,7 @@ class SmallPicture(Counter):
 
 
 gym.register("Counter-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7})
+gym.register("Reseeded-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7, "reseeded": True})
 gym.register("Endless-v0", "tests.fake_envs:Counter", kwargs={"cut_at": 5})
 gym.register("Faulty-v0", "tests.fake_envs:Faulty", kwargs={"fault": "raise"})
 gym.register("Unmakable-v0", "tests.fake_envs:Unmakable")

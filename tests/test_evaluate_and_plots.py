@@ -143,7 +143,7 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
         ("drawless --video game.mp4", "--video needs an environment that can be drawn"),
         ("{run} --device tpu", "--device must be auto, cpu or cuda"),
         ("empty", "there is no checkpoint here"),
-        ("other", "must hold a run of ppo or q_learning, not of dqn"),
+        ("other", "must hold a run of ppo, dqn or q_learning, not of sarsa"),
         ("changed", "must fit the environment of the run"),
         ("", "the following arguments are required: RUN_DIR"),
     ],
@@ -159,7 +159,7 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     for name, algorithm, config in [
         ("empty", "ppo", PPOConfig(env_id="CartPole-v1")),
-        ("other", "dqn", PPOConfig(env_id="CartPole-v1")),
+        ("other", "sarsa", PPOConfig(env_id="CartPole-v1")),
         ("changed", "ppo", PPOConfig(env_id="Acrobot-v1")),
     ]:
         (tmp_path / name).mkdir()

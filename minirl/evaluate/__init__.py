@@ -136,7 +136,7 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     """Return DQN's network, the best if there is one, as a policy: the first of its best actions."""
     file = CHECKPOINT_FILE if last or not (run_dir / BEST_FILE).exists() else BEST_FILE
     saved = load_checkpoint(run_dir, "dqn", "model", file=file)
-    learner = Learner(saved_config(DQNConfig, settings), envs, device)
+    learner = Learner(saved_config(DQNConfig, run_dir, settings), envs, device)
     load_weights(learner.online, saved)
     return learner.greedy_actions
 
