@@ -17,12 +17,12 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from minirl.cli import reader
-from minirl.config import field_types
+from minirl.cli import fail, reader
+from minirl.config import ConfigError, field_types
 from minirl.dqn import DQNConfig, train
 from minirl.envs.vector import available_cores
 from minirl.evaluate import evaluate
@@ -81,6 +81,20 @@ def run_seed(config: DQNConfig) -> Result:
         )
 
 
+def changed(config: DQNConfig, assignments: list[str]) -> DQNConfig:
+    """Return the config with some settings changed, each given as `name=value`."""
+    kinds = field_types(DQNConfig)
+    for assignment in assignments:
+        name, _, text = assignment.partition("=")
+        if name not in kinds:
+            raise ConfigError(f"--set must name a setting, and {name!r} is none")
+        plain, optional = kinds[name]
+        words = {"true": True, "false": False, "none": None}
+        value: Any = words.get(text, text) if plain is bool else reader(plain, optional)(text)
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
 def main() -> None:
     """Train all seeds and print a row for each as it is done, then the sum."""
     parser = argparse.ArgumentParser(description="How many seeds of CartPole does Double DQN solve?")
@@ -88,19 +102,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="how many, from 0 on")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     arguments = parser.parse_args()
-    config = RECIPES[arguments.recipe]
-    kinds = field_types(DQNConfig)
-    for assignment in arguments.set:
-        name, _, text = assignment.partition("=")
-        plain, optional = kinds[name]
-        value = text == "true" if plain is bool else reader(plain, optional)(text)
-        config = dataclasses.replace(config, **{name: value})
+    try:
+        config = changed(RECIPES[arguments.recipe], arguments.set)
+    except ConfigError as error:
+        fail(error)
 
     print("| seed | best network | of step | last network | steps | minutes |")
     print("| --- | --- | --- | --- | --- | --- |")
     configs = [dataclasses.replace(config, seed=seed) for seed in range(arguments.seeds)]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(available_cores(), mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(available_cores(), spawn, max_tasks_per_child=1) as pool:
         results = []
         for row in pool.map(run_seed, configs):
             results.append(row)

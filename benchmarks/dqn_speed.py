@@ -3,16 +3,16 @@
     python benchmarks/dqn_speed.py pong        batch 32, an update every 4 steps
     python benchmarks/dqn_speed.py cartpole    24 x 24, batch 32, an update every step
 
-Both train in turn, each in a process of its own. A long run's time less a short run's is the time of the steps between
-them: start-up, the first steps without updates and compilation drop out. The ratio is taken pair by pair. Exit status 1
+Both train in turn, each in a process of its own. The clock runs from one agent step to a later one of the same run, so
+that start-up, the first steps without updates and compilation drop out. The ratio is taken pair by pair. Exit status 1
 if the median ratio is below the goal.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ class Work(NamedTuple):
     train_frequency: int
     target_frequency: int
     learning_starts: int
-    short: int  # agent steps
-    long: int
+    clock_from: int  # agent steps
+    clock_to: int
     goal: float
 
 
@@ -41,14 +41,16 @@ LEARNING_RATE = 1e-4
 EPSILON = 0.05
 
 
-def train_minirl(work: Work, steps: int) -> None:
-    """Train with this project; writes nothing, plays no games beside the training."""
+def train_minirl(work: Work) -> float:
+    """Train with this project and return the seconds; plays no games beside the training."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from minirl.dqn import DQNConfig, train
 
-    train(
-        DQNConfig(
+    with tempfile.TemporaryDirectory() as parent:
+        config = DQNConfig(
             env_id=work.env_id,
-            total_timesteps=steps,
+            total_timesteps=work.clock_to,
             learning_rate=LEARNING_RATE,
             anneal_lr=False,
             huber=True,
@@ -61,14 +63,21 @@ def train_minirl(work: Work, steps: int) -> None:
             tau=1.0,
             start_epsilon=EPSILON,
             end_epsilon=EPSILON,
+            eval_frequency=None,
+            checkpoint_frequency=work.clock_to,
             compile=True,  # as a long run would; these are too short for it to be chosen
         )
-    )
+        train(config, run_dir=f"{parent}/run")
+        events = EventAccumulator(f"{parent}/run")
+        events.Reload()
+        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
+    return 60 * (minutes[work.clock_to] - minutes[work.clock_from])
 
 
-def train_sb3(work: Work, steps: int) -> None:
-    """Train with Stable-Baselines3."""
+def train_sb3(work: Work) -> float:
+    """Train with Stable-Baselines3 and return the seconds."""
     from stable_baselines3 import DQN
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
@@ -99,27 +108,26 @@ def train_sb3(work: Work, steps: int) -> None:
         device="auto",
         seed=0,
     )
-    model.learn(steps)
+    times: dict[int, float] = {}
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps in (work.clock_from, work.clock_to):
+                times[self.num_timesteps] = time.perf_counter()
+            return True
+
+    model.learn(work.clock_to, callback=Clock())
+    return times[work.clock_to] - times[work.clock_from]
 
 
 SIDES = {"minirl": train_minirl, "sb3": train_sb3}
 
 
 def steps_per_second(side: str, name: str) -> float:
-    """Train in a process of its own, shortly and longer, and return the speed of the steps between."""
-    command = [sys.executable, __file__, name, "--side", side]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(result.stdout.splitlines()[-1]))
-
-
-def measure(side: str, work: Work) -> float:
-    """Return agent steps per second between the short run's end and the long run's."""
-    seconds = []
-    for steps in (work.short, work.short, work.long):  # the first one warms up: imports, compilation
-        started = time.perf_counter()
-        SIDES[side](work, steps)
-        seconds.append(time.perf_counter() - started)
-    return (work.long - work.short) / (seconds[2] - seconds[1])
+    """Train in a process of its own and return its speed; a compilation that fails is an error here."""
+    command = [sys.executable, "-W", "error:compilation failed", __file__, name, "--side", side]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -130,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = WORKS[arguments.work]
     if arguments.side:
-        print(json.dumps(measure(arguments.side, work)))
+        print((work.clock_to - work.clock_from) / SIDES[arguments.side](work))
         return
     ratios = []
     for pair in range(1, PAIRS + 1):

@@ -14,6 +14,7 @@ Nothing follows a terminal state, so y = r there; a cut episode goes on in princ
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
+from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
+from minirl.networks import NatureCNN, is_image, mlp, orthogonal, set_precision
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
@@ -62,27 +64,29 @@ class DQNConfig:
     train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
     target_network_frequency: int = setting(1, "agent steps between updates of the target network", at_least=1)
     target_network_episodes: int | None = setting(
-        None, "episodes between updates of the target network, in place of steps", at_least=1
+        None, "episodes between updates of the target network, instead of steps", at_least=1
     )
     tau: float = setting(0.01, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
     start_epsilon: float = setting(1.0, "probability of a random action at the start", at_least=0, at_most=1)
-    end_epsilon: float = setting(0.05, "the same in the end", at_least=0, at_most=1)
+    end_epsilon: float = setting(0.05, "probability of a random action in the end", at_least=0, at_most=1)
     exploration_fraction: float = setting(
         0.1, "share of the steps over which epsilon falls linearly", above=0, at_most=1
     )
     epsilon_decay: float | None = setting(
-        None, "multiply epsilon by this after each episode, in place of the line", above=0, at_most=1
+        None, "multiply epsilon by this after each episode, instead of a linear fall", above=0, at_most=1
     )
     eval_frequency: int | None = setting(
         1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1
     )
     eval_episodes: int = setting(20, "greedy games each time", at_least=1)
-    compile: bool | None = setting(None, "compile the update into one function; none: if the run is long enough to pay")
-    precision: str = setting("auto", "float32, bfloat16, or auto: the latter for images where the processor has it")
+    compile: bool | None = setting(
+        None, "compile the update into one function; unless said, if 50,000 updates pay for it"
+    )
+    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
     num_workers: int | None = setting(
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )
-    checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
+    checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -96,6 +100,14 @@ class DQNConfig:
             raise ConfigError(
                 f"--learning-starts must be below total_timesteps = {self.total_timesteps}, "
                 f"or nothing is learned, and {self.learning_starts} is not"
+            )
+        learns_from = (
+            math.ceil(max(self.learning_starts, self.batch_size) / self.train_frequency) * self.train_frequency
+        )
+        if learns_from > self.last_step:
+            raise ConfigError(
+                f"--total-timesteps must be at least {learns_from}, or nothing is learned: learning_starts is "
+                f"{self.learning_starts}, batch_size {self.batch_size}, train_frequency {self.train_frequency}"
             )
         if self.end_epsilon > self.start_epsilon:
             raise ConfigError(
@@ -222,11 +234,11 @@ def epsilon_at(config: DQNConfig, now: Clock) -> float:
     return config.start_epsilon + progress * (config.end_epsilon - config.start_epsilon)
 
 
-def target_is_due(config: DQNConfig, before: Clock, now: Clock) -> bool:
-    """Whether the target network is to be updated, by steps or by episodes."""
+def target_updates_due(config: DQNConfig, before: Clock, now: Clock) -> int:
+    """How often the target network is to be updated, by steps or by episodes."""
     if config.target_network_episodes is not None:
-        return passed(config.target_network_episodes, before.episodes, now.episodes) > 0
-    return passed(config.target_network_frequency, before.steps, now.steps) > 0
+        return passed(config.target_network_episodes, before.episodes, now.episodes)
+    return passed(config.target_network_frequency, before.steps, now.steps)
 
 
 def is_finished(config: DQNConfig, now: Clock) -> bool:
@@ -234,28 +246,56 @@ def is_finished(config: DQNConfig, now: Clock) -> bool:
     return now.steps >= config.last_step or (config.num_episodes is not None and now.episodes >= config.num_episodes)
 
 
+def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> QNetwork:
+    """Make a network for these environments, its convolutions computed as `config.precision` says.
+
+    Raises:
+        ConfigError: if the actions are not Discrete, or the observations no vectors or images.
+    """
+    if not isinstance(envs.action_space, gym.spaces.Discrete):
+        raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
+    network = QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)
+    set_precision(network, select_precision(config.precision, device))
+    return network
+
+
+@torch.no_grad()
+def q_values_of(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.float32]:
+    """Q(s, .) of what environments showed: observations (N, ...) -> (N, A)."""
+    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
+    obs_tensor = torch.as_tensor(obs, dtype=dtype, device=network.head.weight.device)
+    values: NDArray[np.float32] = network(obs_tensor).cpu().numpy()
+    return values
+
+
+def greedy_actions(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.int64]:
+    """The first of the best actions: observations (N, ...) -> (N,)."""
+    best: NDArray[np.int64] = q_values_of(network, obs).argmax(axis=-1)
+    return best
+
+
+def make_memory(config: DQNConfig, envs: VectorEnv, rng: np.random.Generator) -> ReplayBuffer:
+    """Make the replay memory; Atari's stacks of frames are stored frame by frame.
+
+    Raises:
+        ConfigError: if it is larger than the machine's memory.
+    """
+    size, space, stacked = config.buffer_size, envs.observation_space, is_atari(config.env_id)
+    try:
+        return ReplayBuffer(size, space, config.num_envs, stacked=stacked, seed=rng)
+    except MemoryError as error:
+        raise ConfigError(f"--buffer-size must fit into this machine's memory, and {size} does not: {error}") from error
+
+
 class Learner:
     """The online network, the target network and the optimiser."""
 
     def __init__(self, config: DQNConfig, envs: VectorEnv, device: torch.device) -> None:
-        if not isinstance(envs.action_space, gym.spaces.Discrete):
-            raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
-        sizes = (int(envs.action_space.n), config.hidden_sizes)
         self.config = config
         self.device = device
-        self.obs_dtype = observation_dtype(envs.observation_space)
-        self.online = QNetwork(envs.observation_space, *sizes).to(device)
-        self.target = QNetwork(envs.observation_space, *sizes).to(device)
+        self.online, self.target = (make_q_network(config, envs, device) for _ in range(2))
         self.target.load_state_dict(self.online.state_dict())
-        for network in (self.online, self.target):
-            set_precision(network, select_precision(config.precision, device))
-        self.adam_step = AdamStep(
-            self.online,
-            self.loss,
-            learning_rate=config.learning_rate,
-            max_grad_norm=config.max_grad_norm,
-            compiled=config.compiles,
-        )
+        self.adam_step = AdamStep(self.online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles)
 
     def state(self) -> State:
         """Return what a checkpoint holds of it."""
@@ -271,18 +311,6 @@ class Learner:
         load_weights(self.target, saved, "target")
         self.adam_step.optimizer.load_state_dict(saved["optimizer"])
 
-    @torch.no_grad()
-    def q_values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
-        """Q(s, .) of the online network: observations (N, ...) -> (N, A)."""
-        obs_tensor = torch.as_tensor(obs, dtype=self.obs_dtype, device=self.device)
-        values: NDArray[np.float32] = self.online(obs_tensor).cpu().numpy()
-        return values
-
-    def greedy_actions(self, obs: NDArray[Any]) -> NDArray[np.int64]:
-        """The first of the best actions: observations (N, ...) -> (N,)."""
-        best: NDArray[np.int64] = self.q_values(obs).argmax(axis=-1)
-        return best
-
     def loss(
         self, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -296,8 +324,7 @@ class Learner:
 
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
         """Take one gradient step on a batch; return what `loss` logs, still on the device."""
-        self.adam_step.learning_rate = learning_rate
-        return self.adam_step(*(torch.from_numpy(array).to(self.device) for array in batch))
+        return self.adam_step(learning_rate, *(torch.from_numpy(array).to(self.device) for array in batch))
 
     @torch.no_grad()
     def update_target(self) -> None:
@@ -336,16 +363,17 @@ def train(
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     seed_everything(config.seed + start.steps)
-    rng = np.random.default_rng([config.seed, start.steps])  # explores and samples; no environment draws the same
+    # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, start.steps)))
     eval_frequency = None if run_dir is None else config.eval_frequency
     with (
         make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
-        Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency) as judge,
+        Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency, config.num_workers) as judge,
     ):
         learner = Learner(config, envs, torch_device)
         if saved is not None:
             learner.load(saved)
-        memory = ReplayBuffer(config.buffer_size, envs.observation_space, config.num_envs, seed=rng)
+        memory = make_memory(config, envs, rng)
 
         def state() -> State:
             return {"episodes": now.episodes, **learner.state()}
@@ -358,7 +386,9 @@ def train(
             while not finished:
                 epsilon = epsilon_at(config, now)
                 learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
-                actions = np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in learner.q_values(obs)])
+                actions = np.array(
+                    [epsilon_greedy(q_values, epsilon, rng) for q_values in q_values_of(learner.online, obs)]
+                )
                 step = envs.step(actions)
                 memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
                 obs = step.observations.copy()
@@ -367,7 +397,7 @@ def train(
                 if now.steps - start.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
                         losses.append(learner.update(memory.sample(config.batch_size), learning_rate))
-                if target_is_due(config, before, now):
+                for _ in range(target_updates_due(config, before, now)):
                     learner.update_target()
 
                 finished = is_finished(config, now)
@@ -377,6 +407,7 @@ def train(
                     run.log(now.steps, {**schedules, **means(losses)})
                     losses.clear()
                 if judge.is_due(before.steps, now.steps, finished=finished):
-                    run.keep_best(now.steps, judge.mean_return(learner.greedy_actions, now.steps), state)
+                    policy = functools.partial(greedy_actions, learner.online)
+                    run.keep_best(now.steps, judge.mean_return(policy, now.steps), state)
                 run.checkpoint(now.steps, state, finished=finished)
     return learner.online

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.config import MAX_SEED
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.progress import Progress
+from minirl.runs import derived_seed
 
 Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
 
-JUDGE_SEED_OFFSET = 1_000_000  # from the seed of the training; `minirl.evaluate` plays other games again
+SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
+JUDGE = 2  # sets the judge's seeds apart from all others
 
 
 def play_games(
@@ -52,13 +53,18 @@ class Judge:
         episodes: games each time.
         seed: of the training.
         frequency: agent steps from one time to the next; None for never.
+        num_workers: processes for its environments, as for the training's.
     """
 
-    def __init__(self, env_id: str, episodes: int, seed: int, frequency: int | None) -> None:
+    def __init__(
+        self, env_id: str, episodes: int, seed: int, frequency: int | None, num_workers: int | None = None
+    ) -> None:
         self.episodes = episodes
         self.seed = seed
         self.frequency = frequency
-        self.envs = None if frequency is None else make_vector_env(env_id, episodes)
+        self.envs: VectorEnv | None = None
+        if frequency is not None:
+            self.envs = make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), num_workers=num_workers)
 
     def __enter__(self) -> "Judge":
         return self
@@ -78,5 +84,5 @@ class Judge:
     def mean_return(self, policy: Policy, global_step: int) -> float:
         """Play, and return the mean return."""
         assert self.envs is not None
-        seed = (self.seed + JUDGE_SEED_OFFSET + global_step) % (MAX_SEED + 1)
+        seed = derived_seed(self.seed, JUDGE, global_step)
         return statistics.fmean(play_games(policy, self.envs, self.episodes, seed))

@@ -39,12 +39,15 @@ class ReplayBuffer:
 
     Args:
         capacity: transitions, over all environments; a multiple of their number.
-        observation_space: stacks of byte images (C, H, W) are stored frame by frame, all else as it is.
+        observation_space: of one environment. Byte images stay bytes, all else is kept as float32.
         num_envs: N, environments that are stepped together.
+        stacked: observations are the last C frames of an episode, which starts with C copies of its first frame, as
+            `FrameStack` makes them; then each frame is stored once. False for any other images, colours say.
         seed: of the sampling, or the generator to draw from.
 
     Raises:
-        ValueError: if the capacity is not a positive multiple of the number of environments.
+        ValueError: if the capacity is not a positive multiple of the number of environments, or `stacked` is said of
+            observations that are not byte images (C, H, W).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ReplayBuffer:
         observation_space: gym.Space[Any],
         num_envs: int = 1,
         *,
+        stacked: bool = False,
         seed: int | np.random.Generator = 0,
     ) -> None:
         if num_envs < 1 or capacity < 1 or capacity % num_envs != 0:
@@ -64,8 +68,8 @@ class ReplayBuffer:
         self.actions = np.zeros((num_envs, self.length), np.int64)
         self.rewards = np.zeros((num_envs, self.length), np.float32)
         self.terminated = np.zeros((num_envs, self.length), np.bool_)
-        frames = is_image(observation_space) and observation_space.dtype == np.uint8
-        self.observations: _Pairs | _Frames = (_Frames if frames else _Pairs)(num_envs, self.length, observation_space)
+        kind = _Frames if stacked else _Pairs
+        self.observations: _Pairs | _Frames = kind(num_envs, self.length, observation_space)
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled."""
@@ -125,11 +129,11 @@ class ReplayBuffer:
 
 
 class _Pairs:
-    """Observations and their successors as they are: for vectors."""
+    """Observations and their successors, both whole: for vectors."""
 
     def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
         assert space.shape is not None
-        dtype = np.dtype(np.float32) if space.dtype == np.float64 else space.dtype
+        dtype = np.uint8 if is_image(space) and space.dtype == np.uint8 else np.float32
         self.current = np.zeros((num_envs, length, *space.shape), dtype)
         self.following = np.zeros_like(self.current)
 
@@ -162,6 +166,8 @@ class _Frames:
     """
 
     def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
+        if not is_image(space) or space.dtype != np.uint8:
+            raise ValueError(f"stacked observations must be byte images (C, H, W), not {space}")
         assert space.shape is not None
         self.stack = space.shape[0]
         self.num_rows = length + length // SPARE + self.stack + 1

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from minirl.config import ConfigError
+from minirl.config import MAX_SEED, ConfigError
 from minirl.envs.vector import Episode
 from minirl.progress import Progress
 
@@ -49,6 +49,11 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002 - environments and users' code may draw from the global generator
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
+
+
+def derived_seed(seed: int, *purpose: int) -> int:
+    """Return a seed for another purpose, as good as unrelated to `seed`, to the seeds near it and to other purposes."""
+    return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
 def random_state() -> State:
@@ -137,7 +142,7 @@ def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
         network.load_state_dict(saved[key])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{CHECKPOINT_FILE} must fit the environment of the run: {reason}") from error
+        raise ConfigError(f"the checkpoint must fit the environment of the run: {reason}") from error
 
 
 def claim(run_dir: Path) -> None:
@@ -216,7 +221,9 @@ class Run:
         self.config = config
         self.run_dir = run_dir
         self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
-        self.best_return: float = resumed.get("best_return", -math.inf) if resumed else -math.inf
+        self.best_return = -math.inf
+        if resumed and run_dir is not None and (run_dir / BEST_FILE).exists():
+            self.best_return = load_checkpoint(run_dir, algorithm, "best_return", file=BEST_FILE)["best_return"]
         self.seconds_before: float = resumed["seconds"] if resumed else 0.0
         self.started = time.monotonic()
         self.first_step: int = resumed["global_step"] if resumed else 0
@@ -299,7 +306,7 @@ class Run:
         self.writer.add_scalar("eval/mean_return", mean_return, global_step)
         if mean_return >= self.best_return:
             self.best_return = mean_return
-            self._save(BEST_FILE, global_step, state)
+            self._save(BEST_FILE, global_step, lambda: {"best_return": mean_return, **state()})
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
         assert self.run_dir is not None
@@ -308,7 +315,6 @@ class Run:
             "algorithm": self.algorithm,
             "global_step": global_step,
             "returns": list(self.returns),
-            "best_return": self.best_return,
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "random_state": random_state(),
         }

@@ -2,12 +2,15 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from minirl.config import ConfigError
+
+BETAS = (0.9, 0.999)  # of Adam
 
 Loss = Callable[..., tuple[Tensor, Tensor]]  # a batch -> the loss, and numbers to log
 
@@ -60,7 +63,6 @@ class AdamStep:
     Args:
         network: whose parameters are trained.
         loss: from a batch of tensors to the loss and to numbers to log, which are returned detached.
-        learning_rate: may be changed between steps.
         eps: of Adam.
         max_grad_norm: the gradient's norm is clipped to it; None for never.
         compiled: whether to compile.
@@ -71,34 +73,44 @@ class AdamStep:
         network: nn.Module,
         loss: Loss,
         *,
-        learning_rate: float,
         eps: float = 1e-8,
         max_grad_norm: float | None = None,
         compiled: bool = False,
     ) -> None:
         self.parameters: list[Tensor] = list(network.parameters())
         self.loss = loss
-        self.learning_rate = learning_rate
+        self.eps = eps
         self.max_grad_norm = max_grad_norm
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, eps=eps, fused=True)
+        self.compiled = compiled
+        self.compiled_step: Callable[..., Tensor] | None = None  # from the first step on
+        self.optimizer = torch.optim.Adam(self.parameters, betas=BETAS, eps=eps, fused=True)
         for parameter in self.parameters:  # as Adam itself would at its first step
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        self.compiled: Callable[..., Tensor] | None = None
-        if compiled:
-            torch._dynamo.config.trace_autograd_ops = True  # the gradient becomes part of the function
-            self.compiled = torch.compile(self._whole_step, fullgraph=True)
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    def __call__(self, learning_rate: float, *batch: Tensor) -> Tensor:
         """Take a step; return what the loss function gave to log, before the step."""
-        if self.compiled is not None:
-            try:
-                return self.compiled(self._state(), torch.tensor(self.learning_rate), *batch)
-            except Exception as error:  # a missing compiler, a bug in one: nothing of the step was done yet
-                reason = str(error).strip().split("\n")[0]
-                warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=2)
-                self.compiled = None
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        if not self.compiled:
+            return self._eager_step(learning_rate, *batch)
+        arguments = (self._state(), torch.tensor(learning_rate), *batch)
+        if self.compiled_step is not None:
+            return self.compiled_step(*arguments)
+        try:
+            # The gradient becomes part of the function; each of several networks has a function of its own.
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                options: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
+                step: Callable[..., Tensor] = torch.compile(self._whole_step, **options)
+                logged = step(*arguments)
+        except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing of the step is done yet
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=2)
+            self.compiled = False
+            return self._eager_step(learning_rate, *batch)
+        self.compiled_step = step
+        return logged
+
+    def _eager_step(self, learning_rate: float, *batch: Tensor) -> Tensor:
+        self.optimizer.param_groups[0]["lr"] = learning_rate
         loss, logged = self.loss(*batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -108,19 +120,19 @@ class AdamStep:
         return logged.detach()
 
     def _state(self) -> dict[str, list[Tensor]]:
+        """Adam's state, looked up anew each time: loading a checkpoint replaces it."""
         states = [self.optimizer.state[parameter] for parameter in self.parameters]
         return {name: [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")}
 
     def _whole_step(self, state: dict[str, list[Tensor]], learning_rate: Tensor, *batch: Tensor) -> Tensor:
-        """The same as the eager step, written so that it can be compiled in one piece."""
+        """The eager step, written so that it can be compiled in one piece."""
         loss, logged = self.loss(*batch)
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
             if self.max_grad_norm is not None:
-                norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
+                norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
                 scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients = tuple(gradient * scale for gradient in gradients)
-            group = self.optimizer.param_groups[0]
             adam(
                 self.parameters,
                 list(gradients),
@@ -131,11 +143,11 @@ class AdamStep:
                 foreach=False,
                 capturable=True,
                 amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
                 lr=learning_rate,
                 weight_decay=0.0,
-                eps=group["eps"],
+                eps=self.eps,
                 maximize=False,
             )
         return logged.detach()

@@ -130,6 +130,23 @@ class SmallPicture(Counter):
         self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
 
+class OtherObservations(Counter):
+    """The count in other forms: a vector of bytes or of doubles, or a picture whose channels are colours."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        super().__init__(ends_at=7)
+        self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
+
+    def _obs(self) -> NDArray[Any]:
+        obs = np.full(self.observation_space.shape or (), self.count, self.observation_space.dtype)
+        if obs.ndim == 3:
+            obs += np.array([0, 100, 200], np.uint8)[:, None, None]
+        return obs
+
+
+gym.register("Uint8Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.uint8})
+gym.register("Float64Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.float64})
+gym.register("Colours-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (3, 40, 40), "dtype": np.uint8})
 gym.register("Counter-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7})
 gym.register("Reseeded-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7, "reseeded": True})
 gym.register("Endless-v0", "tests.fake_envs:Counter", kwargs={"cut_at": 5})

@@ -13,7 +13,9 @@ import pytest
 from minirl import ppo
 from minirl.cli import make_parser, run_training
 from minirl.config import ConfigError, check_settings, flag_name, setting
+from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
+from minirl.q_learning import QLearningConfig
 from minirl.runs import save_config
 
 ROOT = Path(__file__).parent.parent
@@ -82,13 +84,14 @@ def test_a_config_takes_the_ends_of_its_ranges(settings: dict[str, Any]) -> None
     Example(**settings)
 
 
-def test_every_field_of_ppo_is_a_flag_with_its_default_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig])
+def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        make_parser(PPOConfig, "").parse_args(["--help"])
+        make_parser(config_class, "").parse_args(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(PPOConfig):
-        default = "none" if field.default is None else str(field.default)
+    for field in dataclasses.fields(config_class):
+        default = {"None": "none", "(24, 24)": "24,24"}.get(str(field.default), str(field.default))
         assert f"{field.metadata['help']} (default: {default})" in text
         assert flag_name(field.name) in text
         assert len(field.metadata["help"]) < 100
@@ -248,6 +251,13 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit) as stop:
         run_training("ppo", PPOConfig, train, "", [])
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("script", ["train_ppo.py", "train_dqn.py", "train_q.py"])
+def test_each_script_shows_its_help(script: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--total-timesteps" in done.stdout or "--num-episodes" in done.stdout
 
 
 def test_the_script_trains_and_resumes(tmp_path: Path) -> None:

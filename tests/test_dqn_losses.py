@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minirl.config import ConfigError
-from minirl.dqn import Clock, DQNConfig, QNetwork, double_dqn_target, dqn_loss, epsilon_at, passed, target_is_due
+from minirl.dqn import Clock, DQNConfig, QNetwork, double_dqn_target, dqn_loss, epsilon_at, passed, target_updates_due
 
 CARTPOLE = gym.make("CartPole-v1").observation_space
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -145,11 +145,12 @@ def test_how_often_a_multiple_is_passed(every: int, before: int, now: int, times
 
 def test_the_target_is_due_by_steps_or_by_episodes() -> None:
     by_steps = DQNConfig(target_network_frequency=10)
-    assert target_is_due(by_steps, Clock(9, 3), Clock(10, 3))
-    assert not target_is_due(by_steps, Clock(10, 4), Clock(11, 5))
+    assert target_updates_due(by_steps, Clock(9, 3), Clock(10, 3)) == 1
+    assert target_updates_due(by_steps, Clock(10, 4), Clock(11, 5)) == 0
+    assert target_updates_due(by_steps, Clock(8, 4), Clock(32, 5)) == 3
     by_episodes = DQNConfig(target_network_frequency=10, target_network_episodes=5)
-    assert target_is_due(by_episodes, Clock(10, 4), Clock(11, 5))
-    assert not target_is_due(by_episodes, Clock(9, 3), Clock(10, 3))
+    assert target_updates_due(by_episodes, Clock(10, 4), Clock(11, 5)) == 1
+    assert target_updates_due(by_episodes, Clock(9, 3), Clock(10, 3)) == 0
 
 
 # Network

@@ -1,5 +1,6 @@
 """Training Double DQN as a whole: what is remembered, what an update does, and that it learns."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from minirl.cli import run_training
 from minirl.config import ConfigError
-from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, train
+from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, means, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.evaluate import main as evaluate_main
 from minirl.play import Judge
+from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
 from minirl.runs import BEST_FILE, load_checkpoint
 from tests.fake_envs import counter
@@ -151,16 +153,21 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     assert not logged.requires_grad
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.25])
-def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None) -> None:
-    eager, compiled = (cartpole_learner(max_grad_norm=max_grad_norm, compile=choice) for choice in (False, True))
-    for i in range(4):
+@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), (0.25, True)])
+def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool) -> None:
+    eager, compiled = (
+        cartpole_learner(max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
+    )
+    for i in range(6):
+        if i == 3:  # Adam's state is then another one
+            for learner in (eager, compiled):
+                learner.load(copy.deepcopy(learner.state()))
         batch = random_batch(seed=i)
         logged = [learner.update(batch, 0.01 / (i + 1)) for learner in (eager, compiled)]
         torch.testing.assert_close(logged[0], logged[1])
         for learner in (eager, compiled):
             learner.update_target()
-    assert compiled.adam_step.compiled is not None, "it fell back"
+    assert compiled.adam_step.compiled, "it fell back"
     torch.testing.assert_close(parameters(eager.online), parameters(compiled.online))
     for old, new in zip(
         eager.state()["optimizer"]["state"].values(), compiled.state()["optimizer"]["state"].values(), strict=True
@@ -168,14 +175,12 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | 
         torch.testing.assert_close(old, new)
 
 
-def test_a_compilation_that_fails_is_one_warning_and_then_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Any, **options: Any) -> Any:
-        def fail(*arguments: Any) -> Any:
-            raise RuntimeError("no C++ compiler here\nand a long trace")
+@pytest.mark.parametrize("at", ["once", "the first call"])
+def test_a_compilation_that_fails_is_one_warning_and_then_eager(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler here\nand a long trace")
 
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", fail if at == "once" else lambda function, **options: fail)
     learner, eager = cartpole_learner(compile=True), cartpole_learner(compile=False)
     with pytest.warns(UserWarning, match="compilation failed, going on without: no C.. compiler here$"):
         learner.update(random_batch(), 0.01)
@@ -185,6 +190,16 @@ def test_a_compilation_that_fails_is_one_warning_and_then_eager(monkeypatch: pyt
     for _ in range(2):
         eager.update(random_batch(), 0.01)
     assert torch.equal(parameters(learner.online), parameters(eager.online))
+
+
+def test_every_network_of_a_process_is_compiled() -> None:
+    """PyTorch gives up after a few variants of one function: each network must have a function of its own."""
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=2):
+        warnings.simplefilter("error", UserWarning)
+        for hidden_size in (2, 3, 4):
+            learner = cartpole_learner(hidden_sizes=(hidden_size,), compile=True)
+            learner.update(random_batch(), 0.01)
+            assert learner.adam_step.compiled
 
 
 def test_only_long_runs_are_compiled() -> None:
@@ -287,6 +302,53 @@ def test_the_learning_rate_falls_to_zero_if_asked(monkeypatch: pytest.MonkeyPatc
     assert Calls(monkeypatch, config).rates == pytest.approx([0.31, 0.21, 0.11, 0.01])
     constant = dataclasses.replace(config, anneal_lr=False)
     assert Calls(monkeypatch, constant).rates == pytest.approx([0.6] * 4)
+
+
+def test_the_target_moves_as_often_with_several_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, dataclasses.replace(TINY, num_envs=5, target_network_frequency=2, total_timesteps=50))
+    assert len(calls.targets) == 25
+
+
+def test_actions_are_explored_as_the_schedule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(q_values: NDArray[np.float64], epsilon: float, rng: np.random.Generator) -> int:
+        seen.append(epsilon)
+        return epsilon_greedy(q_values, epsilon, rng)
+
+    monkeypatch.setattr("minirl.dqn.epsilon_greedy", spy)
+    config = dataclasses.replace(TINY, num_envs=2, start_epsilon=0.9, end_epsilon=0.3, exploration_fraction=0.5)
+    train(config, device="cpu")
+    expected = [max(0.3, 0.9 - 0.02 * step) for step in range(0, 60, 2) for _ in range(2)]
+    assert seen == pytest.approx(expected)
+
+
+def test_training_does_not_explore_with_the_random_numbers_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = []
+
+    class Spy(ReplayBuffer):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            generators.append(copy.deepcopy(options["seed"]))
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("minirl.dqn.ReplayBuffer", Spy)
+    train(TINY, device="cpu")
+    assert generators[0].random() != np.random.default_rng(TINY.seed).random()
+
+
+def test_logged_losses_are_the_means_since_the_last_time() -> None:
+    assert means([]) == {}
+    losses = [torch.tensor([1.0, 20.0]), torch.tensor([3.0, 60.0])]
+    assert means(losses) == {"losses/td_loss": 2.0, "losses/q_values": 40.0}
+
+
+def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirl.dqn.LOG_EVERY", 30)
+    monkeypatch.setattr(Learner, "update", lambda learner, batch, rate: torch.tensor([float(rate), 0.0]))
+    config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=60.0, train_frequency=10, eval_frequency=None)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    # Updates at 20, 30, 40, 50 and 60, at the rates of the steps before: 41, 31, 21, 11 and 1
+    assert read_scalars(tmp_path / "run")["losses/td_loss"] == [(30, 36.0), (60, 11.0)]
 
 
 def test_a_run_can_end_by_episodes(tmp_path: Path) -> None:
@@ -399,6 +461,59 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {41 + 21}
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    saved = load_checkpoint(tmp_path / "run", "dqn")
+    assert not torch.equal(saved["target"]["head.weight"], saved["model"]["head.weight"])
+    with make_vector_env(TINY.env_id, 1) as envs:
+        learner = Learner(TINY, envs, CPU)
+    learner.load(saved)
+    for name in ("model", "target"):
+        for key, value in learner.state()[name].items():
+            assert torch.equal(value, saved[name][key]), (name, key)
+    for restored, original in zip(
+        learner.state()["optimizer"]["state"].values(), saved["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(restored[key], original[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_a_resumed_run_keeps_a_better_network_that_was_found_after_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 9.0, 5.0, 8.0])
+    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step: next(scores))
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    train(dataclasses.replace(TINY, total_timesteps=74), run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert load_checkpoint(tmp_path / "run", "dqn", file=BEST_FILE)["best_return"] == 9.0
+
+
+@pytest.mark.parametrize("kind", ["uint8 vector", "float64 vector", "colours"])
+def test_other_observations_train(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(
+        TINY, env_id=f"tests.fake_envs:{kind.title().replace(' ', '')}-v0", eval_frequency=None
+    )
+    assert parameters(train(config, device="cpu")).isfinite().all()
+
+
+def test_colours_are_no_stack_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = []
+
+    class Spy(ReplayBuffer):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            memories.append(self)
+
+    monkeypatch.setattr("minirl.dqn.ReplayBuffer", Spy)
+    config = dataclasses.replace(TINY, env_id="tests.fake_envs:Colours-v0", eval_frequency=None)
+    train(config, device="cpu")
+    batch = memories[0].sample(20)
+    assert batch.observations.dtype == np.uint8
+    for obs, next_obs in zip(batch.observations, batch.next_observations, strict=True):
+        red, green, blue = obs[:, 0, 0].tolist()
+        assert (green, blue) == (red + 100, red + 200)
+        assert next_obs[0, 0, 0] == red + 1
+
+
 def test_nothing_is_written_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     train(TINY, device="cpu")
@@ -435,6 +550,8 @@ def test_learns_cartpole(tmp_path: Path) -> None:
     [
         ({"batch_size": 51}, "--batch-size must be at most buffer_size = 50"),
         ({"learning_starts": 60}, "--learning-starts must be below total_timesteps = 60"),
+        ({"train_frequency": 61}, "--total-timesteps must be at least 61, or nothing is learned"),
+        ({"batch_size": 50, "total_timesteps": 49}, "--total-timesteps must be at least 50, or nothing is learned"),
         ({"train_frequency": 0}, "--train-frequency must be a whole number of at least 1"),
         ({"target_network_frequency": 0}, "--target-network-frequency must be"),
         ({"eval_frequency": 0}, "--eval-frequency must be a whole number of at least 1 or none"),

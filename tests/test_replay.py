@@ -71,7 +71,7 @@ def check(buffer: ReplayBuffer, players: Players, batch_size: int) -> set[int]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_sampled_transition_is_what_a_naive_memory_holds(num_envs: int, mean_length: float, seed: int) -> None:
     length = 25
-    buffer = ReplayBuffer(num_envs * length, PIXELS, num_envs, seed=seed)
+    buffer = ReplayBuffer(num_envs * length, PIXELS, num_envs, stacked=True, seed=seed)
     players = Players(num_envs, mean_length, seed)
     for step in range(4 * length):
         players.step(buffer)
@@ -88,7 +88,7 @@ def test_every_sampled_transition_is_what_a_naive_memory_holds(num_envs: int, me
 
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_episodes_of_a_usual_length_fill_the_capacity(num_envs: int) -> None:
-    buffer = ReplayBuffer(200 * num_envs, PIXELS, num_envs)
+    buffer = ReplayBuffer(200 * num_envs, PIXELS, num_envs, stacked=True)
     players = Players(num_envs, mean_length=60, seed=0)
     sizes = []
     for _ in range(700):
@@ -99,7 +99,7 @@ def test_episodes_of_a_usual_length_fill_the_capacity(num_envs: int) -> None:
 
 
 def test_very_short_episodes_cost_old_transitions_and_nothing_else() -> None:
-    buffer = ReplayBuffer(100, PIXELS)
+    buffer = ReplayBuffer(100, PIXELS, stacked=True)
     players = Players(1, mean_length=1, seed=0)
     for _ in range(500):
         players.step(buffer)
@@ -109,7 +109,7 @@ def test_very_short_episodes_cost_old_transitions_and_nothing_else() -> None:
 
 def test_a_million_pong_transitions_take_at_most_7_5_gb() -> None:
     length, space = 1_000_000, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    buffer = ReplayBuffer(length, space)  # memory that is not written to is not taken
+    buffer = ReplayBuffer(length, space, stacked=True)  # memory that is not written to is not taken
     arrays: list[NDArray[Any]] = [buffer.actions, buffer.rewards, buffer.terminated]
     arrays += [value for value in buffer.observations.__dict__.values() if isinstance(value, np.ndarray)]
     assert 7.0e9 < sum(array.nbytes for array in arrays) <= 7.5e9

@@ -5,8 +5,10 @@ returns are the real scores of whole games.
 """
 
 import contextlib
+import functools
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,18 @@ from torch import Tensor
 
 from minirl.cli import Parser, fail, reader, saved_config
 from minirl.config import MAX_SEED, ConfigError
-from minirl.dqn import DQNConfig, Learner
+from minirl.dqn import DQNConfig, greedy_actions, make_q_network
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import observation_dtype
-from minirl.play import Policy, play_games
+from minirl.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.ppo import ActorCritic
 from minirl.progress import Progress
 from minirl.q_learning import load_table
 from minirl.runs import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_settings, load_weights, seed_everything
 from minirl.runtime import select_device
 
-SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
 SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
 ATARI_STEPS_PER_SECOND = 15  # 60 frames, 4 of them an agent step
 
@@ -136,9 +137,10 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     """Return DQN's network, the best if there is one, as a policy: the first of its best actions."""
     file = CHECKPOINT_FILE if last or not (run_dir / BEST_FILE).exists() else BEST_FILE
     saved = load_checkpoint(run_dir, "dqn", "model", file=file)
-    learner = Learner(saved_config(DQNConfig, run_dir, settings), envs, device)
-    load_weights(learner.online, saved)
-    return learner.greedy_actions
+    network = make_q_network(saved_config(DQNConfig, run_dir, settings), envs, device)
+    load_weights(network, saved)
+    print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
+    return functools.partial(greedy_actions, network)
 
 
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
