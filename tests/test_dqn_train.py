@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirl.cli import run_training
 from minirl.config import ConfigError
-from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, means, train
+from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, make_memory, means, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
@@ -493,6 +493,14 @@ def test_other_observations_train(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         TINY, env_id=f"tests.fake_envs:{kind.title().replace(' ', '')}-v0", eval_frequency=None
     )
     assert parameters(train(config, device="cpu")).isfinite().all()
+
+
+def test_each_frame_of_a_game_is_stored_once() -> None:
+    with make_vector_env(SMALL_PONG.env_id, 1) as envs:
+        memory = make_memory(SMALL_PONG, envs, np.random.default_rng(0))
+    arrays = [array for array in vars(memory.observations).values() if isinstance(array, np.ndarray)]
+    frames = sum(array.nbytes for array in arrays) / (84 * 84)
+    assert SMALL_PONG.buffer_size < frames < 1.1 * SMALL_PONG.buffer_size
 
 
 def test_colours_are_no_stack_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
