@@ -11,6 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from minirl.config import ConfigError
 from minirl.envs.atari import Frame, make_atari_env
+from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.ids import is_atari, registered_id
 from minirl.envs.make import make_env
 
@@ -55,6 +56,65 @@ def test_equals_stable_baselines3_bit_for_bit(env_id: str, num_steps: int, seed:
     assert sum(transition[2] for transition in ours) >= 2, "the comparison must go over ends"
     assert len(our_games) >= 1
     assert our_games == their_games
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_steps"),
+    [
+        ("PongNoFrameskip-v4", 1500),
+        ("BreakoutNoFrameskip-v4", 800),
+        ("SpaceInvadersNoFrameskip-v4", 800),
+        ("ALE/Seaquest-v5", 800),
+        ("QbertNoFrameskip-v4", 800),
+    ],
+)
+def test_the_fast_path_equals_the_readable_wrappers_bit_for_bit(env_id: str, num_steps: int) -> None:
+    fast, readable = (make_atari_env(env_id, fast=fast) for fast in (True, False))
+    assert fast.observation_space == readable.observation_space
+    rng = np.random.default_rng(3)
+    for seed in (5, None):
+        obs, info = fast.reset(seed=seed)
+        expected_obs, expected_info = readable.reset(seed=seed)
+        np.testing.assert_array_equal(obs, expected_obs)
+        assert info.keys() == expected_info.keys()
+        ends = 0
+        for _ in range(num_steps):
+            action = int(rng.integers(fast.action_space.n))  # type: ignore[attr-defined]
+            obs, *rest = fast.step(action)
+            expected_obs, *expected_rest = readable.step(action)
+            np.testing.assert_array_equal(obs, expected_obs)
+            assert rest == expected_rest, "reward, ends and info, with the score of a finished game"
+            if rest[1] or rest[2]:
+                ends += 1
+                np.testing.assert_array_equal(fast.reset()[0], readable.reset()[0])
+        assert ends >= 1
+
+
+def test_the_fast_path_keeps_the_frames_of_the_step_before_where_a_game_is_cut() -> None:
+    fast, readable = (make_atari_env("BreakoutNoFrameskip-v4", fast=fast) for fast in (True, False))
+    ends = []
+    for env in (fast, readable):
+        env.unwrapped.ale.setInt("max_num_frames_per_episode", 402)  # type: ignore[attr-defined]
+        env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        action = int(rng.integers(4))
+        (obs, *rest), (expected_obs, *expected_rest) = fast.step(action), readable.step(action)
+        np.testing.assert_array_equal(obs, expected_obs)
+        assert rest == expected_rest
+        ends.append(rest[1:3])
+        if rest[1] or rest[2]:
+            np.testing.assert_array_equal(fast.reset()[0], readable.reset()[0])
+    assert [False, True] in ends
+
+
+def test_the_fast_path_shows_nothing_and_skips_four() -> None:
+    with pytest.raises(ValueError, match="fast takes 4 frames a step and shows nothing"):
+        make_atari_env("PongNoFrameskip-v4", fast=True, frame_skip=3)
+    with pytest.raises(ValueError, match="fast takes 4 frames a step and shows nothing"):
+        make_atari_env("PongNoFrameskip-v4", fast=True, render_mode="rgb_array")
+    with pytest.raises(ValueError, match="needs a game of the Arcade Learning Environment"):
+        SkipAndShrink(gym.make("CartPole-v1"))
 
 
 def test_observations_are_stacks_of_bytes_or_of_normalised_floats() -> None:

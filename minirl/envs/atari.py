@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.config import ConfigError
+from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import is_atari, registered_id
 
@@ -271,6 +272,7 @@ def make_atari_env(
     clip_reward: bool = True,
     normalize: bool = False,
     render_mode: str | None = None,
+    fast: bool = False,
 ) -> AtariEnv:
     """Make an Atari game with all preprocessing: observations (frame_stack, 84, 84), uint8 or float32 if normalised.
 
@@ -287,6 +289,7 @@ def make_atari_env(
         clip_reward: learn from the sign of the reward.
         normalize: observations in [0, 1] instead of bytes.
         render_mode: Gymnasium's; `"rgb_array"` to record, `"human"` for a window.
+        fast: skip, gray and resize in one step (`SkipAndShrink`), which changes nothing but the time. Shows nothing.
 
     Returns:
         An environment whose `info["episode"]` is `{"r", "l"}` of the full game at its real end: r the unclipped score,
@@ -294,21 +297,24 @@ def make_atari_env(
 
     Raises:
         ConfigError: if `env_id` is not an Atari game.
+        ValueError: if `fast` is to skip other than 4 frames, or to render.
     """
+    if fast and (frame_skip != SkipAndShrink.skip or render_mode is not None):
+        raise ValueError(f"fast takes {SkipAndShrink.skip} frames a step and shows nothing")
     if not is_atari(env_id):
         raise ConfigError(f"--env-id must be an Atari game here, not {env_id!r}")
     spec = gym.spec(registered_id(env_id))
     env = gym.make(spec, frameskip=1, render_mode=render_mode, disable_env_checker=True)
     if noop_max > 0:
         env = NoopReset(env, noop_max)
-    env = MaxAndSkip(env, frame_skip)
+    env = SkipAndShrink(env) if fast else MaxAndSkip(env, frame_skip)
     env = EpisodeStatistics(env)
     if episodic_life:
         env = EpisodicLife(env)
     if "FIRE" in _action_meanings(env):
         env = FireReset(env)
-    env = Grayscale(env)
-    env = Resize(env)
+    if not fast:
+        env = Resize(Grayscale(env))
     if clip_reward:
         env = ClipReward(env)
     if normalize:
