@@ -31,7 +31,7 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import NatureCNN, is_image, mlp, orthogonal, set_precision
+from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, mlp_in_numpy, orthogonal, set_precision
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
@@ -262,9 +262,11 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
 @torch.no_grad()
 def q_values_of(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.float32]:
     """Q(s, .) of what environments showed: observations (N, ...) -> (N, A)."""
+    device = network.head.weight.device
+    if isinstance(network.body, nn.Sequential) and device.type == "cpu":
+        return mlp_in_numpy([*network.body, network.head], obs)
     dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
-    obs_tensor = torch.as_tensor(obs, dtype=dtype, device=network.head.weight.device)
-    values: NDArray[np.float32] = network(obs_tensor).cpu().numpy()
+    values: NDArray[np.float32] = network(torch.as_tensor(obs, dtype=dtype, device=device)).cpu().numpy()
     return values
 
 
@@ -295,6 +297,7 @@ class Learner:
         self.device = device
         self.online, self.target = (make_q_network(config, envs, device) for _ in range(2))
         self.target.load_state_dict(self.online.state_dict())
+        self.acting = ActingCopy(self.online)
         self.adam_step = AdamStep(self.online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles)
 
     def state(self) -> State:
@@ -308,6 +311,7 @@ class Learner:
     def load(self, saved: State) -> None:
         """Put back what `state` returned."""
         load_weights(self.online, saved)
+        self.acting.refresh()
         load_weights(self.target, saved, "target")
         self.adam_step.optimizer.load_state_dict(saved["optimizer"])
 
@@ -322,9 +326,16 @@ class Learner:
         loss = dqn_loss(q_values, actions, targets, huber=self.config.huber)
         return loss, torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()])
 
+    def act(self, obs: NDArray[Any], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Choose an action in each environment: observations (N, ...) -> (N,)."""
+        q_values = q_values_of(self.acting.network, obs)
+        return np.array([epsilon_greedy(q_values_of_one, epsilon, rng) for q_values_of_one in q_values])
+
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
         """Take one gradient step on a batch; return what `loss` logs, still on the device."""
-        return self.adam_step(learning_rate, *(torch.from_numpy(array).to(self.device) for array in batch))
+        logged = self.adam_step(learning_rate, *(torch.from_numpy(array).to(self.device) for array in batch))
+        self.acting.refresh()
+        return logged
 
     @torch.no_grad()
     def update_target(self) -> None:
@@ -386,9 +397,7 @@ def train(
             while not finished:
                 epsilon = epsilon_at(config, now)
                 learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
-                actions = np.array(
-                    [epsilon_greedy(q_values, epsilon, rng) for q_values in q_values_of(learner.online, obs)]
-                )
+                actions = learner.act(obs, epsilon, rng)
                 step = envs.step(actions)
                 memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
                 obs = step.observations.copy()

@@ -7,6 +7,7 @@ are sampled, byte for byte as they were.
 
 from typing import Any, NamedTuple
 
+import cv2
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
@@ -212,9 +213,14 @@ class _Frames:
         return self._stacks(env, self.row_of[env, slot] + 1)
 
     def _stacks(self, env: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Put stacks together, (B, C, H, W): the frame of `row` and those before it in its episode."""
-        back = np.minimum(np.arange(self.stack)[::-1], self.age[env, row % self.num_rows][:, None])
-        stacks: NDArray[np.uint8] = self.frames[env[:, None], (row[:, None] - back) % self.num_rows]
+        """Put stacks together, (B, C, H, W): the frame of `row` and those before it in its episode.
+
+        In memory a pixel's C values lie side by side (channels-last), as convolutions want them.
+        """
+        back = np.minimum(np.arange(self.stack)[::-1, None], self.age[env, row % self.num_rows])
+        frames = self.frames[env, (row - back) % self.num_rows]  # (C, B, H, W)
+        pixels = cv2.merge([channel.reshape(-1, frames.shape[-1]) for channel in frames])  # (B * H, W, C)
+        stacks: NDArray[np.uint8] = pixels.reshape(*frames.shape[1:], self.stack).transpose(0, 3, 1, 2)
         return stacks
 
     def available(self, added: int) -> NDArray[np.int64]:

@@ -167,7 +167,7 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | 
         torch.testing.assert_close(logged[0], logged[1])
         for learner in (eager, compiled):
             learner.update_target()
-    assert compiled.adam_step.compiled, "it fell back"
+    assert compiled.adam_step.step.enabled, "it fell back"
     torch.testing.assert_close(parameters(eager.online), parameters(compiled.online))
     for old, new in zip(
         eager.state()["optimizer"]["state"].values(), compiled.state()["optimizer"]["state"].values(), strict=True
@@ -199,7 +199,7 @@ def test_every_network_of_a_process_is_compiled() -> None:
         for hidden_size in (2, 3, 4):
             learner = cartpole_learner(hidden_sizes=(hidden_size,), compile=True)
             learner.update(random_batch(), 0.01)
-            assert learner.adam_step.compiled
+            assert learner.adam_step.step.enabled
 
 
 def test_only_long_runs_are_compiled() -> None:

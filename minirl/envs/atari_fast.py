@@ -58,7 +58,7 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
                 ale.getScreenRGB(self.last_two[frame_number - self.skip])
             if terminated or truncated:
                 break
-        np.maximum(*self.last_two, out=self.brightest)
+        np.maximum(self.last_two[0], self.last_two[1], out=self.brightest)
         info = {
             "lives": ale.lives(),
             "episode_frame_number": ale.getEpisodeFrameNumber(),
@@ -68,5 +68,6 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
 
     def _shrink(self, frame: Screen) -> Screen:
         cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY, dst=self.gray)
-        small: Screen = cv2.resize(self.gray, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        small = np.empty((self.size, self.size), np.uint8)
+        cv2.resize(self.gray, small.shape, dst=small, interpolation=cv2.INTER_AREA)
         return small
