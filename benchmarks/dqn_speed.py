@@ -3,20 +3,17 @@
     python benchmarks/dqn_speed.py pong        batch 32, an update every 4 steps
     python benchmarks/dqn_speed.py cartpole    24 x 24, batch 32, an update every step
 
-Both train in turn, each in a process of its own. The clock runs from one agent step to a later one of the same run, so
-that start-up, the first steps without updates and compilation drop out. The ratio is taken pair by pair. Exit status 1
-if the median ratio is below the goal.
+Both train in turn, each in a process of its own (`pairs.py`). The clock runs from one agent step to a later one of the
+same run, so that start-up, the first steps without updates and compilation drop out; they are printed beside it. Exit
+status 1 if the median ratio is below the goal.
 """
 
 import argparse
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import NamedTuple
 
-PAIRS = 3
+from pairs import Timing, compare, report
 
 
 class Work(NamedTuple):
@@ -32,8 +29,8 @@ class Work(NamedTuple):
 
 
 WORKS = {
-    "pong": Work("PongNoFrameskip-v4", 4, 1000, 500, 1000, 4000, goal=2.0),
-    "cartpole": Work("CartPole-v1", 1, 500, 500, 2000, 12_000, goal=2.0),
+    "pong": Work("PongNoFrameskip-v4", 4, 1000, 500, 1000, 4000, goal=2.5),
+    "cartpole": Work("CartPole-v1", 1, 500, 500, 2000, 12_000, goal=5.0),
 }
 BATCH_SIZE = 32
 BUFFER_SIZE = 10_000
@@ -41,12 +38,13 @@ LEARNING_RATE = 1e-4
 EPSILON = 0.05
 
 
-def train_minirl(work: Work) -> float:
-    """Train with this project and return the seconds; plays no games beside the training."""
+def train_minirl(work: Work) -> Timing:
+    """Train with this project; no games are played beside the training."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from minirl.dqn import DQNConfig, train
 
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as parent:
         config = DQNConfig(
             env_id=work.env_id,
@@ -68,19 +66,22 @@ def train_minirl(work: Work) -> float:
             compile=True,  # as a long run would; these are too short for it to be chosen
         )
         train(config, run_dir=f"{parent}/run")
+        total = time.perf_counter() - started
         events = EventAccumulator(f"{parent}/run")
         events.Reload()
         minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
-    return 60 * (minutes[work.clock_to] - minutes[work.clock_from])
+    seconds = 60 * (minutes[work.clock_to] - minutes[work.clock_from])
+    return Timing(seconds, total - seconds)
 
 
-def train_sb3(work: Work) -> float:
-    """Train with Stable-Baselines3 and return the seconds."""
+def train_sb3(work: Work) -> Timing:
+    """Train with Stable-Baselines3."""
     from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
+    started = time.perf_counter()
     pixels = "NoFrameskip" in work.env_id
     env: VecEnv
     if pixels:
@@ -117,37 +118,28 @@ def train_sb3(work: Work) -> float:
             return True
 
     model.learn(work.clock_to, callback=Clock())
-    return times[work.clock_to] - times[work.clock_from]
+    return Timing(times[work.clock_to] - times[work.clock_from], times[work.clock_from] - started)
 
 
-SIDES = {"minirl": train_minirl, "sb3": train_sb3}
-
-
-def steps_per_second(side: str, name: str) -> float:
-    """Train in a process of its own and return its speed; a compilation that fails is an error here."""
-    command = [sys.executable, "-W", "error:compilation failed", __file__, name, "--side", side]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(result.stdout.splitlines()[-1])
+SIDES = {"minirl": train_minirl, "stable-baselines3": train_sb3}
 
 
 def main() -> None:
     """Measure pairs in turn and print them."""
     parser = argparse.ArgumentParser(description="Double DQN's speed against Stable-Baselines3's.")
     parser.add_argument("work", choices=WORKS)
-    parser.add_argument("--side", choices=SIDES, help="measure one side here, and print its steps per second")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES, help="measure one side here")
     arguments = parser.parse_args()
     work = WORKS[arguments.work]
     if arguments.side:
-        print((work.clock_to - work.clock_from) / SIDES[arguments.side](work))
+        report(SIDES[arguments.side](work), work.clock_to - work.clock_from)
         return
-    ratios = []
-    for pair in range(1, PAIRS + 1):
-        theirs, ours = (steps_per_second(side, arguments.work) for side in ("sb3", "minirl"))
-        ratios.append(ours / theirs)
-        print(f"pair {pair}: Stable-Baselines3 {theirs:,.0f}, minirl {ours:,.0f} steps a second: {ratios[-1]:.2f} x")
-    median = statistics.median(ratios)
-    print(f"median ratio {median:.2f} (goal: {work.goal})")
-    if median < work.goal:
+    name = f"dqn-{arguments.work}"
+    pairs = arguments.pairs
+    if not compare(
+        name, __file__, "stable-baselines3", work.goal, pairs, lambda side: [arguments.work, "--side", side]
+    ):
         raise SystemExit(1)
 
 

@@ -8,11 +8,12 @@
             loss = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A))                      clipped_surrogate_loss
                    + c_vf mean((V - R)^2)                                            value_loss
                    - c_ent mean(entropy of pi)                                       ppo_loss
-            one step of Adam, the gradient's norm clipped
+            one step of Adam, the gradient's norm clipped                            AdamStep
 
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,14 @@ from torch.distributions import Categorical
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal
+from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
-from minirl.runtime import select_device
+from minirl.runtime import AdamStep, select_device, select_precision
 from minirl.shapes import require_same_shape
+
+STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
+ADAM_EPS = 1e-5  # as all implementations since OpenAI's baselines, not Adam's own 1e-8
+COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class PPOConfig:
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
     target_kl: float | None = setting(None, "end an update once the KL divergence passes this; none: never", above=0)
     max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", above=0)
+    compile: bool | None = setting(
+        None, "compile the update into one function; unless said, if 5,000 gradient steps on images pay for it"
+    )
+    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
     num_workers: int | None = setting(
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )
@@ -80,6 +89,11 @@ class PPOConfig:
     def num_updates(self) -> int:
         """Updates in a run: the last one may go past `total_timesteps`."""
         return math.ceil(self.total_timesteps / self.batch_size)
+
+    def compiles(self, images: bool) -> bool:
+        """Whether the update is compiled: that takes some 20 seconds, and saves 10 ms a gradient step on images."""
+        gradient_steps = self.num_updates * self.update_epochs * self.batch_size // self.minibatch_size
+        return gradient_steps >= COMPILED_FROM[images] if self.compile is None else self.compile
 
 
 class ActorCritic(nn.Module):
@@ -163,7 +177,9 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+def clipped_surrogate_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_coef: float | Tensor
+) -> Tensor:
     """The policy's loss, L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) with r = pi(a|s) / pi_old(a|s) (eq. 7).
 
     Where A > 0 and r is above 1 + eps, or A < 0 and r below 1 - eps, the gradient is 0: the policy has moved enough.
@@ -179,7 +195,7 @@ def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: T
     """
     require_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
     ratio = (log_prob - old_log_prob).exp()
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # type: ignore[arg-type]  # both numbers or both tensors
     return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
 
@@ -220,7 +236,7 @@ def ppo_loss(
     returns: Tensor,
     entropy: Tensor,
     *,
-    clip_coef: float,
+    clip_coef: float | Tensor,
     vf_coef: float,
     ent_coef: float,
     old_values: Tensor | None = None,
@@ -267,6 +283,8 @@ class Rollout:
         space = envs.observation_space
         assert space.shape is not None
         self.observations = torch.zeros(*shape, *space.shape, dtype=observation_dtype(space), device=device)
+        if is_image(space):  # channels-last in memory, once and not in every minibatch
+            self.observations = self.observations.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
@@ -308,48 +326,60 @@ def collect_rollout(
     return obs
 
 
-def update_policy(
+def minibatch_loss(
     agent: ActorCritic,
-    optimizer: torch.optim.Optimizer,
+    config: PPOConfig,
+    obs: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
+    clip_coef: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a minibatch, and the numbers of `STATS`."""
+    distribution, values = agent(obs)
+    if config.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    loss, stats = ppo_loss(
+        distribution.log_prob(actions),
+        old_log_probs,
+        advantages,
+        values,
+        returns,
+        distribution.entropy(),
+        clip_coef=clip_coef,
+        vf_coef=config.vf_coef,
+        ent_coef=config.ent_coef,
+        old_values=old_values,
+        value_clip_coef=config.value_clip_coef,
+    )
+    return loss, torch.stack([stats[name] for name in STATS])
+
+
+def update_policy(
+    adam_step: AdamStep,
     rollout: Rollout,
     advantages: Tensor,
     returns: Tensor,
     config: PPOConfig,
+    learning_rate: float,
     clip_coef: float,
 ) -> dict[str, float]:
     """Go over the rollout for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
     observations = rollout.observations.flatten(0, 1)
-    actions, old_log_probs = rollout.actions.flatten(), rollout.log_probs.flatten()
-    old_values, advantages, returns = rollout.values.flatten(), advantages.flatten(), returns.flatten()
-    history = []
+    samples = (rollout.actions, rollout.log_probs, advantages, returns, rollout.values)
+    columns = [column.flatten() for column in samples]
+    clip = torch.tensor(clip_coef, device=advantages.device)
+    history: list[Tensor] = []
     for _ in range(config.update_epochs):
-        for batch in torch.randperm(config.batch_size, device=actions.device).split(config.minibatch_size):
-            distribution, values = agent(observations[batch])
-            batch_advantages = advantages[batch]
-            if config.norm_adv:
-                batch_advantages = (batch_advantages - batch_advantages.mean()) / (batch_advantages.std() + 1e-8)
-            loss, stats = ppo_loss(
-                distribution.log_prob(actions[batch]),
-                old_log_probs[batch],
-                batch_advantages,
-                values,
-                returns[batch],
-                distribution.entropy(),
-                clip_coef=clip_coef,
-                vf_coef=config.vf_coef,
-                ent_coef=config.ent_coef,
-                old_values=old_values[batch],
-                value_clip_coef=config.value_clip_coef,
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
-            optimizer.step()
-            history.append(stats)
+        for batch in torch.randperm(config.batch_size, device=advantages.device).split(config.minibatch_size):
+            history.append(adam_step(learning_rate, observations[batch], *(column[batch] for column in columns), clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
-        if config.target_kl is not None and history[-1]["approx_kl"] > config.target_kl:
+        if config.target_kl is not None and history[-1][STATS.index("approx_kl")] > config.target_kl:
             break
-    return {f"losses/{name}": float(torch.stack([stats[name] for stats in history]).mean()) for name in history[0]}
+    means = torch.stack(history).mean(dim=0).tolist()
+    return {f"losses/{name}": mean for name, mean in zip(STATS, means, strict=True)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -383,15 +413,23 @@ def train(
     seed_everything(config.seed + first_step)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
+        set_precision(agent, select_precision(config.precision, torch_device))
+        actor = ActingCopy(agent)
+        adam_step = AdamStep(
+            agent,
+            functools.partial(minibatch_loss, agent, config),
+            eps=ADAM_EPS,
+            max_grad_norm=config.max_grad_norm,
+            compiled=config.compiles(is_image(envs.observation_space)),
+        )
         rollout = Rollout(config.num_steps, envs, torch_device)
         if saved is not None:
             load_weights(agent, saved)
-            optimizer.load_state_dict(saved["optimizer"])
+            adam_step.optimizer.load_state_dict(saved["optimizer"])
             set_random_state(saved["random_state"])
 
         def state() -> State:
-            return {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            return {"model": agent.state_dict(), "optimizer": adam_step.optimizer.state_dict()}
 
         with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run:
             obs = envs.reset(seed=config.seed + first_step)
@@ -400,9 +438,9 @@ def train(
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
-                optimizer.param_groups[0]["lr"] = learning_rate
 
-                obs = collect_rollout(agent, envs, obs, rollout, run, update * config.batch_size)
+                actor.refresh()
+                obs = collect_rollout(actor.network, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
                     rollout.rewards,
                     rollout.values,
@@ -412,7 +450,7 @@ def train(
                     config.gamma,
                     config.gae_lambda,
                 )
-                losses = update_policy(agent, optimizer, rollout, advantages, returns, config, clip_coef)
+                losses = update_policy(adam_step, rollout, advantages, returns, config, learning_rate, clip_coef)
 
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout.values, returns)

@@ -131,11 +131,11 @@ class AdamStep:
 
     def __call__(self, learning_rate: float, *batch: Tensor) -> Tensor:
         """Take a step; return what the loss function gave to log, before the step."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate
         logged: Tensor = self.step(self._state(), torch.tensor(learning_rate), *batch)
         return logged
 
     def _eager_step(self, state: dict[str, list[Tensor]], learning_rate: Tensor, *batch: Tensor) -> Tensor:
-        self.optimizer.param_groups[0]["lr"] = learning_rate.item()
         loss, logged = self.loss(*batch)
         self.optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from minirl.config import ConfigError
-from minirl.networks import NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
+from minirl.dqn import QNetwork
+from minirl.networks import (
+    ActingCopy,
+    NatureCNN,
+    is_image,
+    mlp,
+    mlp_in_numpy,
+    observation_dtype,
+    orthogonal,
+    set_precision,
+)
 from minirl.ppo import ActorCritic
 from minirl.runtime import has_native_bfloat16, select_device, select_precision
 
@@ -141,3 +151,41 @@ def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert select_precision("auto", cpu) == expected
     with pytest.raises(ConfigError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
         select_precision("half", cpu)
+
+
+def test_an_mlp_in_numpy_is_the_mlp_and_follows_its_weights() -> None:
+    network = QNetwork(VECTOR, 3, (8, 8))
+    layers = [*network.body.children(), network.head]
+    obs = np.random.default_rng(0).normal(size=(6, 4))
+    for _ in range(2):
+        expected = network(torch.tensor(obs, dtype=torch.float32)).detach().numpy()
+        values = mlp_in_numpy(layers, obs)
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.3)
+
+
+def test_acting_with_rounded_weights_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    network = QNetwork(PIXELS, 6)
+    set_precision(network, torch.bfloat16)
+    acting = ActingCopy(network)
+    images = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        first = acting.network(images)
+        assert torch.equal(first, network(images))
+        for parameter in network.parameters():
+            parameter.add_(0.01)
+        assert torch.equal(first, acting.network(images)), "a copy stays as it is"
+        acting.refresh()
+        assert torch.equal(acting.network(images), network(images))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_without_rounding_the_network_acts_itself() -> None:
+    for network in (QNetwork(PIXELS, 6), QNetwork(VECTOR, 2)):
+        acting = ActingCopy(network)
+        acting.refresh()
+        assert acting.network is network

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
+from minirl.networks import set_precision
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
@@ -23,11 +26,13 @@ from minirl.ppo import (
     collect_rollout,
     compute_gae,
     explained_variance,
+    minibatch_loss,
     ppo_loss,
     train,
     update_policy,
 )
 from minirl.runs import Run, load_checkpoint
+from minirl.runtime import AdamStep
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
 
@@ -120,12 +125,31 @@ def made_up_rollout(config: PPOConfig) -> tuple[ActorCritic, Rollout, Tensor, Te
     return agent, rollout, advantages, returns
 
 
+def adam_step(agent: ActorCritic, config: PPOConfig, *, compiled: bool = False) -> AdamStep:
+    loss = functools.partial(minibatch_loss, agent, config)
+    return AdamStep(agent, loss, eps=1e-5, max_grad_norm=config.max_grad_norm, compiled=compiled)
+
+
+def plain_descent(agent: ActorCritic, config: PPOConfig) -> Any:
+    """Steps of plain gradient descent, which unlike Adam's tell the size of a gradient."""
+
+    def step(learning_rate: float, *batch: Tensor) -> Tensor:
+        loss, logged = minibatch_loss(agent, config, *batch)
+        gradients = torch.autograd.grad(loss, list(agent.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=learning_rate)
+        return logged.detach()
+
+    return step
+
+
 def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environments() -> None:
     config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=3)
     agent, rollout, advantages, returns = made_up_rollout(config)
     seen: list[int] = []
     agent.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].int().tolist()))
-    update_policy(agent, torch.optim.Adam(agent.parameters()), rollout, advantages, returns, config, 0.1)
+    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 1e-3, 0.1)
     epochs = [seen[:32], seen[32:64], seen[64:]]
     for epoch in epochs:
         assert sorted(epoch) == list(range(32))
@@ -137,8 +161,7 @@ def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environmen
 def test_logged_losses_are_means_over_all_minibatches() -> None:
     config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=2, norm_adv=False)
     agent, rollout, advantages, returns = made_up_rollout(config)
-    still = torch.optim.SGD(agent.parameters(), lr=0.0)
-    losses = update_policy(agent, still, rollout, advantages, returns, config, 0.1)
+    losses = update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.0, 0.1)
     # A network that stands still has the same loss in each epoch, and equal minibatches average to the whole.
     assert losses["losses/policy_loss"] == pytest.approx(-advantages.mean().item(), abs=1e-6)
     assert losses["losses/value_loss"] == pytest.approx((rollout.values - returns).square().mean().item(), rel=1e-5)
@@ -154,7 +177,7 @@ def test_advantages_are_normalised_in_each_minibatch() -> None:
     def updated(advantages: Tensor, config: PPOConfig) -> Tensor:
         twin, *_ = made_up_rollout(config)
         torch.manual_seed(1)
-        update_policy(twin, torch.optim.SGD(twin.parameters(), lr=0.1), rollout, advantages, returns, config, 0.1)
+        update_policy(plain_descent(twin, config), rollout, advantages, returns, config, 0.1, 0.1)
         return parameters(twin)
 
     assert not torch.equal(updated(advantages, config), before)
@@ -169,10 +192,10 @@ def test_the_norm_of_the_gradient_is_clipped(max_grad_norm: float) -> None:
         env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1, max_grad_norm=max_grad_norm
     )
     agent, rollout, advantages, returns = made_up_rollout(config)
-    before = parameters(agent)
-    plain_descent = torch.optim.SGD(agent.parameters(), lr=1.0)
-    update_policy(agent, plain_descent, rollout, advantages, 100 * returns, config, 0.1)
-    assert (parameters(agent) - before).norm().item() == pytest.approx(max_grad_norm, rel=1e-3)
+    update_policy(adam_step(agent, config), rollout, advantages, 100 * returns, config, 1e-3, 0.1)
+    gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert norm.item() == pytest.approx(max_grad_norm, rel=1e-3)
 
 
 @pytest.mark.parametrize(("target_kl", "epochs"), [(None, 5), (1e-9, 1), (1e9, 5)])
@@ -183,7 +206,7 @@ def test_target_kl_ends_the_update(target_kl: float | None, epochs: int) -> None
     agent, rollout, advantages, returns = made_up_rollout(config)
     calls: list[int] = []
     agent.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    update_policy(agent, torch.optim.Adam(agent.parameters(), 0.01), rollout, advantages, returns, config, 0.1)
+    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.01, 0.1)
     assert len(calls) == epochs * 4
 
 
@@ -201,7 +224,7 @@ def test_value_clipping_holds_values_that_have_moved_far_enough(value_clip_coef:
     returns = rollout.values + 100
     rollout.values = rollout.values - 10  # as if the values had risen by 10 since, towards the returns
     before = agent.critic.weight.detach().clone()
-    update_policy(agent, torch.optim.SGD(agent.parameters(), 0.1), rollout, advantages, returns, config, 0.1)
+    update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, 0.1)
     assert torch.equal(agent.critic.weight, before) != moves
 
 
@@ -222,9 +245,7 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
     )
     agent, rollout, advantages, returns = made_up_rollout(config)
     rollout.log_probs -= 0.05  # ratios around 1.05: with a clip range of 0.03 they are outside
-    losses = update_policy(
-        agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, advantages, returns, config, clip_coef=0.03
-    )
+    losses = update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, clip_coef=0.03)
 
     twin, *_ = made_up_rollout(config)
     logged = []
@@ -252,6 +273,63 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
     for name in logged[0]:
         expected = (logged[0][name] + logged[1][name]).item() / 2
         assert losses[f"losses/{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool) -> None:
+    config = PPOConfig(
+        env_id="CartPole-v1",
+        num_envs=4,
+        num_steps=8,
+        minibatch_size=16,
+        update_epochs=2,
+        norm_adv=norm_adv,
+        value_clip_coef=0.3,
+        max_grad_norm=0.05,
+    )
+    logged, results = [], []
+    for compiled in (False, True):
+        agent, rollout, advantages, returns = made_up_rollout(config)
+        step = adam_step(agent, config, compiled=compiled)
+        torch.manual_seed(1)
+        for clip_coef in (0.2, 0.1):  # annealed: no reason to compile again
+            logged.append(update_policy(step, rollout, advantages, returns, config, 0.01, clip_coef))
+        assert step.step.enabled == compiled, "it fell back"
+        results.append(parameters(agent))
+    torch.testing.assert_close(results[0], results[1])
+    assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool) -> None:
+    config = PPOConfig(num_envs=2, num_steps=4, minibatch_size=8, update_epochs=1, norm_adv=False)
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    logged = []
+    for precision in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        agent = ActorCritic(space, gym.spaces.Discrete(6))
+        set_precision(agent, precision)
+        obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
+        distribution, values = agent(obs)
+        assert distribution.logits.dtype == values.dtype == torch.float32
+        batch = (obs, torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
+        step = adam_step(agent, config, compiled=compiled and precision == torch.bfloat16)
+        logged.append(step(1e-3, *batch, torch.tensor(0.1)))
+        assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
+    assert logged[1].dtype == torch.float32
+    torch.testing.assert_close(logged[1], logged[0], rtol=2e-2, atol=2e-3)
+    assert not torch.equal(logged[0], logged[1])
+
+
+def test_only_long_runs_are_compiled() -> None:
+    assert PPOConfig().compiles(images=True)
+    steps = 5_000 // (4 * 4) * 1024
+    assert not PPOConfig(total_timesteps=steps).compiles(images=True)
+    assert PPOConfig(total_timesteps=steps + 1).compiles(images=True)
+    assert not PPOConfig(total_timesteps=1_000_000).compiles(images=False)
+    assert PPOConfig().compiles(images=False)
+    assert not PPOConfig(compile=False).compiles(images=True)
+    assert PPOConfig(compile=True, total_timesteps=1).compiles(images=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""How the speed benchmarks compare: two sides in turn, each time in a process of its own, the ratio taken pair by pair.
+
+These machines are shared and their speed drifts by a third within an hour: only a ratio of neighbours means anything.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+COMMITTED = Path(__file__).with_name("ratios.json")  # what the tree was measured at
+FALL = 0.15  # of a ratio, which is worth a look
+
+
+class Timing(NamedTuple):
+    """One side, once: the seconds that the clock ran, and those before it (start-up, first steps, compilation)."""
+
+    seconds: float
+    before: float
+
+
+class Sample(NamedTuple):
+    """What one process came to."""
+
+    speed: float  # steps a second
+    before: float  # seconds until the clock ran
+    megabytes: float  # the most that all its processes held together
+
+
+def report(timing: Timing, steps: int) -> None:
+    """Print a side's timing for the process that waits for it."""
+    print(json.dumps({"speed": steps / timing.seconds, "before": timing.before}))
+
+
+def sample(script: str, arguments: list[str]) -> Sample:
+    """Run one side in a process of its own; a compilation that fails is an error here."""
+    command = [sys.executable, "-W", "error:compilation failed", script, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = [0.0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            peak[0] = max(peak[0], megabytes(process.pid))
+            time.sleep(1.0)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    output, _ = process.communicate()
+    watcher.join()
+    if process.returncode != 0:
+        raise SystemExit(f"error: {' '.join(command)} ended with status {process.returncode}")
+    result = json.loads(output.splitlines()[-1])
+    return Sample(result["speed"], result["before"], peak[0])
+
+
+def megabytes(pid: int) -> float:
+    """Return the memory that a process and its descendants hold, pages that they share counted once (Linux's PSS)."""
+    total, pids = 0.0, [pid]
+    while pids:
+        one = pids.pop()
+        try:
+            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+            for task in os.listdir(f"/proc/{one}/task"):
+                pids += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
+        except (OSError, StopIteration):  # it is gone, or this is no Linux
+            continue
+    return total
+
+
+def compare(name: str, script: str, peer: str, goal: float, pairs: int, arguments: Callable[[str], list[str]]) -> bool:
+    """Measure pairs in turn, print them, and compare with the committed ratio; return whether the goal is reached.
+
+    Args:
+        name: of the comparison, in `ratios.json`.
+        script: the benchmark's own file.
+        peer: the other side's name; this side is `minirl`.
+        goal: that the median ratio should reach.
+        pairs: how many.
+        arguments: from a side's name to the arguments that measure it.
+    """
+    ratios = []
+    for pair in range(1, pairs + 1):
+        theirs, ours = (sample(script, arguments(side)) for side in (peer, "minirl"))
+        ratios.append(ours.speed / theirs.speed)
+        print(
+            f"{name}, pair {pair}: {peer} {theirs.speed:,.0f}, minirl {ours.speed:,.0f} steps a second: "
+            f"{ratios[-1]:.2f} x; before the clock {theirs.before:.0f} and {ours.before:.0f} s, "
+            f"memory {theirs.megabytes:,.0f} and {ours.megabytes:,.0f} MB",
+            flush=True,
+        )
+    median = statistics.median(ratios)
+    print(f"{name}: median ratio {median:.2f} (goal: {goal})")
+    committed = json.loads(COMMITTED.read_text()).get(name) if COMMITTED.exists() else None
+    if committed is not None and median < (1 - FALL) * committed:
+        print(f"{name}: fell by {1 - median / committed:.0%} from the committed {committed}")
+    return median >= goal

@@ -1,0 +1,139 @@
+"""PPO's agent steps per second against Stable-Baselines3's, whole training with the same settings.
+
+    python benchmarks/ppo_speed.py pong            the source notebook's settings; bfloat16 where the processor has it
+    python benchmarks/ppo_speed.py pong-float32    the same in float32
+    python benchmarks/ppo_speed.py cartpole        8 environments
+
+Both train in turn, each in a process of its own (`pairs.py`). The clock runs from one agent step to a later one of the
+same run, so that start-up and compilation drop out; they are printed beside it. Exit status 1 if the median ratio is
+below the goal.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pairs import Timing, compare, report
+
+
+class Work(NamedTuple):
+    """What both sides train: minirl's settings, which name Stable-Baselines3's too."""
+
+    settings: dict[str, Any]
+    clock_from: int  # agent steps; with clock_to, multiples of num_envs * num_steps
+    clock_to: int
+    goal: float
+
+
+CARTPOLE = {
+    "env_id": "CartPole-v1",
+    "num_steps": 32,
+    "learning_rate": 1e-3,
+    "gamma": 0.98,
+    "gae_lambda": 0.8,
+    "clip_coef": 0.2,
+    "update_epochs": 10,
+    "ent_coef": 0.0,
+}
+WORKS = {
+    "pong": Work({}, 2 * 1024, 12 * 1024, goal=3.0),
+    "pong-float32": Work({"precision": "float32"}, 2 * 1024, 12 * 1024, goal=1.6),
+    "cartpole": Work(CARTPOLE, 10 * 256, 110 * 256, goal=3.0),
+}
+
+
+def train_minirl(work: Work) -> Timing:
+    """Train with this project."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from minirl.ppo import PPOConfig, train
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as parent:
+        # Compiled as a long run would be: these are too short for it to be chosen.
+        config = PPOConfig(total_timesteps=work.clock_to, compile=True, **work.settings)
+        train(config, run_dir=Path(parent) / "run")
+        total = time.perf_counter() - started
+        events = EventAccumulator(f"{parent}/run")
+        events.Reload()
+        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
+    seconds = 60 * (minutes[work.clock_to] - minutes[work.clock_from])
+    return Timing(seconds, total - seconds)
+
+
+def train_sb3(work: Work) -> Timing:
+    """Train with Stable-Baselines3."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+
+    from minirl.ppo import PPOConfig
+
+    config = PPOConfig(total_timesteps=work.clock_to, **work.settings)
+    started = time.perf_counter()
+    pixels = "NoFrameskip" in config.env_id
+    env: VecEnv
+    if pixels:
+        import ale_py
+        import gymnasium
+
+        gymnasium.register_envs(ale_py)
+        env = VecFrameStack(make_atari_env(config.env_id, n_envs=config.num_envs, seed=0), n_stack=4)
+    else:
+        env = make_vec_env(config.env_id, n_envs=config.num_envs, seed=0)
+    model = PPO(
+        "CnnPolicy" if pixels else "MlpPolicy",
+        env,
+        learning_rate=config.learning_rate,
+        n_steps=config.num_steps,
+        batch_size=config.minibatch_size,
+        n_epochs=config.update_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_coef,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+        max_grad_norm=config.max_grad_norm,
+        device="auto",
+        seed=0,
+    )
+    times: dict[int, float] = {}
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            times[self.num_timesteps] = time.perf_counter()
+
+    model.learn(work.clock_to, callback=Clock())
+    return Timing(time.perf_counter() - times[work.clock_from], times[work.clock_from] - started)
+
+
+SIDES = {"minirl": train_minirl, "stable-baselines3": train_sb3}
+
+
+def main() -> None:
+    """Measure pairs in turn and print them."""
+    parser = argparse.ArgumentParser(description="PPO's speed against Stable-Baselines3's.")
+    parser.add_argument("work", choices=WORKS)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES, help="measure one side here")
+    arguments = parser.parse_args()
+    work = WORKS[arguments.work]
+    if arguments.side:
+        report(SIDES[arguments.side](work), work.clock_to - work.clock_from)
+        return
+    name = f"ppo-{arguments.work}"
+    pairs = arguments.pairs
+    if not compare(
+        name, __file__, "stable-baselines3", work.goal, pairs, lambda side: [arguments.work, "--side", side]
+    ):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

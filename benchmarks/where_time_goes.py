@@ -1,0 +1,160 @@
+"""Where a step of PPO on Pong spends its time, against the least that this machine could do it in.
+
+    python benchmarks/where_time_goes.py
+
+Prints the tables of docs/performance.md: each part alone, the whole training, the floor (the matrix products of the
+network at this machine's peak, and the bare emulator on all cores), and how environments scale.
+"""
+
+import functools
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ale_py
+import numpy as np
+import torch
+
+from minirl.envs.atari import make_atari_env
+from minirl.envs.make import make_vector_env
+from minirl.envs.vector import available_cores
+from minirl.networks import ActingCopy, set_precision
+from minirl.ppo import ADAM_EPS, ActorCritic, PPOConfig, Rollout, collect_rollout, minibatch_loss, train, update_policy
+from minirl.runs import Run
+from minirl.runtime import AdamStep, select_precision
+
+CONFIG = PPOConfig()
+CPU = torch.device("cpu")
+FORWARD = 2 * (400 * 32 * 256 + 81 * 64 * 512 + 49 * 64 * 576 + 3136 * 512)  # of the Nature CNN, per image
+NOT_NEEDED = 2 * 400 * 32 * 256  # the gradient with respect to the pixels
+FLOPS = FORWARD + CONFIG.update_epochs * (3 * FORWARD - NOT_NEEDED)  # per agent step: acting, and four epochs
+
+
+def seconds(function: Callable[[], object], calls: int) -> float:
+    """Median seconds of a call, after a few that don't count."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Multiplications and additions a second in a large matrix product."""
+    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    return 2 * 2048**3 / seconds(lambda: a @ b, 10)
+
+
+def emulate(frames: int) -> float:
+    """Frames a second of the bare emulator in this process, random buttons, no screen read."""
+    env = make_atari_env("PongNoFrameskip-v4", fast=True)
+    env.reset(seed=0)
+    emulator: ale_py.ALEInterface = env.unwrapped.ale  # type: ignore[attr-defined]
+    buttons = emulator.getMinimalActionSet()
+    rng = np.random.default_rng(0)
+    started = time.perf_counter()
+    for button in rng.integers(len(buttons), size=frames):
+        emulator.act(buttons[button])
+        if emulator.game_over():
+            emulator.reset_game()
+    return frames / (time.perf_counter() - started)
+
+
+def bare_emulator() -> float:
+    """Agent steps a second, four frames each, of the bare emulator on all cores."""
+    with multiprocessing.get_context("spawn").Pool(available_cores()) as pool:
+        return sum(pool.map(emulate, [20_000] * available_cores())) / 4
+
+
+def env_speed(num_envs: int, num_workers: int) -> float:
+    """Agent steps a second of the environments alone."""
+    rng = np.random.default_rng(0)
+    with make_vector_env(CONFIG.env_id, num_envs, num_workers=num_workers) as envs:
+        envs.reset(seed=0)
+        return num_envs / seconds(lambda: envs.step(rng.integers(6, size=num_envs)), 2400 // num_envs)
+
+
+def parts() -> dict[str, float]:
+    """Milliseconds of a vector step of environments and of acting, of a whole rollout step, and of a gradient step."""
+    with make_vector_env(CONFIG.env_id, CONFIG.num_envs) as envs, Run("ppo", CONFIG, None, total=1) as run:
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+        set_precision(agent, select_precision(CONFIG.precision, CPU))
+        actor = ActingCopy(agent)
+        loss = functools.partial(minibatch_loss, agent, CONFIG)
+        step = AdamStep(agent, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
+        rollout = Rollout(CONFIG.num_steps, envs, CPU)
+        obs = envs.reset(seed=0).copy()
+        actions = np.zeros(CONFIG.num_envs, np.int64)
+
+        @torch.no_grad()
+        def act() -> None:
+            distribution, _ = actor.network(torch.from_numpy(obs))
+            distribution.log_prob(distribution.sample())
+
+        advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
+        gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
+        return {
+            "environments": 1e3 * seconds(lambda: envs.step(actions), 300),
+            "acting": 1e3 * seconds(act, 300),
+            "rollout": 1e3 * seconds(lambda: collect_rollout(actor.network, envs, obs, rollout, run, 0), 3) / 128,
+            "gradient": 1e3
+            * seconds(lambda: update_policy(step, rollout, advantages, returns, CONFIG, 1e-4, 0.1), 3)
+            / gradient_steps,
+        }
+
+
+def training_speed() -> float:
+    """Agent steps a second of the whole training, compilation left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, last = 2 * CONFIG.batch_size, 14 * CONFIG.batch_size
+    with tempfile.TemporaryDirectory() as parent:
+        train(PPOConfig(total_timesteps=last, compile=True), run_dir=Path(parent) / "run", device="cpu")
+        events = EventAccumulator(f"{parent}/run")
+        events.Reload()
+        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
+    return (last - first) / (60 * (minutes[last] - minutes[first]))
+
+
+def main() -> None:
+    """Measure and print."""
+    precision = select_precision("auto", CPU)
+    peaks = {dtype: peak_flops(dtype) for dtype in (torch.float32, precision)}
+    ale = bare_emulator()
+    print("| the least it could take | steps a second |\n| --- | --- |")
+    for dtype, peak in peaks.items():
+        print(
+            f"| network, {FLOPS / 1e6:.0f} MFLOP a step at {peak / 1e9:.0f} GFLOP/s ({dtype}) | {peak / FLOPS:,.0f} |"
+        )
+    print(f"| bare emulator, {available_cores()} cores | {ale:,.0f} |")
+    floor = 1 / (FLOPS / peaks[precision] + 1 / ale)
+    print(f"| both, one after the other | {floor:,.0f} |")
+
+    share, part = CONFIG.num_envs, parts()
+    gradients = CONFIG.update_epochs / CONFIG.minibatch_size  # per agent step
+    rest = part["rollout"] - part["environments"] - part["acting"]
+    rows = {
+        "environments": part["environments"] / share,
+        "acting: network and sampling": part["acting"] / share,
+        "the rest of a rollout: copies, logging, waiting for cores": rest / share,
+        "update": part["gradient"] * gradients,
+    }
+    print("\n| part, each measured alone | us an agent step |\n| --- | --- |")
+    for name, milliseconds in rows.items():
+        print(f"| {name} | {1e3 * milliseconds:.0f} |")
+    speed = training_speed()
+    print(f"| whole training ({speed:,.0f} steps a second, {speed / floor:.0%} of the floor) | {1e6 / speed:.0f} |")
+
+    print("\n| environments | 1 worker | 2 workers |\n| --- | --- | --- |")
+    for num_envs in (2, 4, 8, 16, 32):
+        print(f"| {num_envs} | {env_speed(num_envs, 1):,.0f} | {env_speed(num_envs, 2):,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
