@@ -30,7 +30,7 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
-from minirl.runtime import AdamStep, select_device, select_precision
+from minirl.runtime import AdamStep, select_device, select_precision, threads_beside
 from minirl.shapes import require_same_shape
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
@@ -440,7 +440,8 @@ def train(
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
 
                 actor.refresh()
-                obs = collect_rollout(actor.network, envs, obs, rollout, run, update * config.batch_size)
+                with threads_beside(envs.num_workers):
+                    obs = collect_rollout(actor.network, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
                     rollout.rewards,
                     rollout.values,

@@ -1,7 +1,8 @@
 """Where and how the arithmetic runs: device, precision, and compilation with its fallback to eager."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,21 @@ def has_native_bfloat16(device: torch.device) -> bool:
     # PyTorch has no public name for these two; without them, the answer is no.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+
+
+@contextlib.contextmanager
+def threads_beside(num_workers: int) -> Iterator[None]:
+    """Leave cores to the processes that play: between PyTorch's calls, too, its threads would keep them busy.
+
+    Args:
+        num_workers: processes, this one among them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - num_workers + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Compiled:

@@ -4,9 +4,11 @@ An environment that ends is reset in the same step (Gymnasium's `AutoresetMode.S
 the first observation of the new episode and `final_observations` the true last one of the old, which a cut episode
 must bootstrap from. No step is spent on the reset, so there is no row to mask out.
 
-Each worker process holds several environments and answers one message a step; observations, actions, rewards and
-ends travel through shared memory. One process per environment would lose on pipes what it wins on cores. Workers
-import no torch. The number of workers changes the speed only: each environment has its own seed.
+This process plays some of the environments itself; worker processes play the others at the same time. A worker holds
+several environments and answers one message a step; observations, actions, rewards and ends travel through shared
+memory. One process per environment would lose on pipes what it wins on cores, and to sleep while others play costs
+more than to play along: waking up takes a tenth of a millisecond. Workers import no torch. Their number changes the
+speed only: each environment has its own seed.
 """
 
 import atexit
@@ -16,6 +18,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable
@@ -83,8 +86,8 @@ class VectorEnv:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
             say. An environment reports a finished episode as `info["episode"] = {"r", "l"}` (`EpisodeStatistics`).
         num_envs: N.
-        num_workers: processes; None for one per core this process may use, never more than N. With 1 the environments
-            live in this process.
+        num_workers: processes that play, this one among them; None for one per core this process may use, never more
+            than N.
         start_method: `"forkserver"` or `"spawn"`; None for the first of them that the platform has. (Never `"fork"`:
             it copies torch's locked threads.)
 
@@ -104,49 +107,44 @@ class VectorEnv:
         self.num_envs = num_envs
         self.num_workers = min(num_envs, available_cores() if num_workers is None else num_workers)
         self._workers: list[_Worker] = []
-        self._local: _EnvGroup | None = None
-
-        if self.num_workers == 1:
-            self._local = _EnvGroup(make_env, range(num_envs))
-            env = self._local.envs[0]
-        else:
-            env = make_env()
+        bounds = np.linspace(0, num_envs, self.num_workers + 1).astype(int)
+        mine, *theirs = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+        self._mine: _EnvGroup | None = _EnvGroup(make_env, mine)
+        env = self._mine.envs[0]
         self.observation_space = env.observation_space
         self.action_space = env.action_space
         self._arrays = _SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
 
-        if self._local is None:
-            env.close()
-            if start_method is None:
-                methods = multiprocessing.get_all_start_methods()
-                start_method = "forkserver" if "forkserver" in methods else "spawn"
-            bounds = np.linspace(0, num_envs, self.num_workers + 1).astype(int)
-            rows = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
-            atexit.register(self.close)
-            try:
-                for group in rows:
-                    self._workers.append(_Worker(start_method, make_env, group, self._arrays))
-                self._ask_all("make")
-            except BaseException:
-                self.close()
-                raise
+        if start_method is None:
+            methods = multiprocessing.get_all_start_methods()
+            start_method = "forkserver" if "forkserver" in methods else "spawn"
+        atexit.register(self.close)
+        try:
+            for rows in theirs:
+                self._workers.append(_Worker(start_method, make_env, rows, self._arrays))
+            self._ask_workers("make")
+            self._hear_workers()
+        except BaseException:
+            self.close()
+            raise
 
     def reset(self, seed: int | None = None) -> NDArray[Any]:
         """Start new episodes everywhere and return the first observations (N, ...), overwritten by the next step.
 
         With a seed, environment i is seeded with `seed + i`: give one once, since the same seed means the same games.
         """
-        if self._local is not None:
-            self._local.reset(self._arrays, seed)
-        else:
-            self._ask_all("reset", seed)
+        mine = self._open_group()
+        self._ask_workers("reset", seed)
+        mine.reset(self._arrays, seed)
+        self._hear_workers()
         return self._arrays.observations
 
     def step(self, actions: NDArray[np.int64]) -> VectorStep:
         """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
-        arrays = self._arrays
+        arrays, mine = self._arrays, self._open_group()
         arrays.actions[:] = actions
-        episodes = self._local.step(arrays) if self._local is not None else self._ask_all("step")
+        self._ask_workers("step")
+        episodes = mine.step(arrays) + self._hear_workers()
         return VectorStep(
             arrays.observations,
             arrays.rewards,
@@ -158,9 +156,9 @@ class VectorEnv:
 
     def close(self) -> None:
         """Close the environments and end the workers. Safe to call twice."""
-        if self._local is not None:
-            self._local.close()
-            self._local = None
+        if self._mine is not None:
+            self._mine.close()
+            self._mine = None
         for worker in self._workers:
             worker.connection.close()  # an end of file is the worker's signal to leave
         for worker in self._workers:
@@ -176,11 +174,16 @@ class VectorEnv:
     ) -> None:
         self.close()
 
-    def _ask_all(self, command: str, argument: Any = None) -> list[Episode]:
-        if not self._workers:
+    def _open_group(self) -> "_EnvGroup":
+        if self._mine is None:
             raise RuntimeError("these environments are closed")
+        return self._mine
+
+    def _ask_workers(self, command: str, argument: Any = None) -> None:
         for worker in self._workers:
             worker.send((command, argument))
+
+    def _hear_workers(self) -> list[Episode]:
         return [episode for worker in self._workers for episode in worker.receive()]
 
 
@@ -283,17 +286,13 @@ class _Worker:
 
     def send(self, message: tuple[str, Any]) -> None:
         try:
-            self.connection.send(message)
+            self.connection.send_bytes(pickle.dumps(message))  # `connection.send` takes several times as long
         except OSError:
             self.receive()  # its last words say more than a broken pipe
 
     def receive(self) -> list[Episode]:
         try:
-            # A look at the process now and then: not every platform turns its death into an end of file.
-            while not self.connection.poll(timeout=1.0):
-                if not self.process.is_alive() and not self.connection.poll():
-                    raise EOFError
-            failure, episodes = self.connection.recv()
+            failure, episodes = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
@@ -322,7 +321,7 @@ def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _Share
     group: _EnvGroup | None = None
     with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
         while True:
-            command, argument = connection.recv()
+            command, argument = pickle.loads(connection.recv_bytes())
             episodes: list[Episode] = []
             failure = None
             try:
@@ -334,6 +333,6 @@ def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _Share
                     episodes = group.step(arrays)
             except BaseException:
                 failure = traceback.format_exc()
-            connection.send((failure, episodes))
+            connection.send_bytes(pickle.dumps((failure, episodes)))
     if group is not None:
         group.close()
