@@ -35,12 +35,14 @@ from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, mlp_in_numpy, 
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
-from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything
+from minirl.resume import MemoryFiles, env_state, start_envs
+from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
 from minirl.runtime import AdamStep, select_device, select_precision
 from minirl.shapes import require_same_shape
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
+CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "rng", "memory", "envs", "obs")
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,7 @@ class Learner:
         load_weights(self.online, saved)
         self.acting.refresh()
         load_weights(self.target, saved, "target")
-        self.adam_step.optimizer.load_state_dict(saved["optimizer"])
+        self.adam_step.load(saved["optimizer"])
 
     def loss(
         self, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor
@@ -360,7 +362,7 @@ def train(
     Args:
         config: the settings.
         run_dir: where checkpoints, `best.pt` and TensorBoard events go; None writes nothing, and picks no best one.
-        resume: go on from the checkpoint in `run_dir`, with new episodes and an empty memory.
+        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -369,29 +371,39 @@ def train(
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "dqn", "model", "target", "optimizer", "episodes") if resume else None
+    saved = load_checkpoint(run_dir, "dqn", *CHECKPOINT_KEYS) if resume else None
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
-    seed_everything(config.seed + start.steps)
+    seed_everything(config.seed)
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
-    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, start.steps)))
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
     eval_frequency = None if run_dir is None else config.eval_frequency
     with (
         make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
         Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency, config.num_workers) as judge,
     ):
         learner = Learner(config, envs, torch_device)
+        memory = make_memory(config, envs, rng)
+        memory_files = MemoryFiles(run_dir, saved["memory"] if saved else None)
+        obs = start_envs(envs, config.seed, saved)
         if saved is not None:
             learner.load(saved)
-        memory = make_memory(config, envs, rng)
+            memory_files.load(memory, saved["memory"])
+            set_random_state(saved["random_state"])
+            rng.bit_generator.state = saved["rng"]
 
         def state() -> State:
-            return {"episodes": now.episodes, **learner.state()}
+            return {
+                **learner.state(),
+                "episodes": now.episodes,
+                "rng": rng.bit_generator.state,
+                "memory": memory_files.save(memory),
+                **env_state(envs, obs),
+            }
 
         with Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run:
             losses: list[Tensor] = []
-            obs = envs.reset(seed=config.seed + start.steps).copy()
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
@@ -403,7 +415,7 @@ def train(
                 obs = step.observations.copy()
                 before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(step.episodes))
 
-                if now.steps - start.steps >= config.learning_starts and len(memory) >= config.batch_size:
+                if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
                         losses.append(learner.update(memory.sample(config.batch_size), learning_rate))
                 for _ in range(target_updates_due(config, before, now)):
@@ -417,6 +429,6 @@ def train(
                     losses.clear()
                 if judge.is_due(before.steps, now.steps, finished=finished):
                     policy = functools.partial(greedy_actions, learner.online)
-                    run.keep_best(now.steps, judge.mean_return(policy, now.steps), state)
+                    run.keep_best(now.steps, judge.mean_return(policy, now.steps), learner.state)
                 run.checkpoint(now.steps, state, finished=finished)
     return learner.online

@@ -29,6 +29,7 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
+from minirl.resume import env_state, start_envs
 from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
 from minirl.runtime import AdamStep, select_device, select_precision, threads_beside
 from minirl.shapes import require_same_shape
@@ -396,7 +397,7 @@ def train(
     Args:
         config: the settings.
         run_dir: where checkpoints and TensorBoard events go; None writes nothing.
-        resume: go on from the checkpoint in `run_dir`; the environments start new episodes.
+        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -405,12 +406,12 @@ def train(
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "ppo", "model", "optimizer") if resume else None
+    saved = load_checkpoint(run_dir, "ppo", "model", "optimizer", "envs", "obs") if resume else None
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
     if first_step > last_step:
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
-    seed_everything(config.seed + first_step)
+    seed_everything(config.seed)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         set_precision(agent, select_precision(config.precision, torch_device))
@@ -425,14 +426,19 @@ def train(
         rollout = Rollout(config.num_steps, envs, torch_device)
         if saved is not None:
             load_weights(agent, saved)
-            adam_step.optimizer.load_state_dict(saved["optimizer"])
-            set_random_state(saved["random_state"])
+            adam_step.load(saved["optimizer"])
 
         def state() -> State:
-            return {"model": agent.state_dict(), "optimizer": adam_step.optimizer.state_dict()}
+            return {
+                "model": agent.state_dict(),
+                "optimizer": adam_step.optimizer.state_dict(),
+                **env_state(envs, obs),
+            }
 
         with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run:
-            obs = envs.reset(seed=config.seed + first_step)
+            obs = start_envs(envs, config.seed, saved)
+            if saved is not None:
+                set_random_state(saved["random_state"])
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates

@@ -124,6 +124,39 @@ class ReplayBuffer:
             self.terminated[env, slot],
         )
 
+    def since(self, first: int) -> dict[str, NDArray[Any]]:
+        """Return the transitions of each environment from number `first` on, counted from the first ever, to be saved.
+
+        Raises:
+            ValueError: if they are not all there any more.
+        """
+        if not max(0, self.added - self.length) <= first <= self.added:
+            raise ValueError(f"the transitions from {first} on are not all in the memory")
+        slots = np.arange(first, self.added) % self.length
+        return {
+            "actions": self.actions[:, slots],
+            "rewards": self.rewards[:, slots],
+            "terminated": self.terminated[:, slots],
+            **self.observations.since(slots),
+        }
+
+    def put(self, first: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Put back what `since` returned; `set_counters` must follow."""
+        slots = np.arange(first, first + arrays["actions"].shape[1]) % self.length
+        self.actions[:, slots] = arrays["actions"]
+        self.rewards[:, slots] = arrays["rewards"]
+        self.terminated[:, slots] = arrays["terminated"]
+        self.observations.put(slots, arrays)
+
+    def counters(self) -> dict[str, list[int]]:
+        """Return how far the rings are."""
+        return {"added": [self.added], **self.observations.counters()}
+
+    def set_counters(self, counters: dict[str, list[int]]) -> None:
+        """Put back what `counters` returned."""
+        (self.added,) = counters["added"]
+        self.observations.set_counters(counters)
+
     def _sizes(self) -> NDArray[np.int64]:
         """Return how many transitions of each environment can be sampled (N,)."""
         return np.minimum(self.observations.available(self.added), min(self.added, self.length))
@@ -154,6 +187,19 @@ class _Pairs:
 
     def available(self, added: int) -> NDArray[np.int64]:
         return np.full(len(self.current), added)
+
+    def since(self, slots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return {"current": self.current[:, slots], "following": self.following[:, slots]}
+
+    def put(self, slots: NDArray[np.int64], arrays: dict[str, NDArray[Any]]) -> None:
+        self.current[:, slots] = arrays["current"]
+        self.following[:, slots] = arrays["following"]
+
+    def counters(self) -> dict[str, list[int]]:
+        return {}
+
+    def set_counters(self, counters: dict[str, list[int]]) -> None:
+        pass
 
 
 class _Frames:
@@ -225,3 +271,28 @@ class _Frames:
 
     def available(self, added: int) -> NDArray[np.int64]:
         return added - self.oldest
+
+    def since(self, slots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        arrays = {"row_of": self.row_of[:, slots]}
+        for env in range(len(self.envs)) if len(slots) else ():
+            rows = self._rows(env, int(self.row_of[env, slots[0]]))
+            arrays[f"frames-{env}"], arrays[f"age-{env}"] = self.frames[env, rows], self.age[env, rows]
+            arrays[f"rows-{env}"] = rows
+        return arrays
+
+    def put(self, slots: NDArray[np.int64], arrays: dict[str, NDArray[Any]]) -> None:
+        self.row_of[:, slots] = arrays["row_of"]
+        for env in range(len(self.envs)):
+            rows = arrays[f"rows-{env}"]
+            self.frames[env, rows], self.age[env, rows] = arrays[f"frames-{env}"], arrays[f"age-{env}"]
+
+    def _rows(self, env: int, first: int) -> NDArray[np.int64]:
+        """Return where the rows from number `first` up to the current observation's lie."""
+        return np.arange(first, self.row[env] + 1) % self.num_rows
+
+    def counters(self) -> dict[str, list[int]]:
+        return {"row": self.row.tolist(), "oldest": self.oldest.tolist(), "frames_added": [self.added]}
+
+    def set_counters(self, counters: dict[str, list[int]]) -> None:
+        self.row[:], self.oldest[:] = counters["row"], counters["oldest"]
+        (self.added,) = counters["frames_added"]

@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from minirl.config import MAX_SEED, ConfigError
+from minirl.envs.state import decode, encode
 from minirl.envs.vector import Episode
 from minirl.progress import Progress
 
@@ -38,7 +39,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
 
-COMMON_KEYS = ("global_step", "returns", "seconds", "random_state")  # of every algorithm's checkpoint
+COMMON_KEYS = ("global_step", "returns", "best_return", "seconds", "random_state")  # of every algorithm's checkpoint
 
 State = dict[str, Any]
 
@@ -57,16 +58,20 @@ def derived_seed(seed: int, *purpose: int) -> int:
 
 
 def random_state() -> State:
-    """Return PyTorch's random states, as tensors; those of CUDA only if this process uses it."""
+    """Return the random states of PyTorch, NumPy and Python; those of CUDA only if this process uses it."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": encode(np.random.get_state(legacy=False)),  # noqa: NPY002 - see seed_everything
+        "python": encode(random.getstate()),
     }
 
 
 def set_random_state(state: State) -> None:
     """Put back what `random_state` returned, as far as this machine has the same devices."""
     torch.set_rng_state(state["cpu"])
+    np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
+    random.setstate(decode(state["python"]))
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
@@ -86,7 +91,18 @@ def default_run_dir(algorithm: str, config: Any) -> Path:
 def save_checkpoint(path: Path, state: State) -> None:
     """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture."""
     with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+        torch.save(_with_tensors(state), temporary)
+
+
+def _with_tensors(value: Any) -> Any:
+    """Return plain data with tensors for its arrays: `weights_only=True` reads no arrays."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: _with_tensors(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item) for item in value]
+    return value
 
 
 @contextlib.contextmanager
@@ -221,9 +237,7 @@ class Run:
         self.config = config
         self.run_dir = run_dir
         self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
-        self.best_return = -math.inf
-        if resumed and run_dir is not None and (run_dir / BEST_FILE).exists():
-            self.best_return = load_checkpoint(run_dir, algorithm, "best_return", file=BEST_FILE)["best_return"]
+        self.best_return: float = resumed["best_return"] if resumed else -math.inf
         self.seconds_before: float = resumed["seconds"] if resumed else 0.0
         self.started = time.monotonic()
         self.first_step: int = resumed["global_step"] if resumed else 0
@@ -306,7 +320,7 @@ class Run:
         self.writer.add_scalar("eval/mean_return", mean_return, global_step)
         if mean_return >= self.best_return:
             self.best_return = mean_return
-            self._save(BEST_FILE, global_step, lambda: {"best_return": mean_return, **state()})
+            self._save(BEST_FILE, global_step, state)
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
         assert self.run_dir is not None
@@ -315,6 +329,7 @@ class Run:
             "algorithm": self.algorithm,
             "global_step": global_step,
             "returns": list(self.returns),
+            "best_return": self.best_return,
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "random_state": random_state(),
         }

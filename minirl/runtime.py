@@ -151,6 +151,21 @@ class AdamStep:
         logged: Tensor = self.step(self._state(), torch.tensor(learning_rate), *batch)
         return logged
 
+    def load(self, saved: dict[str, Any]) -> None:
+        """Put back the `state_dict` of `optimizer`.
+
+        Raises:
+            ConfigError: if it is another network's.
+        """
+        shapes = {name: [tensor.shape for tensor in tensors] for name, tensors in self._state().items()}
+        try:
+            self.optimizer.load_state_dict(saved)
+            found = {name: [tensor.shape for tensor in tensors] for name, tensors in self._state().items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"the checkpoint must hold this network's optimiser: {error!r}") from error
+        if shapes != found:
+            raise ConfigError("the checkpoint must hold this network's optimiser, and has one of other shapes")
+
     def _eager_step(self, state: dict[str, list[Tensor]], learning_rate: Tensor, *batch: Tensor) -> Tensor:
         loss, logged = self.loss(*batch)
         self.optimizer.zero_grad()

@@ -36,7 +36,7 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
             raise ValueError(f"SkipAndShrink needs a game of the Arcade Learning Environment, not {game}")
         assert env.observation_space.shape is not None
         self.ale = game.ale
-        self.buttons = list(game._action_set)  # the emulator's name of each action
+        self.buttons = [button.value for button in game._action_set]  # the emulator's number of each action
         self.last_two = np.zeros((2, *env.observation_space.shape), np.uint8)
         self.brightest = np.zeros_like(self.last_two[0])
         self.gray = np.zeros(self.brightest.shape[:2], np.uint8)

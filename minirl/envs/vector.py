@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.config import ConfigError
+from minirl.envs.state import CantCapture, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
 
@@ -154,6 +155,37 @@ class VectorEnv:
             episodes,
         )
 
+    def capture(self) -> list[Any]:
+        """Return the state of each environment, as plain data (`minirl.envs.state`). Changes nothing of it.
+
+        Raises:
+            CantCapture: if one holds something that is no plain data.
+        """
+        mine = self._open_group()
+        self._ask_workers("capture")
+        try:
+            states = mine.capture()
+        finally:
+            answers = [worker.receive() for worker in self._workers]
+        for answer in answers:
+            if isinstance(answer, CantCapture):
+                raise answer
+            states += answer
+        return states
+
+    def restore(self, states: list[Any]) -> None:
+        """Put back what `capture` returned.
+
+        Raises:
+            ValueError: if it comes from other environments.
+        """
+        if len(states) != self.num_envs:
+            raise ValueError(f"there are {len(states)} saved states for {self.num_envs} environments")
+        mine = self._open_group()
+        self._ask_workers("restore", states)
+        mine.restore(states)
+        self._hear_workers()
+
     def close(self) -> None:
         """Close the environments and end the workers. Safe to call twice."""
         if self._mine is not None:
@@ -267,6 +299,14 @@ class _EnvGroup:
             arrays.truncated[row] = truncated
         return episodes
 
+    def capture(self) -> list[Any]:
+        return [capture(env) for env in self.envs]
+
+    def restore(self, states: list[Any]) -> None:
+        for row, env in zip(self.rows, self.envs, strict=True):
+            env.reset(seed=0)  # makes what only a first reset makes
+            restore(env, states[row])
+
     def close(self) -> None:
         for env in self.envs:
             env.close()
@@ -290,16 +330,15 @@ class _Worker:
         except OSError:
             self.receive()  # its last words say more than a broken pipe
 
-    def receive(self) -> list[Episode]:
+    def receive(self) -> Any:
         try:
-            failure, episodes = pickle.loads(self.connection.recv_bytes())
+            failure, result = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
             raise WorkerError(f"the {self.name} died without a word, exit code {code}") from error
         if failure is not None:
             raise WorkerError(f"the {self.name} raised:\n\n{failure}")
-        result: list[Episode] = episodes
         return result
 
     def join(self) -> None:
@@ -310,9 +349,9 @@ class _Worker:
 
 
 def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
-    """Run a worker: answer each message with (traceback or None, finished episodes) until the other end is closed.
+    """Run a worker: answer each message with (traceback or None, result) until the other end is closed.
 
-    The first message makes the environments; the others reset or step them.
+    The first message makes the environments; the others reset or step them, or carry their states.
     """
     # Ctrl-C, and often SIGTERM, reaches every process of the group: the training process decides, and hangs up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -322,17 +361,23 @@ def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _Share
     with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
         while True:
             command, argument = pickle.loads(connection.recv_bytes())
-            episodes: list[Episode] = []
+            result: Any = []
             failure = None
             try:
                 if group is None:
                     group = _EnvGroup(make_env, rows)
                 elif command == "reset":
                     group.reset(arrays, argument)
+                elif command == "step":
+                    result = group.step(arrays)
+                elif command == "capture":
+                    result = group.capture()
                 else:
-                    episodes = group.step(arrays)
+                    group.restore(argument)
+            except CantCapture as error:
+                result = error
             except BaseException:
                 failure = traceback.format_exc()
-            connection.send_bytes(pickle.dumps((failure, episodes)))
+            connection.send_bytes(pickle.dumps((failure, result)))
     if group is not None:
         group.close()

@@ -1,0 +1,102 @@
+"""What a checkpoint holds beside networks, so that a killed run goes on as if nothing had happened.
+
+Environments are captured in the middle of their episodes (`minirl.envs.state`). A replay memory is too large to be
+written whole each time: its transitions go to files of the run directory once, as they come, and a checkpoint names
+the files that belong to it. Files are complete before a checkpoint names them, and stay until none does, so that a
+kill at any moment leaves a checkpoint with its own memory.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minirl.config import ConfigError
+from minirl.envs.state import CantCapture
+from minirl.envs.vector import VectorEnv
+from minirl.replay import ReplayBuffer
+from minirl.runs import State, atomic_file, derived_seed
+
+RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all others
+
+
+def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
+    """Return what a checkpoint holds of the environments: their states, and what they show.
+
+    Where they can't be captured, a warning says so and there are no states.
+    """
+    states = None
+    try:
+        states = envs.capture()
+    except CantCapture as error:
+        warnings.warn(f"a resumed run will start new episodes, for these can't be saved: {error}", stacklevel=2)
+    return {"envs": states, "obs": torch.from_numpy(obs.copy())}
+
+
+def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
+    """Start the environments, or put them back to where a checkpoint left them; return what they show, (N, ...).
+
+    Raises:
+        ConfigError: if the checkpoint comes from other environments.
+    """
+    if saved is None:
+        return envs.reset(seed=seed).copy()
+    if saved["envs"] is None:
+        return envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
+    try:
+        envs.restore(saved["envs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the checkpoint must hold environments as this run makes them: {error}") from error
+    obs: NDArray[Any] = saved["obs"].numpy()
+    return obs
+
+
+class MemoryFiles:
+    """The files of a replay memory: each holds the transitions of each environment from one number to another.
+
+    Args:
+        run_dir: where they lie; None for a run that writes nothing.
+        saved: what `save` returned for the checkpoint that this run goes on from.
+    """
+
+    def __init__(self, run_dir: Path | None, saved: State | None = None) -> None:
+        self.run_dir = run_dir
+        self.spans: list[tuple[int, int]] = [] if saved is None else [(a, b) for a, b in saved["spans"]]
+
+    def save(self, memory: ReplayBuffer) -> State:
+        """Write what was added since the last time; return what a checkpoint holds of the memory."""
+        assert self.run_dir is not None
+        for file in self.run_dir.glob("memory-*.npz"):  # none but these belongs to the checkpoint on disk
+            if file not in map(self._file, self.spans):
+                file.unlink()
+        first = self.spans[-1][1] if self.spans else 0
+        self.spans = [span for span in self.spans if span[1] > memory.added - memory.length]
+        first = max(first, memory.added - memory.length)
+        if memory.added > first:
+            self.spans.append((first, memory.added))
+            arrays: dict[str, Any] = memory.since(first)
+            with atomic_file(self._file(self.spans[-1])) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **arrays)
+        return {"spans": self.spans, "counters": memory.counters()}
+
+    def load(self, memory: ReplayBuffer, saved: State) -> None:
+        """Fill the memory from the files that a checkpoint names.
+
+        Raises:
+            ConfigError: if one is missing, or broken, or of another memory.
+        """
+        for span in self.spans:
+            path = self._file(span)
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    memory.put(span[0], dict(arrays))
+            except Exception as error:  # zip files break in many ways
+                raise ConfigError(f"{path} must be part of this run's memory, and can't be read: {error}") from error
+        memory.set_counters(saved["counters"])
+
+    def _file(self, span: tuple[int, int]) -> Path:
+        assert self.run_dir is not None
+        return self.run_dir / f"memory-{span[0]}-{span[1]}.npz"

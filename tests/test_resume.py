@@ -1,0 +1,192 @@
+"""A run that was killed and resumed ends as the same run left alone: every bit of what it learned and counted."""
+
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minirl import dqn, ppo, q_learning
+from minirl.config import ConfigError
+from minirl.runs import BEST_FILE, Run, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+NOT_COMPARED = {"seconds", "memory"}  # the clock, and which files the memory is in
+
+PPO_CARTPOLE = ppo.PPOConfig(
+    env_id="CartPole-v1",
+    num_steps=16,
+    total_timesteps=2048,
+    minibatch_size=64,
+    anneal_lr=True,
+    checkpoint_frequency=128,
+)
+PPO_PONG = ppo.PPOConfig(num_envs=3, num_steps=16, minibatch_size=48, total_timesteps=480, checkpoint_frequency=48)
+DQN_CARTPOLE = dqn.DQNConfig(
+    total_timesteps=1200,
+    buffer_size=300,
+    batch_size=16,
+    learning_starts=100,
+    eval_frequency=400,
+    eval_episodes=2,
+    checkpoint_frequency=100,
+)
+DQN_PONG = dataclasses.replace(
+    DQN_CARTPOLE,
+    env_id="PongNoFrameskip-v4",
+    num_envs=2,
+    buffer_size=100,
+    batch_size=4,
+    learning_starts=40,
+    train_frequency=20,
+    total_timesteps=400,
+    eval_frequency=None,
+    checkpoint_frequency=30,
+)
+Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
+
+RUNS: list[tuple[str, Any, Any]] = [
+    ("ppo", ppo.train, PPO_CARTPOLE),
+    ("ppo", ppo.train, PPO_PONG),
+    ("dqn", dqn.train, DQN_CARTPOLE),
+    ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, num_envs=3, target_network_episodes=2, tau=1.0)),
+    ("dqn", dqn.train, DQN_PONG),
+    ("q_learning", q_learning.train, Q_GRID),
+]
+
+
+class Killed(BaseException):
+    """What a killed run sees: nothing is saved on the way out."""
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - NOT_COMPARED:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (item, other_item) in enumerate(zip(one, other, strict=True)):
+            assert_same(item, other_item, f"{path}/{i}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def train_with_kills(
+    train: Callable[..., Any], config: Any, run_dir: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train, killed after so many calls of `Run.checkpoint` each time, which mostly save nothing."""
+    checkpoint = Run.checkpoint
+    for number, left in enumerate([*calls, None]):
+        countdown = [left]
+
+        def counted(run: Run, *arguments: Any, countdown: Any = countdown, **options: Any) -> None:
+            checkpoint(run, *arguments, **options)
+            if countdown[0] is not None:
+                countdown[0] -= 1
+                if countdown[0] < 0:
+                    raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "checkpoint", counted)
+            try:
+                train(config, run_dir=run_dir, resume=number > 0, device="cpu")
+            except Killed:
+                continue
+    assert left is None
+
+
+@pytest.mark.parametrize(("algorithm", "train", "config"), RUNS)
+def test_a_killed_run_ends_as_one_left_alone(
+    algorithm: str, train: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config, run_dir=tmp_path / "alone", device="cpu")
+    rng = np.random.default_rng(0)
+    calls = 16 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // config.num_envs
+    kills = [int(rng.integers(1, calls)) for _ in range(3)] + [0]  # the last one at once
+    train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch)
+    alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
+    assert_same(alone, killed)
+    if config is DQN_CARTPOLE:
+        one, other = (load_checkpoint(tmp_path / name, algorithm, file=BEST_FILE) for name in ("alone", "killed"))
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(("algorithm", "train", "config"), RUNS)
+def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:
+    train(config, run_dir=tmp_path / "often", device="cpu")
+    train(dataclasses.replace(config, checkpoint_frequency=10**9), run_dir=tmp_path / "never", device="cpu")
+    often, never = (load_checkpoint(tmp_path / name, algorithm) for name in ("often", "never"))
+    assert_same(often, never)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("ppo", "--env-id CartPole-v1 --num-steps 16 --minibatch-size 64 --total-timesteps 8192"),
+        ("dqn", "--total-timesteps 6000 --buffer-size 2000 --eval-frequency 2000 --eval-episodes 2"),
+    ],
+)
+def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
+    """The real thing, a process and SIGKILL: after any of them there is a checkpoint, and the end is the same."""
+    command = [sys.executable, f"train_{script}.py", "--device", "cpu"]
+    settings = [*flags.split(), "--checkpoint-frequency", "200"]
+    subprocess.run([*command, *settings, "--run-dir", str(tmp_path / "alone")], cwd=ROOT, check=True)
+    run_dir = tmp_path / "killed"
+    arguments = [*settings, "--run-dir", str(run_dir)]
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT)
+        while not (run_dir / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(2.5 * bool("--resume" in arguments) + rng.random())
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        load_checkpoint(run_dir, script)
+        arguments = ["--resume", str(run_dir)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+    assert_same(load_checkpoint(tmp_path / "alone", script), load_checkpoint(run_dir, script))
+
+
+def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(tmp_path: Path) -> None:
+    config = dataclasses.replace(PPO_PONG, env_id="ALE/Pong-v5", total_timesteps=96)
+    with pytest.warns(UserWarning, match="a resumed run will start new episodes.*sticky actions") as warnings:
+        ppo.train(config, run_dir=tmp_path / "run", device="cpu")
+    assert len([warning for warning in warnings if "sticky" in str(warning.message)]) >= 1
+    saved = load_checkpoint(tmp_path / "run", "ppo")
+    assert saved["envs"] is None
+    more = dataclasses.replace(config, total_timesteps=144)
+    with pytest.warns(UserWarning, match="sticky"):
+        ppo.train(more, run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 144
+
+
+def test_a_memory_of_another_run_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(DQN_CARTPOLE, total_timesteps=300)
+    dqn.train(config, run_dir=tmp_path / "run", device="cpu")
+    more = dataclasses.replace(config, total_timesteps=400)
+    files = sorted((tmp_path / "run").glob("memory-*.npz"))
+    files[-1].write_bytes(b"no zip file")
+    with pytest.raises(ConfigError, match=r"memory-200-300\.npz must be part of this run's memory"):
+        dqn.train(more, run_dir=tmp_path / "run", resume=True, device="cpu")
+    files[-1].unlink()
+    with pytest.raises(ConfigError, match=r"memory-200-300\.npz must be part of this run's memory"):
+        dqn.train(more, run_dir=tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_memory_is_not_written_twice_and_old_files_go(tmp_path: Path) -> None:
+    dqn.train(DQN_CARTPOLE, run_dir=tmp_path / "run", device="cpu")
+    names = sorted(path.name for path in (tmp_path / "run").glob("memory-*.npz"))
+    # Of 1,200 transitions, 300 are remembered; the file before them belonged to the checkpoint before.
+    assert names == ["memory-1000-1100.npz", "memory-1100-1200.npz", "memory-800-900.npz", "memory-900-1000.npz"]
