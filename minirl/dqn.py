@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minirl.checkpoints import State, load_checkpoint, load_weights, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
@@ -36,7 +37,7 @@ from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
 from minirl.resume import MemoryFiles, env_state, start_envs
-from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
+from minirl.runs import Run, seed_everything
 from minirl.runtime import AdamStep, select_device, select_precision
 from minirl.shapes import require_same_shape
 

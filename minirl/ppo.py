@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from minirl.checkpoints import State, load_checkpoint, load_weights, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.resume import env_state, start_envs
-from minirl.runs import Run, State, load_checkpoint, load_weights, seed_everything, set_random_state
+from minirl.runs import Run, seed_everything
 from minirl.runtime import AdamStep, select_device, select_precision, threads_beside
 from minirl.shapes import require_same_shape
 

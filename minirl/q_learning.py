@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minirl.checkpoints import State, load_checkpoint
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
-from minirl.runs import Run, State, load_checkpoint, seed_everything
+from minirl.runs import Run, seed_everything
 from minirl.runtime import select_device
 
 QTable = NDArray[np.float64]  # (S, A)

@@ -1,9 +1,10 @@
-"""A training run on disk: its directory, checkpoints, TensorBoard events, random states and signals.
+"""A training run on disk: its directory, when it saves, TensorBoard events, seeds and signals.
 
     runs/ppo/PongNoFrameskip-v4/20260131-142500-seed42/
         config.json              the algorithm and its settings
         checkpoint.pt            the latest checkpoint, replaced atomically
         best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
+        memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
         events.out.tfevents...   TensorBoard
 
 The same for every algorithm. With `run_dir=None` nothing is written.
@@ -20,28 +21,32 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from minirl.checkpoints import (
+    BEST_FILE,
+    CHECKPOINT_FILE,
+    State,
+    atomic_file,
+    random_state,
+    require_finite,
+    save_checkpoint,
+)
 from minirl.config import MAX_SEED, ConfigError
-from minirl.envs.state import decode, encode
 from minirl.envs.vector import Episode
 from minirl.progress import Progress
 
+if sys.platform != "win32":
+    import fcntl
+
 CONFIG_FILE = "config.json"
-CHECKPOINT_FILE = "checkpoint.pt"
-BEST_FILE = "best.pt"
-
-COMMON_KEYS = ("global_step", "returns", "best_return", "seconds", "random_state")  # of every algorithm's checkpoint
-
-State = dict[str, Any]
 
 
 def seed_everything(seed: int) -> None:
@@ -57,25 +62,6 @@ def derived_seed(seed: int, *purpose: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
-def random_state() -> State:
-    """Return the random states of PyTorch, NumPy and Python; those of CUDA only if this process uses it."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": encode(np.random.get_state(legacy=False)),  # noqa: NPY002 - see seed_everything
-        "python": encode(random.getstate()),
-    }
-
-
-def set_random_state(state: State) -> None:
-    """Put back what `random_state` returned, as far as this machine has the same devices."""
-    torch.set_rng_state(state["cpu"])
-    np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
-    random.setstate(decode(state["python"]))
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def default_run_dir(algorithm: str, config: Any) -> Path:
     """Return `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken."""
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
@@ -86,79 +72,6 @@ def default_run_dir(algorithm: str, config: Any) -> Path:
             break
         run_dir = run_dir.with_name(f"{name}-{number}")
     return run_dir
-
-
-def save_checkpoint(path: Path, state: State) -> None:
-    """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture."""
-    with atomic_file(path) as temporary:
-        torch.save(_with_tensors(state), temporary)
-
-
-def _with_tensors(value: Any) -> Any:
-    """Return plain data with tensors for its arrays: `weights_only=True` reads no arrays."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, dict):
-        return {key: _with_tensors(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item) for item in value]
-    return value
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and move it there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str = CHECKPOINT_FILE) -> State:
-    """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
-
-    Args:
-        run_dir: the directory of the run.
-        algorithm: whose checkpoint it must be.
-        keys: what it must hold of the algorithm's own state.
-        file: `checkpoint.pt` or `best.pt`.
-
-    Raises:
-        ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
-    """
-    if run_dir is None:
-        raise ConfigError("resume=True needs run_dir, the directory of the run")
-    path = run_dir / file
-    try:
-        state: State = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no checkpoint here") from None
-    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
-    if not isinstance(state, dict) or state.get("algorithm") != algorithm:
-        raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
-    if missing := {*COMMON_KEYS, *keys} - state.keys():
-        raise ConfigError(f"{path} must be a whole checkpoint, and has no {', '.join(sorted(missing))}")
-    return state
-
-
-def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
-    """Put the weights that a checkpoint holds under `key` into the network.
-
-    Raises:
-        ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
-    """
-    try:
-        network.load_state_dict(saved[key])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the checkpoint must fit the environment of the run: {reason}") from error
 
 
 def claim(run_dir: Path) -> None:
@@ -178,6 +91,26 @@ def claim(run_dir: Path) -> None:
         ) from error
     except OSError as error:
         raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+
+
+def lock(run_dir: Path) -> int | None:
+    """Keep other processes from writing to a run directory, until what is returned is closed or this process ends.
+
+    Returns:
+        A file descriptor of the directory; None where the platform has no such locks (Windows).
+
+    Raises:
+        ConfigError: if another process is writing there.
+    """
+    if sys.platform == "win32":
+        return None
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(directory)
+        raise ConfigError(f"--resume must name a run that has stopped: another process writes to {run_dir}") from None
+    return directory
 
 
 def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
@@ -244,9 +177,11 @@ class Run:
         self.last_saved = self.first_step
         self.stop_signal: int | None = None
         self.writer: SummaryWriter | None = None
+        self.lock: int | None = None
         if run_dir is not None:
             if resumed is None:
                 claim(run_dir)
+            self.lock = lock(run_dir)
             save_config(run_dir, algorithm, config)
             print(f"run directory: {run_dir}", file=sys.stderr)
             # What an interrupted session logged after its last checkpoint is dropped: it is done again.
@@ -266,6 +201,8 @@ class Run:
         self.progress.close()
         if self.writer is not None:
             self.writer.close()
+        if self.lock is not None:
+            os.close(self.lock)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
@@ -334,4 +271,10 @@ class Run:
             "random_state": random_state(),
         }
         self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
-        save_checkpoint(self.run_dir / file, {**common, **state()})
+        try:
+            learned = state()
+            require_finite(learned, global_step)
+            save_checkpoint(self.run_dir / file, {**common, **learned})
+        except OSError as error:
+            path, step = self.run_dir / file, f"agent step {global_step:,}"
+            raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error

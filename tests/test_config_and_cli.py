@@ -120,6 +120,9 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "norm_adv": True,
         "value_clip_coef": None,
         "target_kl": None,
+        # What changes the speed only.
+        "compile": None,
+        "precision": "auto",
         "num_workers": None,
         "checkpoint_frequency": 100_000,
     }

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minirl.checkpoints import BEST_FILE, load_checkpoint
 from minirl.cli import run_training
 from minirl.config import ConfigError
 from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, make_memory, means, train
@@ -25,7 +26,6 @@ from minirl.evaluate import main as evaluate_main
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
-from minirl.runs import BEST_FILE, load_checkpoint
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
 
@@ -456,9 +456,9 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     train(TINY, run_dir=tmp_path / "run", device="cpu")
     train(dataclasses.replace(TINY, total_timesteps=100), run_dir=tmp_path / "run", resume=True, device="cpu")
     saved = load_checkpoint(tmp_path / "run", "dqn")
-    assert (saved["global_step"], saved["episodes"]) == (100, 8 + 5)
-    # 41 updates from step 20 to 60; then the memory is filled for 20 steps, and 21 follow
-    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {41 + 21}
+    assert (saved["global_step"], saved["episodes"]) == (100, 14), "an episode has 7 steps, and none was begun anew"
+    # 41 updates from step 20 to 60, and 40 more
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {41 + 40}
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

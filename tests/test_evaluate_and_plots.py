@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from minirl import evaluate as evaluation
 from minirl import plots
+from minirl.checkpoints import load_checkpoint
 from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.vector import Episode, VectorEnv
@@ -20,7 +21,7 @@ from minirl.evaluate import evaluate
 from minirl.play import play_games
 from minirl.plots import Curve, plot_curves, read_curve
 from minirl.ppo import PPOConfig, train
-from minirl.runs import Run, load_checkpoint, save_config
+from minirl.runs import Run, save_config
 from tests.fake_envs import Counter
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minirl.checkpoints import load_checkpoint
 from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
@@ -31,7 +32,7 @@ from minirl.ppo import (
     train,
     update_policy,
 )
-from minirl.runs import Run, load_checkpoint
+from minirl.runs import Run
 from minirl.runtime import AdamStep
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
@@ -486,30 +487,6 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {6 * 8}
     assert len(resumed["returns"]) == 8 + 4
     assert [step for step, _ in read_scalars(run_dir)["losses/entropy"]] == [16, 32, 48, 64, 80, 96]
-
-
-def test_resuming_takes_up_the_random_numbers_and_plays_other_games(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(TINY, run_dir=tmp_path / "run", device="cpu")
-    saved = load_checkpoint(tmp_path / "run", "ppo")
-    states, seeds = [], []
-
-    def spy_collect(*args: Any) -> Any:
-        states.append(torch.get_rng_state())
-        return collect_rollout(*args)
-
-    reset = VectorEnv.reset
-
-    def spy_reset(envs: VectorEnv, seed: int | None = None) -> Any:
-        seeds.append(seed)
-        return reset(envs, seed)
-
-    monkeypatch.setattr("minirl.ppo.collect_rollout", spy_collect)
-    monkeypatch.setattr(VectorEnv, "reset", spy_reset)
-    train(dataclasses.replace(TINY, total_timesteps=96), run_dir=tmp_path / "run", resume=True, device="cpu")
-    assert torch.equal(states[0], saved["random_state"]["cpu"])
-    assert seeds == [TINY.seed + 64]
 
 
 def test_what_was_logged_after_the_last_checkpoint_is_logged_anew(tmp_path: Path) -> None:

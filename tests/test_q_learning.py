@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minirl import evaluate as evaluation
 from minirl import q_learning
+from minirl.checkpoints import load_checkpoint
 from minirl.cli import run_training
 from minirl.config import ConfigError
 from minirl.envs.gridworld import GridWorld
@@ -34,7 +35,7 @@ from minirl.q_learning import (
     train,
     value_iteration,
 )
-from minirl.runs import load_checkpoint, save_config
+from minirl.runs import save_config
 from minirl.tables import best_actions_grid, detailed_grid, summary
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 
 from minirl import dqn, ppo, q_learning
+from minirl.checkpoints import BEST_FILE, load_checkpoint
 from minirl.config import ConfigError
-from minirl.runs import BEST_FILE, Run, load_checkpoint
+from minirl.envs.vector import VectorEnv
+from minirl.runs import Run
 
 ROOT = Path(__file__).parent.parent
 NOT_COMPARED = {"seconds", "memory"}  # the clock, and which files the memory is in
@@ -159,17 +162,30 @@ def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
     assert_same(load_checkpoint(tmp_path / "alone", script), load_checkpoint(run_dir, script))
 
 
-def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(tmp_path: Path) -> None:
-    config = dataclasses.replace(PPO_PONG, env_id="ALE/Pong-v5", total_timesteps=96)
-    with pytest.warns(UserWarning, match="a resumed run will start new episodes.*sticky actions") as warnings:
-        ppo.train(config, run_dir=tmp_path / "run", device="cpu")
-    assert len([warning for warning in warnings if "sticky" in str(warning.message)]) >= 1
+def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    reset = VectorEnv.reset
+
+    def spy(envs: VectorEnv, seed: int | None = None) -> Any:
+        seeds.append(seed)
+        return reset(envs, seed)
+
+    monkeypatch.setattr(VectorEnv, "reset", spy)
+    config = dataclasses.replace(PPO_PONG, env_id="ALE/Pong-v5", total_timesteps=96, checkpoint_frequency=48)
+    for total in (96, 144):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", UserWarning)  # as outside of tests: once for each text
+            more = dataclasses.replace(config, total_timesteps=total)
+            ppo.train(more, run_dir=tmp_path / "run", resume=total > 96, device="cpu")
+        texts = [str(warning.message) for warning in caught if "new episodes" in str(warning.message)]
+        assert len(texts) == 1, "three checkpoints, one warning"
+        assert "a resumed run will start new episodes, for these can't be saved: with sticky actions" in texts[0]
     saved = load_checkpoint(tmp_path / "run", "ppo")
-    assert saved["envs"] is None
-    more = dataclasses.replace(config, total_timesteps=144)
-    with pytest.warns(UserWarning, match="sticky"):
-        ppo.train(more, run_dir=tmp_path / "run", resume=True, device="cpu")
-    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 144
+    assert (saved["envs"], saved["global_step"]) == (None, 144)
+    assert seeds[0] == config.seed
+    assert len(set(seeds)) == 2, "the new episodes are others"
 
 
 def test_a_memory_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -15,24 +15,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minirl import runs
+from minirl.checkpoints import (
+    DivergedError,
+    atomic_file,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from minirl.config import ConfigError
 from minirl.envs.vector import Episode
 from minirl.ppo import PPOConfig
 from minirl.progress import Progress
-from minirl.runs import (
-    Run,
-    atomic_file,
-    claim,
-    default_run_dir,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    seed_everything,
-)
+from minirl.runs import Run, claim, default_run_dir, seed_everything
 
 CONFIG = PPOConfig(checkpoint_frequency=30)
-COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "seconds": 0.0, "random_state": {}}
+COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "best_return": 0.0, "seconds": 0.0, "random_state": {}}
 
 
 class Bomb:
@@ -58,11 +56,14 @@ def test_one_function_seeds_every_generator() -> None:
 
 
 def test_random_states_are_put_back() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.normal()), float(torch.rand(()))  # noqa: NPY002
+
+    draw()
     state = random_state()
-    first = torch.rand(3)
-    torch.rand(5)
-    runs.set_random_state(state)
-    assert torch.equal(torch.rand(3), first)
+    first = [draw(), draw()]
+    set_random_state(state)
+    assert [draw(), draw()] == first
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -152,11 +153,11 @@ def test_a_frequency_between_updates_saves_at_the_next_one(tmp_path: Path) -> No
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
-        run.checkpoint(0, lambda: {"model": 0})
+        run.checkpoint(0, lambda: {"episodes": 0})
         signal.raise_signal(number)
-        run.checkpoint(1, lambda: {"model": 1})
+        run.checkpoint(1, lambda: {"episodes": 1})
     assert stop.value.code == status
-    assert load_checkpoint(tmp_path / "run", "ppo")["model"] == 1
+    assert load_checkpoint(tmp_path / "run", "ppo")["episodes"] == 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -279,3 +280,43 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     assert "10/10" in stream.getvalue()
     assert "mean return 3.0" in stream.getvalue()
     assert "steps/s" in stream.getvalue()
+
+
+# What goes wrong while a run is written
+
+
+def test_two_processes_never_write_into_one_directory(tmp_path: Path) -> None:
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        run.checkpoint(0, dict)
+        saved = load_checkpoint(tmp_path / "run", "ppo")
+        with pytest.raises(ConfigError, match="--resume must name a run that has stopped: another process writes to"):
+            Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved)
+    with Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] . file write")])
+def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_checkpoint_before(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: Any, path: Path) -> None:
+        path.write_bytes(b"half a")
+        raise error
+
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        run.checkpoint(0, dict)
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(ConfigError, match=r"checkpoint\.pt can't be written at agent step 50.*(space|write)"):
+            run.checkpoint(50, dict)
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 0
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(bad: float, tmp_path: Path) -> None:
+    weights = {"actor.weight": torch.ones(2), "critic.bias": torch.tensor([0.0, bad])}
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        run.checkpoint(0, dict)
+        with pytest.raises(DivergedError, match=r"diverged: critic\.bias not finite at agent step 50"):
+            run.checkpoint(50, lambda: {"model": weights})
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 0

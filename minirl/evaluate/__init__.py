@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minirl.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.cli import Parser, fail, reader, saved_config
 from minirl.config import MAX_SEED, ConfigError
 from minirl.dqn import DQNConfig, greedy_actions, make_q_network
@@ -30,7 +31,7 @@ from minirl.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.ppo import ActorCritic
 from minirl.progress import Progress
 from minirl.q_learning import load_table
-from minirl.runs import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_settings, load_weights, seed_everything
+from minirl.runs import load_settings, seed_everything
 from minirl.runtime import select_device
 
 SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on

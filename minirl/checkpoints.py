@@ -1,0 +1,140 @@
+"""Checkpoints: what training needs to go on, in files that a crash can't break and that run nobody's code."""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minirl.config import ConfigError
+from minirl.envs.state import decode, encode
+
+CHECKPOINT_FILE = "checkpoint.pt"
+BEST_FILE = "best.pt"
+
+COMMON_KEYS = ("global_step", "returns", "best_return", "seconds", "random_state")  # of every algorithm's checkpoint
+
+State = dict[str, Any]
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
+
+    Raises:
+        OSError: if the disk is full, say.
+    """
+    with atomic_file(path) as temporary:
+        try:
+            torch.save(_with_tensors(state), temporary)
+        except RuntimeError as error:  # torch's word for it
+            raise OSError(str(error).split("\n")[0]) from error
+
+
+def _with_tensors(value: Any) -> Any:
+    """Return plain data with tensors for its arrays: `weights_only=True` reads no arrays."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: _with_tensors(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and move it there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str = CHECKPOINT_FILE) -> State:
+    """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
+
+    Args:
+        run_dir: the directory of the run.
+        algorithm: whose checkpoint it must be.
+        keys: what it must hold of the algorithm's own state.
+        file: `checkpoint.pt` or `best.pt`.
+
+    Raises:
+        ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
+    """
+    if run_dir is None:
+        raise ConfigError("resume=True needs run_dir, the directory of the run")
+    path = run_dir / file
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no checkpoint here") from None
+    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
+    if not isinstance(state, dict) or state.get("algorithm") != algorithm:
+        raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
+    if missing := {*COMMON_KEYS, *keys} - state.keys():
+        raise ConfigError(f"{path} must be a whole checkpoint, and has no {', '.join(sorted(missing))}")
+    return state
+
+
+def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
+    """Put the weights that a checkpoint holds under `key` into the network.
+
+    Raises:
+        ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
+    """
+    try:
+        network.load_state_dict(saved[key])
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the checkpoint must fit the environment of the run: {reason}") from error
+
+
+class DivergedError(RuntimeError):
+    """Training has come to numbers that are not finite. The message says where; the checkpoint before is kept."""
+
+
+def require_finite(learned: State, global_step: int) -> None:
+    """Refuse to save weights that are not finite.
+
+    Raises:
+        DivergedError: naming them.
+    """
+    weights = learned.get("model", {})
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise DivergedError(
+            f"training has diverged: {', '.join(bad)} not finite at agent step {global_step:,}; "
+            "the checkpoint before is kept; try a lower learning rate"
+        )
+
+
+def random_state() -> State:
+    """Return the random states of PyTorch, NumPy and Python; those of CUDA only if this process uses it."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": encode(np.random.get_state(legacy=False)),  # noqa: NPY002 - see seed_everything
+        "python": encode(random.getstate()),
+    }
+
+
+def set_random_state(state: State) -> None:
+    """Put back what `random_state` returned, as far as this machine has the same devices."""
+    torch.set_rng_state(state["cpu"])
+    np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
+    random.setstate(decode(state["python"]))
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
