@@ -1,6 +1,7 @@
 """Checkpoints: what training needs to go on, in files that a crash can't break and that run nobody's code."""
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -102,8 +103,26 @@ def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
         raise ConfigError(f"the checkpoint must fit the environment of the run: {reason}") from error
 
 
+ADVICE = "the checkpoint before is kept; try a lower learning rate"
+
+
 class DivergedError(RuntimeError):
     """Training has come to numbers that are not finite. The message says where; the checkpoint before is kept."""
+
+
+def require_finite_losses(losses: dict[str, float], update: str) -> None:
+    """Stop a training whose losses are not finite: its weights are lost by then, too.
+
+    Args:
+        losses: by name.
+        update: which one they are of, as in "update 7".
+
+    Raises:
+        DivergedError: naming the losses and the update.
+    """
+    bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise DivergedError(f"training has diverged: {', '.join(bad)} in {update}; {ADVICE}")
 
 
 def require_finite(learned: State, global_step: int) -> None:
@@ -116,8 +135,7 @@ def require_finite(learned: State, global_step: int) -> None:
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise DivergedError(
-            f"training has diverged: {', '.join(bad)} not finite at agent step {global_step:,}; "
-            "the checkpoint before is kept; try a lower learning rate"
+            f"training has diverged: {', '.join(bad)} not finite at agent step {global_step:,}; {ADVICE}"
         )
 
 

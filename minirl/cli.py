@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from minirl.checkpoints import DivergedError
 from minirl.config import ConfigError, Sizes, field_types, flag_name
 from minirl.runs import default_run_dir, load_settings
 
@@ -61,6 +62,9 @@ def run_training(
         return config, train(config, run_dir=run_dir, resume=resume is not None, device=device)
     except ConfigError as error:
         fail(error)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
         raise SystemExit(130) from None
 

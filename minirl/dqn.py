@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, set_random_state
+from minirl.checkpoints import State, load_checkpoint, load_weights, require_finite_losses, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
@@ -347,12 +347,20 @@ class Learner:
             target.lerp_(online, self.config.tau)
 
 
-def means(losses: list[Tensor]) -> dict[str, float]:
-    """Return the mean of what `Learner.update` returned since the last time, under TensorBoard's tags."""
+def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
+    """Return the mean of what `Learner.update` returned up to its call number `last_update`, by TensorBoard's tags.
+
+    Raises:
+        DivergedError: naming the first of these updates whose numbers are not finite.
+    """
     if not losses:
         return {}
-    td_loss, q_values = torch.stack(losses).mean(dim=0).tolist()
-    return {"losses/td_loss": td_loss, "losses/q_values": q_values}
+    tags, stacked = ("losses/td_loss", "losses/q_values"), torch.stack(losses)
+    if not stacked.isfinite().all():
+        first = int(stacked.isfinite().all(dim=1).long().argmin())
+        update = f"update {last_update - len(losses) + 1 + first:,}"
+        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), update)
+    return dict(zip(tags, stacked.mean(dim=0).tolist(), strict=True))
 
 
 def train(
@@ -426,7 +434,7 @@ def train(
                 run.log_episodes(now.steps, step.episodes)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished:
                     schedules = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
-                    run.log(now.steps, {**schedules, **means(losses)})
+                    run.log(now.steps, {**schedules, **means(losses, learner.adam_step.steps)})
                     losses.clear()
                 if judge.is_due(before.steps, now.steps, finished=finished):
                     policy = functools.partial(greedy_actions, learner.online)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, set_random_state
+from minirl.checkpoints import State, load_checkpoint, load_weights, require_finite_losses, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
@@ -459,6 +459,8 @@ def train(
                     config.gae_lambda,
                 )
                 losses = update_policy(adam_step, rollout, advantages, returns, config, learning_rate, clip_coef)
+
+                require_finite_losses(losses, f"update {update + 1:,}")
 
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout.values, returns)

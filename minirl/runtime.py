@@ -151,6 +151,11 @@ class AdamStep:
         logged: Tensor = self.step(self._state(), torch.tensor(learning_rate), *batch)
         return logged
 
+    @property
+    def steps(self) -> int:
+        """How many steps were taken, in earlier sessions too."""
+        return int(self.optimizer.state[self.parameters[0]]["step"])
+
     def load(self, saved: dict[str, Any]) -> None:
         """Put back the `state_dict` of `optimizer`.
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from minirl.envs import vector
 from minirl.envs.make import make_env, make_vector_env
-from minirl.envs.vector import Episode, VectorEnv, WorkerError, available_cores
+from minirl.envs.vector import EnvError, Episode, VectorEnv, WorkerError, available_cores
 from minirl.ppo import PPOConfig, train
 from tests.fake_envs import EndsInReset, Faulty, Stuck, TorchDetector, Unmakable, counter
 
@@ -306,3 +306,54 @@ def test_evaluation_workers_have_no_torch_either(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=30)
     assert_no_process_left(process.pid)
+
+
+class Misbehaving(gym.Wrapper[Any, Any, Any, Any]):
+    """Does something wrong at its third step."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(counter())
+        self.fault = fault
+        self.steps = 0
+
+    def step(self, action: int) -> Any:
+        self.steps += 1
+        obs, reward, *rest = self.env.step(action)
+        if self.steps == 3:
+            if self.fault == "raise":
+                raise ArithmeticError("the pole snapped")
+            if self.fault == "shape":
+                obs = obs[:1]
+            if self.fault == "nan":
+                obs = np.where(obs == 3, np.nan, obs)
+            if self.fault == "inf":
+                reward = float("inf")
+        return obs, reward, *rest
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("raise", r"raised ArithmeticError\('the pole snapped'\)"),
+        ("shape", r"showed an observation of shape \(1,\), not \(4,\)"),
+        ("nan", "gave an observation that is not finite"),
+        ("inf", "gave a reward that is not finite"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_cannot_be_learned_from_is_an_error_that_names_environment_and_step(
+    fault: str, what: str, num_workers: int
+) -> None:
+    bad = functools.partial(Misbehaving, fault)
+    if num_workers == 1:
+        makers: Iterator[Callable[[], Any]] = iter([counter, bad])  # the second environment is the one that fails
+        envs = VectorEnv(lambda: next(makers)(), 2, num_workers=1)
+    else:
+        envs = VectorEnv(OnlyInWorkers(bad), 2, num_workers=2)
+    with envs:
+        envs.reset()
+        for _ in range(2):
+            envs.step(np.zeros(2, np.int64))
+        error = EnvError if num_workers == 1 else WorkerError
+        with pytest.raises(error, match=rf"environment 1 \(without an id\), at its step 3, {what}"):
+            envs.step(np.zeros(2, np.int64))

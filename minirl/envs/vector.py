@@ -80,6 +80,10 @@ class WorkerError(RuntimeError):
     """An environment raised in a worker process, or the process died. The message holds the worker's traceback."""
 
 
+class EnvError(RuntimeError):
+    """An environment raised, or returned what can't be learned from. The message names it and the step."""
+
+
 class VectorEnv:
     """N copies of one environment behind `reset` and `step`, each reset in the step in which it ends.
 
@@ -94,7 +98,8 @@ class VectorEnv:
 
     Raises:
         ConfigError: if the observations are not arrays.
-        WorkerError: if an environment raises in a worker, or a worker dies.
+        EnvError: if an environment raises, or returns numbers that are not finite or observations of another shape.
+        WorkerError: if that happens in a worker, or a worker dies.
     """
 
     def __init__(
@@ -277,27 +282,52 @@ class _EnvGroup:
         self.rows = rows
         self.envs = [make_env() for _ in rows]
         self.first_action = int(getattr(self.envs[0].action_space, "start", 0))
+        self.steps = 0  # since the environments were made
 
     def reset(self, arrays: _SharedArrays, seed: int | None) -> None:
         for row, env in zip(self.rows, self.envs, strict=True):
-            arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + row)
+            arrays.observations[row] = self._checked(row, env.reset(seed=None if seed is None else seed + row)[0])
 
     def step(self, arrays: _SharedArrays) -> list[Episode]:
+        self.steps += 1
         episodes = []
         for row, env in zip(self.rows, self.envs, strict=True):
-            obs, reward, terminated, truncated, info = env.step(int(arrays.actions[row]) + self.first_action)
-            if terminated or truncated:
-                arrays.final_observations[row] = obs
-                obs, reset_info = env.reset()
-                # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
-                for finished in (info.get("episode"), reset_info.get("episode")):
-                    if finished is not None:
-                        episodes.append(Episode(row, float(finished["r"]), int(finished["l"])))
-            arrays.observations[row] = obs
+            try:
+                obs, reward, terminated, truncated, info = env.step(int(arrays.actions[row]) + self.first_action)
+                if terminated or truncated:
+                    arrays.final_observations[row] = self._checked(row, obs)
+                    obs, reset_info = env.reset()
+                    # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
+                    for finished in (info.get("episode"), reset_info.get("episode")):
+                        if finished is not None:
+                            episodes.append(Episode(row, float(finished["r"]), int(finished["l"])))
+            except Exception as error:
+                raise EnvError(f"{self._name(row)} raised {error!r}") from error
+            arrays.observations[row] = self._checked(row, obs)
             arrays.rewards[row] = reward
             arrays.terminated[row] = terminated
             arrays.truncated[row] = truncated
+        self._require_finite(arrays)
         return episodes
+
+    def _name(self, row: int) -> str:
+        spec = self.envs[0].spec
+        return f"environment {row} ({'without an id' if spec is None else spec.id}), at its step {self.steps:,},"
+
+    def _checked(self, row: int, obs: Any) -> Any:
+        """Return the observation, if it has the shape that was announced; NumPy would stretch others to fit."""
+        if np.shape(obs) != self.envs[0].observation_space.shape:
+            space = self.envs[0].observation_space
+            raise EnvError(f"{self._name(row)} showed an observation of shape {np.shape(obs)}, not {space.shape}")
+        return obs
+
+    def _require_finite(self, arrays: _SharedArrays) -> None:
+        rows = slice(self.rows.start, self.rows.stop)
+        columns = {"an observation": arrays.observations, "a last observation": arrays.final_observations}
+        for what, array in {**columns, "a reward": arrays.rewards}.items():
+            if array.dtype.kind == "f" and not np.isfinite(array[rows]).all():
+                bad = next(row for row in self.rows if not np.isfinite(array[row]).all())
+                raise EnvError(f"{self._name(bad)} gave {what} that is not finite")
 
     def capture(self) -> list[Any]:
         return [capture(env) for env in self.envs]
