@@ -432,11 +432,12 @@ def train(
 
                 finished = is_finished(config, now)
                 run.log_episodes(now.steps, step.episodes)
-                if passed(LOG_EVERY, before.steps, now.steps) or finished:
+                judged = judge.is_due(before.steps, now.steps, finished=finished)
+                if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
                     schedules = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
                     run.log(now.steps, {**schedules, **means(losses, learner.adam_step.steps)})
                     losses.clear()
-                if judge.is_due(before.steps, now.steps, finished=finished):
+                if judged:
                     policy = functools.partial(greedy_actions, learner.online)
                     run.keep_best(now.steps, judge.mean_return(policy, now.steps), learner.state)
                 run.checkpoint(now.steps, state, finished=finished)
