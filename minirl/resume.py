@@ -70,9 +70,9 @@ class MemoryFiles:
     def save(self, memory: ReplayBuffer) -> State:
         """Write what was added since the last time; return what a checkpoint holds of the memory."""
         assert self.run_dir is not None
-        for file in self.run_dir.glob("memory-*.npz"):  # none but these belongs to the checkpoint on disk
-            if file not in map(self._file, self.spans):
-                file.unlink()
+        kept = {self._file(span) for span in self.spans}  # what belongs to the checkpoint on disk
+        for file in {*self.run_dir.glob("memory-*.npz"), *self.run_dir.glob(".memory-*.tmp")} - kept:
+            file.unlink()
         first = self.spans[-1][1] if self.spans else 0
         self.spans = [span for span in self.spans if span[1] > memory.added - memory.length]
         first = max(first, memory.added - memory.length)

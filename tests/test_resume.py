@@ -204,7 +204,10 @@ def test_a_memory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_memory_is_not_written_twice_and_old_files_go(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".memory-0-100.npz.tmp").write_text("left by a kill in the middle of writing")
     dqn.train(DQN_CARTPOLE, run_dir=tmp_path / "run", device="cpu")
+    assert not list((tmp_path / "run").glob(".*"))
     names = sorted(path.name for path in (tmp_path / "run").glob("memory-*.npz"))
     # Of 1,200 transitions, 300 are remembered; the file before them belonged to the checkpoint before.
     assert names == ["memory-1000-1100.npz", "memory-1100-1200.npz", "memory-800-900.npz", "memory-900-1000.npz"]

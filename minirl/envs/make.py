@@ -58,7 +58,7 @@ def time_limit(spec: EnvSpec) -> int:
 def make_vector_env(env_id: str, num_envs: int, *, num_workers: int | None = None) -> VectorEnv:
     """Make `num_envs` copies of an environment, stepped together.
 
-    Without `num_workers`, Atari games get one worker process per core, and everything else lives in this process:
+    Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
     a step of CartPole takes 7 microseconds, a message to a worker 50.
 
     Raises:

@@ -301,6 +301,8 @@ class _EnvGroup:
                     for finished in (info.get("episode"), reset_info.get("episode")):
                         if finished is not None:
                             episodes.append(Episode(row, float(finished["r"]), int(finished["l"])))
+            except EnvError:
+                raise
             except Exception as error:
                 raise EnvError(f"{self._name(row)} raised {error!r}") from error
             arrays.observations[row] = self._checked(row, obs)
