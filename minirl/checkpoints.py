@@ -1,6 +1,7 @@
 """Checkpoints: what training needs to go on, in files that a crash can't break and that run nobody's code."""
 
 import contextlib
+import io
 import math
 import os
 import random
@@ -29,11 +30,10 @@ def save_checkpoint(path: Path, state: State) -> None:
     Raises:
         OSError: if the disk is full, say.
     """
+    content = io.BytesIO()  # written by Python, whose errors say what is the matter with a disk
+    torch.save(_with_tensors(state), content)
     with atomic_file(path) as temporary:
-        try:
-            torch.save(_with_tensors(state), temporary)
-        except RuntimeError as error:  # torch's word for it
-            raise OSError(str(error).split("\n")[0]) from error
+        temporary.write_bytes(content.getbuffer())
 
 
 def _with_tensors(value: Any) -> Any:

@@ -335,7 +335,7 @@ class Learner:
         return np.array([epsilon_greedy(q_values_of_one, epsilon, rng) for q_values_of_one in q_values])
 
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
-        """Take one gradient step on a batch; return what `loss` logs, still on the device."""
+        """Take one gradient step on a batch; return what `loss` logs and the gradient's norm, on the device (3,)."""
         logged = self.adam_step(learning_rate, *(torch.from_numpy(array).to(self.device) for array in batch))
         self.acting.refresh()
         return logged
@@ -355,7 +355,7 @@ def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
     """
     if not losses:
         return {}
-    tags, stacked = ("losses/td_loss", "losses/q_values"), torch.stack(losses)
+    tags, stacked = ("losses/td_loss", "losses/q_values", "losses/grad_norm"), torch.stack(losses)
     if not stacked.isfinite().all():
         first = int(stacked.isfinite().all(dim=1).long().argmin())
         update = f"update {last_update - len(losses) + 1 + first:,}"

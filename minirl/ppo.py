@@ -381,7 +381,7 @@ def update_policy(
         if config.target_kl is not None and history[-1][STATS.index("approx_kl")] > config.target_kl:
             break
     means = torch.stack(history).mean(dim=0).tolist()
-    return {f"losses/{name}": mean for name, mean in zip(STATS, means, strict=True)}
+    return {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -182,10 +183,15 @@ class Run:
             if resumed is None:
                 claim(run_dir)
             self.lock = lock(run_dir)
-            save_config(run_dir, algorithm, config)
+            try:
+                save_config(run_dir, algorithm, config)
+                # What an interrupted session logged after its last checkpoint is dropped: it is done again.
+                self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)
+            except OSError as error:
+                if resumed is None:
+                    (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
+                raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
-            # What an interrupted session logged after its last checkpoint is dropped: it is done again.
-            self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":
@@ -193,43 +199,65 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._old_hook, threading.excepthook = threading.excepthook, self._on_thread_error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
-        if self.writer is not None:
-            self.writer.close()
-        if self.lock is not None:
-            os.close(self.lock)
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as close_error:
+            if error is None:  # otherwise it is told already
+                raise self._cant_log(close_error) from close_error
+        finally:
+            if self.lock is not None:
+                os.close(self.lock)
+            threading.excepthook = self._old_hook
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_signal is not None:
             raise SystemExit(128 + number)
         self.stop_signal = number
+        print("saving before it stops; once more stops at once", file=sys.stderr)
+
+    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
+        """Keep TensorBoard's thread from printing that it can't write: its next call here raises the same."""
+        if not isinstance(arguments.exc_value, OSError):
+            self._old_hook(arguments)
 
     def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
         """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
         self.progress.update(global_step if done is None else done, self._note())
-        if self.writer is not None:
-            seconds = time.monotonic() - self.started
-            speed = {
-                "charts/SPS": (global_step - self.first_step) / seconds,
-                "charts/minutes": (self.seconds_before + seconds) / 60,  # of training: pauses left out
-            }
-            for tag, value in {**scalars, **speed}.items():
-                self.writer.add_scalar(tag, value, global_step)
+        seconds = time.monotonic() - self.started
+        speed = {
+            "charts/SPS": (global_step - self.first_step) / seconds,
+            "charts/minutes": (self.seconds_before + seconds) / 60,  # of training: pauses left out
+        }
+        self._write({**scalars, **speed}, global_step)
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
         """Write the return and the length of finished episodes."""
         for episode in episodes:
             self.returns.append(episode.episodic_return)
-            if self.writer is not None:
-                self.writer.add_scalar("charts/episodic_return", episode.episodic_return, global_step)
-                self.writer.add_scalar("charts/episodic_length", episode.length, global_step)
+            scalars = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": episode.length}
+            self._write(scalars, global_step)
+
+    def _write(self, scalars: dict[str, float], global_step: int) -> None:
+        if self.writer is None:
+            return
+        try:
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, global_step)
+        except OSError as error:
+            raise self._cant_log(error) from error
+
+    def _cant_log(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self.run_dir} can't be written any more, and its last checkpoint is kept: {error}")
 
     def _note(self) -> str:
         if not self.returns:
@@ -252,9 +280,9 @@ class Run:
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
         """Log the mean return of some greedy games; if none before was better, save to `best.pt`."""
-        if self.run_dir is None or self.writer is None:
+        if self.run_dir is None:
             return
-        self.writer.add_scalar("eval/mean_return", mean_return, global_step)
+        self._write({"eval/mean_return": mean_return}, global_step)
         if mean_return >= self.best_return:
             self.best_return = mean_return
             self._save(BEST_FILE, global_step, state)
@@ -270,8 +298,8 @@ class Run:
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "random_state": random_state(),
         }
-        self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
         try:
+            self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
             learned = state()
             require_finite(learned, global_step)
             save_checkpoint(self.run_dir / file, {**common, **learned})

@@ -1,6 +1,7 @@
 """Where and how the arithmetic runs: device, precision, and compilation with its fallback to eager."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,7 +121,7 @@ class AdamStep:
 
     Args:
         network: whose parameters are trained.
-        loss: from a batch of tensors to the loss and to numbers to log, which are returned detached.
+        loss: from a batch of tensors to the loss and to numbers to log (K,).
         eps: of Adam.
         max_grad_norm: the gradient's norm is clipped to it; None for never.
         compiled: whether to compile.
@@ -146,7 +147,7 @@ class AdamStep:
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
     def __call__(self, learning_rate: float, *batch: Tensor) -> Tensor:
-        """Take a step; return what the loss function gave to log, before the step."""
+        """Take a step; return what the loss gave to log, and behind it the gradient's norm before clipping (K + 1,)."""
         self.optimizer.param_groups[0]["lr"] = learning_rate
         logged: Tensor = self.step(self._state(), torch.tensor(learning_rate), *batch)
         return logged
@@ -175,10 +176,9 @@ class AdamStep:
         loss, logged = self.loss(*batch)
         self.optimizer.zero_grad()
         loss.backward()
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         self.optimizer.step()
-        return logged.detach()
+        return torch.cat([logged.detach(), norm[None]])
 
     def _state(self) -> dict[str, list[Tensor]]:
         """Adam's state, looked up anew each time: loading a checkpoint replaces it."""
@@ -190,8 +190,8 @@ class AdamStep:
         loss, logged = self.loss(*batch)
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
             if self.max_grad_norm is not None:
-                norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
                 scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 gradients = tuple(gradient * scale for gradient in gradients)
             adam(
@@ -211,4 +211,4 @@ class AdamStep:
                 eps=self.eps,
                 maximize=False,
             )
-        return logged.detach()
+        return torch.cat([logged.detach(), norm[None]])

@@ -338,8 +338,8 @@ def test_training_does_not_explore_with_the_random_numbers_of_its_environment(mo
 
 def test_logged_losses_are_the_means_since_the_last_time() -> None:
     assert means([], 0) == {}
-    losses = [torch.tensor([1.0, 20.0]), torch.tensor([3.0, 60.0])]
-    assert means(losses, 3) == {"losses/td_loss": 2.0, "losses/q_values": 40.0}
+    losses = [torch.tensor([1.0, 20.0, 0.5]), torch.tensor([3.0, 60.0, 1.5])]
+    assert means(losses, 3) == {"losses/td_loss": 2.0, "losses/q_values": 40.0, "losses/grad_norm": 1.0}
 
 
 def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,10 +231,17 @@ def test_a_run_that_diverges_stops_and_keeps_a_good_checkpoint(
 
 
 def test_the_update_is_named_at_which_the_loss_was_lost() -> None:
-    losses = [torch.tensor([1.0, 2.0])] * 5 + [torch.tensor([float("inf"), 2.0]), torch.tensor([1.0, float("nan")])]
+    good, bad, later = [1.0, 2.0, 3.0], [float("inf"), 2.0, 3.0], [1.0, float("nan"), 3.0]
+    losses = [torch.tensor(numbers) for numbers in [good] * 5 + [bad, later]]
     with pytest.raises(DivergedError, match=r"diverged: losses/td_loss is inf in update 99;"):
         dqn.means(losses, 100)
-    assert dqn.means(losses[:5], 98) == {"losses/td_loss": 1.0, "losses/q_values": 2.0}
+    assert dqn.means(losses[:5], 98)["losses/td_loss"] == 1.0
+
+
+def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is() -> None:
+    losses = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, float("inf")])]
+    with pytest.raises(DivergedError, match=r"diverged: losses/grad_norm is inf in update 7;"):
+        dqn.means(losses, 7)
 
 
 def test_a_script_that_diverges_says_so_in_one_line(tmp_path: Path) -> None:

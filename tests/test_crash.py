@@ -1,0 +1,130 @@
+"""Kills in the middle of writing, disks that are full, directories that can't be written: no checkpoint is lost."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minirl.checkpoints import load_checkpoint
+from minirl.config import ConfigError
+from minirl.q_learning import QLearningConfig, train
+from minirl.runs import Run
+from tests.test_resume import ROOT, assert_same
+
+DQN = "--total-timesteps 2000 --buffer-size 400 --batch-size 16 --learning-starts 100 --checkpoint-frequency 100"
+
+# Runs a script in a process that kills itself at a moment of its tenth atomic write: half of the file written, all of
+# it but not flushed, flushed but not yet in its place, in its place. Memory files and checkpoints take turns.
+SUICIDE = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+moment, sys.argv = sys.argv[1], sys.argv[2:]
+replace, fsync, left = os.replace, os.fsync, [10]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted_fsync(file):
+    left[0] -= 1
+    if left[0] == 0 and moment == "half":
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+        die()
+    if left[0] == 0 and moment == "whole":
+        die()
+    fsync(file)
+    if left[0] == 0 and moment == "flushed":
+        die()
+
+def counted_replace(source, target):
+    replace(source, target)
+    if left[0] == 0 and moment == "placed":
+        die()
+
+os.fsync, os.replace = counted_fsync, counted_replace
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
+    script = [sys.executable, "train_dqn.py", "--device", "cpu"]
+    settings = [*DQN.split(), "--eval-frequency", "none"]
+    subprocess.run([*script, *settings, "--run-dir", str(tmp_path / "alone")], cwd=ROOT, check=True)
+    run_dir = tmp_path / "killed"
+    arguments = [*settings, "--run-dir", str(run_dir)]
+    steps = []
+    for moment in ("half", "placed", "whole", "flushed"):
+        command = [sys.executable, "-c", SUICIDE, moment, "train_dqn.py", "--device", "cpu", *arguments]
+        assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+        steps.append(load_checkpoint(run_dir, "dqn")["global_step"])
+        arguments = ["--resume", str(run_dir)]
+    assert 0 < steps[0] < steps[1] < steps[2] < steps[3] < 2000
+    subprocess.run([*script, *arguments], cwd=ROOT, check=True)
+    assert_same(load_checkpoint(tmp_path / "alone", "dqn"), load_checkpoint(run_dir, "dqn"))
+    assert not list(run_dir.glob(".*")), "what a killed write left is gone"
+
+
+@pytest.mark.parametrize(("limit", "file"), [(25_000, ""), (10_000, "checkpoint.pt ")])
+def test_a_full_disk_ends_a_run_in_one_line(limit: int, file: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; the events of a run on the grid take 28 kB, a checkpoint 20."""
+    command = [sys.executable, "train_q.py", "--run-dir", str(tmp_path / "run")]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("run directory: ")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("error: ")
+    assert str(tmp_path / "run") in errors[0]
+    assert errors[0].endswith("File too large")
+    assert f"{file}can't be written" in errors[0].replace("run/", "")
+    if not file:  # room is made, and the run goes on
+        subprocess.run([*command[:2], "--resume", str(tmp_path / "run")], cwd=ROOT, check=True)
+
+
+@contextlib.contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Root can write everywhere: for a while, this process is nobody."""
+    for parent in [directory, *directory.parents[: len(directory.parents) - 2]]:
+        parent.chmod(0o755)
+    directory.chmod(0o555)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was == 0:
+            os.seteuid(0)
+        directory.chmod(0o755)
+
+
+def test_a_read_only_directory_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    config = QLearningConfig(num_episodes=20)
+    with read_only(tmp_path), pytest.raises(ConfigError, match=r"--run-dir must be a directory that can be written"):
+        train(config, run_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_becomes_read_only_keeps_its_checkpoint(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = QLearningConfig(num_episodes=20, checkpoint_frequency=50)
+    with Run("q_learning", config, run_dir, total=100) as run:
+        run.checkpoint(0, dict)
+        with read_only(run_dir), pytest.raises(ConfigError, match=r"run/checkpoint\.pt can't be written at agent step"):
+            run.checkpoint(50, dict)
+    saved = load_checkpoint(run_dir, "q_learning")
+    assert saved["global_step"] == 0
+    with read_only(run_dir), pytest.raises(ConfigError, match=r"run must be a directory that can be written"):
+        Run("q_learning", config, run_dir, total=100, resumed=saved)
+    assert (run_dir / "config.json").stat().st_size > 0

@@ -1,0 +1,39 @@
+"""The gradient step: what it returns beside the new weights."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minirl.runtime import AdamStep
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 100.0])
+def test_the_norm_of_the_gradient_comes_with_what_the_loss_logs(compiled: bool, max_grad_norm: float | None) -> None:
+    network = nn.Linear(2, 1)  # loss 3 w_1 - 4 w_2 + 12 b: its gradient is (3, -4, 12) wherever the weights are
+
+    def loss(weights: Tensor) -> tuple[Tensor, Tensor]:
+        return (torch.cat([network.weight[0], network.bias]) * weights).sum(), weights[:2]
+
+    step = AdamStep(network, loss, max_grad_norm=max_grad_norm, compiled=compiled)
+    logged = step(0.1, torch.tensor([3.0, -4.0, 12.0]))
+    assert logged.tolist() == pytest.approx([3.0, -4.0, 13.0])
+    assert not logged.requires_grad
+    assert step.step.enabled == compiled, "it fell back"
+    first_moment = torch.cat([step.optimizer.state[p]["exp_avg"].flatten() for p in network.parameters()])
+    clipped = 13.0 if max_grad_norm is None else min(13.0, max_grad_norm)
+    assert first_moment.norm().item() == pytest.approx(0.1 * clipped, rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_that_is_lost_shows_in_the_update_itself(compiled: bool) -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+
+    def loss(scale: Tensor) -> tuple[Tensor, Tensor]:
+        value = (scale * network.weight).sqrt().sum()  # 0, and its slope is infinite
+        return value, value[None]
+
+    logged = AdamStep(network, loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
+    assert logged[0].item() == 0.0
+    assert not logged[1].isfinite()
