@@ -148,7 +148,8 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     logged = learner.update(batch, 0.01)
     torch.testing.assert_close(parameters(learner.online), parameters(reference))
     assert torch.equal(parameters(learner.target), target_before)
-    expected = [loss.item(), q_values[range(16), actions].mean().item()]
+    gradient = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    expected = [loss.item(), q_values[range(16), actions].mean().item(), gradient.norm().item()]
     assert logged.tolist() == pytest.approx(expected)
     assert not logged.requires_grad
 
@@ -344,7 +345,7 @@ def test_logged_losses_are_the_means_since_the_last_time() -> None:
 
 def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.dqn.LOG_EVERY", 30)
-    monkeypatch.setattr(Learner, "update", lambda learner, batch, rate: torch.tensor([float(rate), 0.0]))
+    monkeypatch.setattr(Learner, "update", lambda learner, batch, rate: torch.tensor([float(rate), 0.0, 1.0]))
     config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=60.0, train_frequency=10, eval_frequency=None)
     train(config, run_dir=tmp_path / "run", device="cpu")
     # Updates at 20, 30, 40, 50 and 60, at the rates of the steps before: 41, 31, 21, 11 and 1

@@ -140,7 +140,8 @@ def plain_descent(agent: ActorCritic, config: PPOConfig) -> Any:
         with torch.no_grad():
             for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
                 parameter.sub_(gradient, alpha=learning_rate)
-        return logged.detach()
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        return torch.cat([logged.detach(), norm[None]])
 
     return step
 
@@ -193,10 +194,11 @@ def test_the_norm_of_the_gradient_is_clipped(max_grad_norm: float) -> None:
         env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1, max_grad_norm=max_grad_norm
     )
     agent, rollout, advantages, returns = made_up_rollout(config)
-    update_policy(adam_step(agent, config), rollout, advantages, 100 * returns, config, 1e-3, 0.1)
+    losses = update_policy(adam_step(agent, config), rollout, advantages, 100 * returns, config, 1e-3, 0.1)
     gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert norm.item() == pytest.approx(max_grad_norm, rel=1e-3)
+    assert losses["losses/grad_norm"] > 1.0, "logged as it was before"
 
 
 @pytest.mark.parametrize(("target_kl", "epochs"), [(None, 5), (1e-9, 1), (1e9, 5)])
