@@ -4,7 +4,10 @@ import contextlib
 import io
 import math
 import os
+import pickle
 import random
+import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from minirl.envs.state import decode, encode
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
 
-COMMON_KEYS = ("global_step", "returns", "best_return", "seconds", "random_state")  # of every algorithm's checkpoint
+# What every algorithm's checkpoint holds.
+COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": float, "random_state": dict}
 
 State = dict[str, Any]
 
@@ -70,6 +74,9 @@ def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str 
         keys: what it must hold of the algorithm's own state.
         file: `checkpoint.pt` or `best.pt`.
 
+    Returns:
+        What was saved, and its `path`.
+
     Raises:
         ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
     """
@@ -77,17 +84,49 @@ def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str 
         raise ConfigError("resume=True needs run_dir, the directory of the run")
     path = run_dir / file
     try:
-        state: State = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles: the error says enough
+            state: State = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no checkpoint here") from None
     except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
-        reason = str(error).split("\n")[0]
+        # What torch itself says of code in a file is how to run it.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds something other than tensors and plain data" if unsafe else f"it is broken ({brief(error)})"
         raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
     if not isinstance(state, dict) or state.get("algorithm") != algorithm:
         raise ConfigError(f"{path} must be a checkpoint of {algorithm}, and is not")
-    if missing := {*COMMON_KEYS, *keys} - state.keys():
+    if missing := {*COMMON, *keys} - state.keys():
         raise ConfigError(f"{path} must be a whole checkpoint, and has no {', '.join(sorted(missing))}")
-    return state
+    with reading({"path": path}):
+        for key, kind in COMMON.items():
+            if type(state[key]) is not kind:
+                raise TypeError(f"{key} is no {kind.__name__}: {state[key]!r}")
+        if state["global_step"] < 0:
+            raise ValueError(f"global_step is {state['global_step']}")
+        if bad := not_finite(state):
+            raise ValueError(f"{', '.join(bad)} not finite")
+    return {**state, "path": path}
+
+
+@contextlib.contextmanager
+def reading(saved: State) -> Iterator[None]:
+    """Name the file of a checkpoint where what it holds does not fit: it is another run's, say, or was changed.
+
+    Raises:
+        ConfigError: for whatever goes wrong in the block.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{saved['path']} must be of a run as this one, and does not fit: {brief(error)}") from error
+
+
+def brief(error: Exception) -> str:
+    """Return an error's type and the last line of what it says, up to 200 characters."""
+    text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
+    return textwrap.shorten(text, 200, placeholder="...")
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
@@ -96,11 +135,8 @@ def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
     Raises:
         ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
     """
-    try:
+    with reading(saved):
         network.load_state_dict(saved[key])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the checkpoint must fit the environment of the run: {reason}") from error
 
 
 ADVICE = "the checkpoint before is kept; try a lower learning rate"
@@ -131,12 +167,16 @@ def require_finite(learned: State, global_step: int) -> None:
     Raises:
         DivergedError: naming them.
     """
-    weights = learned.get("model", {})
-    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if bad := not_finite(learned):
         raise DivergedError(
             f"training has diverged: {', '.join(bad)} not finite at agent step {global_step:,}; {ADVICE}"
         )
+
+
+def not_finite(learned: State) -> list[str]:
+    """Return the names of the weights that are not finite, or of a Q-table that is not."""
+    weights = {**learned.get("model", {}), "q_table": learned.get("q_table", torch.zeros(()))}
+    return [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
 
 
 def random_state() -> State:
@@ -149,10 +189,16 @@ def random_state() -> State:
     }
 
 
-def set_random_state(state: State) -> None:
-    """Put back what `random_state` returned, as far as this machine has the same devices."""
-    torch.set_rng_state(state["cpu"])
-    np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
-    random.setstate(decode(state["python"]))
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_random_state(saved: State) -> None:
+    """Put back the random states of a checkpoint, as far as this machine has the same devices.
+
+    Raises:
+        ConfigError: if they are none.
+    """
+    with reading(saved):
+        state = saved["random_state"]
+        torch.set_rng_state(state["cpu"])
+        np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
+        random.setstate(decode(state["python"]))
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from minirl.checkpoints import DivergedError
+from minirl.checkpoints import DivergedError, brief
 from minirl.config import ConfigError, Sizes, field_types, flag_name
-from minirl.runs import default_run_dir, load_settings
+from minirl.runs import CONFIG_FILE, default_run_dir, load_settings
 
 # What may be given with --resume: how far to go on, and what changes no result.
 MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency")
@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: object) -> NoReturn:
-    """Print `error: message` on standard error and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print `error: message` on standard error, in one line, and exit with status 2."""
+    print("error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -65,6 +65,10 @@ def run_training(
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's MemoryError
+            raise
+        fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
     except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
         raise SystemExit(130) from None
 
@@ -83,7 +87,7 @@ def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dic
     for name, value in given.items():
         if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
             raise ConfigError(
-                f"{flag_name(name)} {_shown(value)} can't go with --resume: the run has {_shown(saved)}; leave it out"
+                f"{flag_name(name)} {shown(value)} can't go with --resume: the run has {shown(saved)}; leave it out"
             )
     return dataclasses.replace(config, **given)
 
@@ -99,7 +103,10 @@ def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) ->
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
-    return config_class(**settings)
+    try:
+        return config_class(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{run_dir / CONFIG_FILE}: {error}") from error
 
 
 def make_parser(config_class: type, description: str) -> Parser:
@@ -111,7 +118,7 @@ def make_parser(config_class: type, description: str) -> Parser:
     kinds = field_types(config_class)
     for field in dataclasses.fields(config_class):
         plain, optional = kinds[field.name]
-        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {_shown(field.default)})"}
+        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown(field.default)})"}
         if plain is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -120,19 +127,27 @@ def make_parser(config_class: type, description: str) -> Parser:
         parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=read_path,
         metavar="DIR",
         help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this directory")
+    parser.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     return parser
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
+    """Return a setting as one writes it on a command line."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return "none" if default is None else str(default)
+
+
+def read_path(text: str) -> Path:
+    """Return the path that a flag gives; nothing would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not ''")
+    return Path(text)
 
 
 def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:

@@ -9,12 +9,13 @@ class Config:
 """
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from typing import Any
 
 MAX_SEED = 2**31 - 1
+MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
 NOUNS: dict[Any, str] = {
     int: "a whole number",
@@ -75,13 +76,15 @@ def check_settings(config: Any) -> None:
         if not (_has_type(value, plain) and _in_range(value, **limits)):
             wanted = _describe(plain, **limits) + (" or none" if optional else "")
             raise ConfigError(f"{flag_name(field.name)} must be {wanted}, not {value!r}")
+        if plain in (int, Sizes) and not _in_range(value, None, MAX_WHOLE, None):
+            raise ConfigError(f"{flag_name(field.name)} must be at most {MAX_WHOLE}, not {value!r}")
 
 
 def _has_type(value: Any, plain: type) -> bool:
     if plain == Sizes:
         return isinstance(value, tuple) and all(_has_type(size, int) for size in value)
     if plain is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if plain is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, plain)

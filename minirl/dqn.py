@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, require_finite_losses, set_random_state
+from minirl.checkpoints import State, load_checkpoint, load_weights, reading, require_finite_losses, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
@@ -394,13 +394,15 @@ def train(
     ):
         learner = Learner(config, envs, torch_device)
         memory = make_memory(config, envs, rng)
-        memory_files = MemoryFiles(run_dir, saved["memory"] if saved else None)
+        memory_files = MemoryFiles(run_dir)
+        if saved is not None:
+            with reading(saved):
+                learner.load(saved)
+                memory_files.load(memory, saved["memory"])
+                rng.bit_generator.state = saved["rng"]
         obs = start_envs(envs, config.seed, saved)
         if saved is not None:
-            learner.load(saved)
-            memory_files.load(memory, saved["memory"])
-            set_random_state(saved["random_state"])
-            rng.bit_generator.state = saved["rng"]
+            set_random_state(saved)
 
         def state() -> State:
             return {

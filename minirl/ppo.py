@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, require_finite_losses, set_random_state
+from minirl.checkpoints import State, load_checkpoint, load_weights, reading, require_finite_losses, set_random_state
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
@@ -426,8 +426,12 @@ def train(
         )
         rollout = Rollout(config.num_steps, envs, torch_device)
         if saved is not None:
-            load_weights(agent, saved)
-            adam_step.load(saved["optimizer"])
+            with reading(saved):
+                load_weights(agent, saved)
+                adam_step.load(saved["optimizer"])
+        obs = start_envs(envs, config.seed, saved)
+        if saved is not None:
+            set_random_state(saved)
 
         def state() -> State:
             return {
@@ -437,9 +441,6 @@ def train(
             }
 
         with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run:
-            obs = start_envs(envs, config.seed, saved)
-            if saved is not None:
-                set_random_state(saved["random_state"])
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checkpoints import State, load_checkpoint
+from minirl.checkpoints import State, load_checkpoint, reading
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
@@ -223,10 +223,11 @@ def train(
     episode = global_step = 0
     unlogged: list[Played] = []
     if saved is not None:
-        table = load_table(saved, env).tolist()
-        env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
-        episode, global_step = saved["episode"], saved["global_step"]
-        unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
+        with reading(saved):
+            table = load_table(saved, env).tolist()
+            env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
+            episode, global_step = int(saved["episode"]), saved["global_step"]
+            unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
 
@@ -295,8 +296,8 @@ def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
     Raises:
         ConfigError: if it is not one of this environment's size.
     """
-    table = saved["q_table"]
-    if not isinstance(table, torch.Tensor) or tuple(table.shape) != table_shape(env):
-        raise ConfigError(f"the checkpoint must hold a Q-table of the environment's size, {table_shape(env)}")
-    result: QTable = table.numpy()
-    return result
+    with reading(saved):
+        table: QTable = saved["q_table"].double().numpy()
+        if table.shape != table_shape(env):
+            raise ValueError(f"the environment has {table_shape(env)} states and actions, its table {table.shape}")
+    return table

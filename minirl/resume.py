@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checkpoints import State, atomic_file
+from minirl.checkpoints import State, atomic_file, reading
 from minirl.config import ConfigError
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
@@ -47,11 +47,12 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         return envs.reset(seed=seed).copy()
     if saved["envs"] is None:
         return envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
-    try:
+    with reading(saved):
         envs.restore(saved["envs"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"the checkpoint must hold environments as this run makes them: {error}") from error
-    obs: NDArray[Any] = saved["obs"].numpy()
+        obs: NDArray[Any] = saved["obs"].numpy()
+        shape = (envs.num_envs, *(envs.observation_space.shape or ()))
+        if obs.shape != shape:
+            raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
     return obs
 
 
@@ -60,12 +61,11 @@ class MemoryFiles:
 
     Args:
         run_dir: where they lie; None for a run that writes nothing.
-        saved: what `save` returned for the checkpoint that this run goes on from.
     """
 
-    def __init__(self, run_dir: Path | None, saved: State | None = None) -> None:
+    def __init__(self, run_dir: Path | None) -> None:
         self.run_dir = run_dir
-        self.spans: list[tuple[int, int]] = [] if saved is None else [(a, b) for a, b in saved["spans"]]
+        self.spans: list[tuple[int, int]] = []
 
     def save(self, memory: ReplayBuffer) -> State:
         """Write what was added since the last time; return what a checkpoint holds of the memory."""
@@ -84,11 +84,12 @@ class MemoryFiles:
         return {"spans": self.spans, "counters": memory.counters()}
 
     def load(self, memory: ReplayBuffer, saved: State) -> None:
-        """Fill the memory from the files that a checkpoint names.
+        """Fill the memory from the files that a checkpoint names; `saved` is what `save` returned for it.
 
         Raises:
             ConfigError: if one is missing, or broken, or of another memory.
         """
+        self.spans = [(first, end) for first, end in saved["spans"]]
         for span in self.spans:
             path = self._file(span)
             try:

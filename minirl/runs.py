@@ -132,7 +132,7 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{run_dir} must be a run directory, and has no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     kinds = {"algorithm": str, "env_id": str, "seed": int}
     if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):

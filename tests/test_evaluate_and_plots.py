@@ -145,7 +145,10 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
         ("{run} --device tpu", "--device must be auto, cpu or cuda"),
         ("empty", "there is no checkpoint here"),
         ("other", "must hold a run of ppo, dqn or q_learning, not of sarsa"),
-        ("changed", "must fit the environment of the run"),
+        (
+            "changed",
+            "changed/checkpoint.pt must be of a run as this one, and does not fit: RuntimeError: size mismatch",
+        ),
         ("", "the following arguments are required: RUN_DIR"),
     ],
 )
