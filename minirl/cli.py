@@ -12,7 +12,7 @@ from minirl.config import ConfigError, Sizes, field_types, flag_name
 from minirl.runs import CONFIG_FILE, default_run_dir, load_settings
 
 # What may be given with --resume: how far to go on, and what changes no result.
-MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency")
+MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency", "video_frequency")
 
 
 class Train(Protocol):

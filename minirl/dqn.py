@@ -40,6 +40,7 @@ from minirl.resume import MemoryFiles, env_state, start_envs
 from minirl.runs import Run, seed_everything
 from minirl.runtime import AdamStep, select_device, select_precision
 from minirl.shapes import require_same_shape
+from minirl.video import Videos
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
@@ -90,6 +91,7 @@ class DQNConfig:
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
+    video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -384,6 +386,7 @@ def train(
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
+    videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
@@ -393,6 +396,7 @@ def train(
         Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency, config.num_workers) as judge,
     ):
         learner = Learner(config, envs, torch_device)
+        greedy = functools.partial(greedy_actions, learner.online)
         memory = make_memory(config, envs, rng)
         memory_files = MemoryFiles(run_dir)
         if saved is not None:
@@ -440,7 +444,7 @@ def train(
                     run.log(now.steps, {**schedules, **means(losses, learner.adam_step.steps)})
                     losses.clear()
                 if judged:
-                    policy = functools.partial(greedy_actions, learner.online)
-                    run.keep_best(now.steps, judge.mean_return(policy, now.steps), learner.state)
+                    run.keep_best(now.steps, judge.mean_return(greedy, now.steps), learner.state)
+                videos.record(run, now.steps, greedy)
                 run.checkpoint(now.steps, state, finished=finished)
     return learner.online

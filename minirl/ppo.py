@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from minirl.resume import env_state, start_envs
 from minirl.runs import Run, seed_everything
 from minirl.runtime import AdamStep, select_device, select_precision, threads_beside
 from minirl.shapes import require_same_shape
+from minirl.video import Videos
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 ADAM_EPS = 1e-5  # as all implementations since OpenAI's baselines, not Adam's own 1e-8
@@ -71,6 +73,7 @@ class PPOConfig:
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
+    video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -328,6 +331,15 @@ def collect_rollout(
     return obs
 
 
+@torch.no_grad()
+def choose_actions(agent: ActorCritic, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
+    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N,)."""
+    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
+    distribution, _ = agent(torch.as_tensor(obs, dtype=dtype, device=agent.actor.weight.device))
+    actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.logits.argmax(dim=-1)).cpu().numpy()
+    return actions
+
+
 def minibatch_loss(
     agent: ActorCritic,
     config: PPOConfig,
@@ -412,6 +424,7 @@ def train(
     last_step = config.num_updates * config.batch_size
     if first_step > last_step:
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
+    videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
@@ -466,5 +479,6 @@ def train(
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout.values, returns)
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
+                videos.record(run, global_step, functools.partial(choose_actions, agent))
                 run.checkpoint(global_step, state, finished=global_step == last_step)
     return agent

@@ -9,6 +9,7 @@ Nothing follows a terminal state, so nothing is added for s' there; an episode t
 on in principle and keeps its gamma max Q(s', a').
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
 from minirl.runs import Run, seed_everything
 from minirl.runtime import select_device
+from minirl.video import Videos
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes
@@ -48,6 +50,7 @@ class QLearningConfig:
     # section 2.6): 300 of 300 seeds end within 1e-9 of Q* (benchmarks/q_learning_seeds.py).
     initial_value: float = setting(100.0, "what the table starts as; 0 is the notebook's, and fails on some seeds")
     checkpoint_frequency: int = setting(1_000_000, "steps between checkpoints", at_least=1)
+    video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -129,6 +132,11 @@ def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-
             return improved
         q_table = improved
     raise ValueError("value iteration did not converge: with gamma 1, the best policy must come to an end")
+
+
+def greedy_actions(q_table: QTable | list[list[float]], states: NDArray[Any]) -> NDArray[np.int64]:
+    """The first of the best actions: states (N,) -> (N,)."""
+    return np.array([np.argmax(q_table[state]) for state in states])
 
 
 class Played(NamedTuple):
@@ -230,6 +238,8 @@ def train(
             unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
+    videos = Videos(config, run_dir, global_step)
+    greedy = functools.partial(greedy_actions, table)
 
     def state() -> State:
         return {
@@ -254,6 +264,7 @@ def train(
             if len(unlogged) == LOG_EVERY or episode == total:
                 log_episodes(run, global_step, episode, unlogged)
                 unlogged.clear()
+            videos.record(run, global_step, greedy)
             run.checkpoint(global_step, state, finished=episode == total)
     return np.array(table)
 

@@ -5,6 +5,7 @@
         checkpoint.pt            the latest checkpoint, replaced atomically
         best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
         memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
+        videos/step-*.gif        recorded games, where `video_frequency` asks for them
         events.out.tfevents...   TensorBoard
 
 The same for every algorithm. With `run_dir=None` nothing is written.
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -229,6 +230,15 @@ class Run:
         """Keep TensorBoard's thread from printing that it can't write: its next call here raises the same."""
         if not isinstance(arguments.exc_value, OSError):
             self._old_hook(arguments)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of `charts/minutes` and `charts/SPS`."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - began
 
     def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
         """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""

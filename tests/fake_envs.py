@@ -1,6 +1,7 @@
 """Small environments that can be made in worker processes: `env_id` "tests.fake_envs:Name-v0"."""
 
 import os
+import random
 import signal
 import sys
 import time
@@ -144,6 +145,27 @@ class OtherObservations(Counter):
         return obs
 
 
+class Drawn(Counter):
+    """Shows its step, last action and episode as three stripes of a picture; drawing takes global random numbers."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 - Gymnasium's own way
+
+    def __init__(self, ends_at: int | None = None, render_mode: str | None = None) -> None:
+        super().__init__(ends_at, reseeded=True)
+        self.render_mode = render_mode
+
+    def render(self) -> NDArray[np.uint8]:
+        random.random()
+        np.random.random()  # noqa: NPY002
+        picture = np.zeros((35, 51, 3), np.uint8)
+        picture[:, :17] = 10 * self.count, 200, 30
+        picture[:, 17:34] = 80, 100 * (self.last_action + 1), 60
+        picture[:, 34:] = 20, 40, 90 * self.episode
+        return picture
+
+
+gym.register("Drawn-v0", "tests.fake_envs:Drawn", kwargs={"ends_at": 20})
+gym.register("DrawnForEver-v0", "tests.fake_envs:Drawn")
 gym.register("Uint8Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.uint8})
 gym.register("Float64Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.float64})
 gym.register("Colours-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (3, 40, 40), "dtype": np.uint8})

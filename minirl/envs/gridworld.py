@@ -19,7 +19,7 @@ Model = dict[int, dict[int, list[tuple[float, int, float, bool]]]]
 
 MOVES: tuple[Cell, ...] = ((-1, 0), (0, 1), (1, 0), (0, -1))
 GOAL_REWARD, BLOCKED_REWARD, STEP_REWARD = 100.0, -10.0, -1.0
-CELL_PIXELS = 32  # side of a cell in `rgb_array`
+CELL_PIXELS = 64  # side of a cell in `rgb_array`
 COLOURS = {".": (255, 255, 255), "#": (70, 70, 70), "G": (90, 190, 90), "S": (210, 225, 245), "A": (220, 60, 50)}
 
 

@@ -1,0 +1,248 @@
+"""Games as videos: played, drawn and written to `.mp4` or `.gif` files, during training and after."""
+
+import contextlib
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+# Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own writer of GIFs is no substitute: in
+# version 5.0 the colours of Pong come out up to 78 of 255 off, in a file twenty times the size.
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from minirl.checkpoints import atomic_file, random_state, set_random_state
+from minirl.config import ConfigError
+from minirl.envs.ids import is_atari
+from minirl.envs.make import make_env
+from minirl.play import Policy
+from minirl.runs import Run, derived_seed
+
+LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end one
+ATARI_STEPS_PER_SECOND = 15.0  # 60 frames, 4 of them an agent step
+DEFAULT_STEPS_PER_SECOND = 30.0  # of environments that do not say how fast they are
+GIF_PICTURES_PER_SECOND = 25  # at most: many viewers slow down what is shown for less than 20 ms
+VIDEO = 4  # sets the seeds of recorded games apart from all others
+
+Picture = NDArray[np.uint8]  # (H, W, 3), red first
+
+
+def record_game(
+    policy: Policy,
+    env_id: str,
+    seed: int,
+    path: Path,
+    *,
+    flag: str = "--video",
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
+
+    Args:
+        policy: what plays.
+        env_id: the environment.
+        seed: of the game.
+        path: the file; its ending says which kind.
+        flag: what a mistake is called after.
+        stopped: asked after each step; once it is true, the video ends there.
+
+    Returns:
+        Whether the game came to its end, within `LONGEST_VIDEO` agent steps.
+
+    Raises:
+        ConfigError: if the environment can't be drawn, or the file not written.
+    """
+    write = write_gif if path.suffix == ".gif" else write_mp4
+    with contextlib.closing(make_drawn_env(env_id, flag)) as env:
+        game = play_and_draw(policy, env, seed, flag, stopped)
+        try:
+            write(path, itertools.islice(game, LONGEST_VIDEO), steps_per_second(env_id))
+        except OSError as error:
+            raise ConfigError(f"{flag} must be a file that can be written, and {path} can't: {error}") from error
+        return next(game, None) is None
+
+
+def make_drawn_env(env_id: str, flag: str) -> gym.Env[Any, Any]:
+    """Make an environment whose `render` returns pictures.
+
+    Raises:
+        ConfigError: naming `flag`, if there are none.
+    """
+    require_render_mode(env_id, flag, "rgb_array")
+    return make_env(env_id, render_mode="rgb_array")
+
+
+def require_render_mode(env_id: str, flag: str, *modes: str) -> None:
+    """Raise a ConfigError, naming `flag`, if an environment has none of these render modes."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it greets on standard output, where results go
+    with contextlib.closing(make_env(env_id)) as env:
+        if not set(modes) & set(env.metadata.get("render_modes", [])):
+            raise ConfigError(f"{flag} needs an environment that can be drawn, and {env_id} can't")
+
+
+def steps_per_second(env_id: str) -> float:
+    """Return the speed of a game, in agent steps."""
+    if is_atari(env_id):
+        return ATARI_STEPS_PER_SECOND
+    with contextlib.closing(make_env(env_id)) as env:
+        return float(env.metadata.get("render_fps") or DEFAULT_STEPS_PER_SECOND)
+
+
+def play_and_draw(
+    policy: Policy, env: gym.Env[Any, Any], seed: int, flag: str, stopped: Callable[[], bool]
+) -> Iterator[Picture]:
+    """Play one whole game; yield its picture at the start and after each agent step."""
+    first_action = int(getattr(env.action_space, "start", 0))
+    obs, info = env.reset(seed=seed)
+    yield draw(env, flag)
+    while "episode" not in info and not stopped():
+        action = int(policy(np.asarray(obs)[None])[0]) + first_action
+        obs, _, terminated, truncated, info = env.step(action)
+        if (terminated or truncated) and "episode" not in info:
+            obs, info = env.reset()  # a life was lost; the game goes on
+        yield draw(env, flag)
+
+
+def draw(env: gym.Env[Any, Any], flag: str) -> Picture:
+    """Return a picture of the environment (H, W, 3).
+
+    Raises:
+        ConfigError: naming `flag`, if it can't be drawn, say because a package for that is missing.
+    """
+    try:
+        picture = env.render()
+    except gym.error.Error as error:
+        raise ConfigError(f"{flag} needs an environment that can be drawn: {error}") from error
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        raise ConfigError(f"{flag} needs an environment that can be drawn: `render` gives no bytes of shape (H, W, 3)")
+    return picture
+
+
+def write_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> None:
+    """Write pictures as MPEG-4 video.
+
+    Raises:
+        OSError: if that fails.
+    """
+    first = next(pictures)
+    height, width = first.shape[:2]
+    odd_row, odd_column = height % 2, width % 2  # are doubled: the codec takes even sizes only
+    size = (width + odd_column, height + odd_row)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size)
+    try:
+        if not writer.isOpened():
+            raise OSError("OpenCV can't open it")
+        for picture in itertools.chain([first], pictures):
+            even = cv2.copyMakeBorder(picture, 0, odd_row, 0, odd_column, cv2.BORDER_REPLICATE)
+            writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
+
+
+def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> None:
+    """Write pictures as an animated GIF that repeats for ever.
+
+    Of faster games than `GIF_PICTURES_PER_SECOND`, each second or third picture is shown, and for longer.
+
+    Raises:
+        OSError: if that fails.
+    """
+    every = math.ceil(per_second / GIF_PICTURES_PER_SECOND)
+    images = gif_images(itertools.islice(pictures, 0, None, every), per_second / every)
+    with atomic_file(path) as temporary:
+        next(images).save(temporary, format="GIF", save_all=True, append_images=images, loop=0)
+
+
+def gif_images(pictures: Iterable[Picture], per_second: float) -> Iterator[Image.Image]:
+    """Yield pictures with their palettes and how long each is shown, a multiple of 10 ms: on average what it should."""
+    for i, picture in enumerate(pictures):
+        image = with_palette(picture)
+        start, end = (int(100 * number / per_second) for number in (i, i + 1))
+        image.info["duration"] = 10 * (end - start)
+        yield image
+
+
+def with_palette(picture: Picture) -> Image.Image:
+    """Return a picture of at most 256 colours: its own if they are no more, otherwise those that fit best."""
+    image = Image.fromarray(picture)
+    colours: Any = image.getcolors(256)  # [(how often, (r, g, b)), ...], or None if there are more
+    if colours is None:
+        return image.convert("P", palette=Image.Palette.ADAPTIVE)
+    # Pillow would get there by itself, in ten times the time. Colours that are almost the same may become one.
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(bytes(itertools.chain.from_iterable(sorted(colour for _, colour in colours))))
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+class Videos:
+    """Records a game every so often during training, and changes nothing of the training.
+
+    The policy plays a new game without exploration, for at most `LONGEST_VIDEO` agent steps. It goes to
+    `videos/step-000100352.gif` in the run directory, after the agent step, and to TensorBoard as the image
+    `videos/game`.
+
+    Args:
+        config: the settings; `env_id`, `seed` and `video_frequency` (agent steps, None for never) are read here.
+        run_dir: where to write; None for nowhere: nothing is recorded.
+        first_step: how many agent steps earlier sessions did.
+
+    Raises:
+        ConfigError: if the environment can't be drawn.
+    """
+
+    def __init__(self, config: Any, run_dir: Path | None, first_step: int) -> None:
+        self.config = config
+        self.folder = None if run_dir is None or config.video_frequency is None else run_dir / "videos"
+        self.last_step = first_step
+        if self.folder is not None:
+            flag = "--video-frequency"
+            with untouched_random_state(), contextlib.closing(make_drawn_env(config.env_id, flag)) as env:
+                env.reset()
+                draw(env, flag)
+
+    def record(self, run: Run, global_step: int, policy: Policy) -> None:
+        """Record a game if one is due; Ctrl-C cuts it short. A failure is a warning: no video is worth the run."""
+        if self.folder is None:
+            return
+        every = self.config.video_frequency
+        due = global_step // every > self.last_step // every
+        self.last_step = global_step
+        if not due:
+            return
+        path = self.folder / f"step-{global_step:09}.gif"
+        seed = derived_seed(self.config.seed, VIDEO, global_step)
+        with run.paused(), untouched_random_state():
+            try:
+                self.folder.mkdir(exist_ok=True)
+                record_game(policy, self.config.env_id, seed, path, stopped=lambda: run.stop_signal is not None)
+                log_gif(run, global_step, path)
+            except Exception as error:
+                warnings.warn(f"the game of agent step {global_step:,} is not recorded: {error}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def log_gif(run: Run, global_step: int, path: Path) -> None:
+    """Show a GIF among TensorBoard's images. `SummaryWriter.add_video` would need moviepy."""
+    assert run.writer is not None
+    with Image.open(path) as gif:
+        width, height = gif.size
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
+    summary = Summary(value=[Summary.Value(tag="videos/game", image=image)])
+    run.writer._get_file_writer().add_summary(summary, global_step)
