@@ -120,11 +120,12 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "norm_adv": True,
         "value_clip_coef": None,
         "target_kl": None,
-        # What changes the speed only.
+        # What changes no result.
         "compile": None,
         "precision": "auto",
         "num_workers": None,
         "checkpoint_frequency": 100_000,
+        "video_frequency": None,
     }
     assert config.batch_size == 1024
     assert config.num_updates == 9766

@@ -75,9 +75,9 @@ def test_rendering() -> None:
     assert env.render() == "S A .\n. # .\n. . G\n"
     picture = GridWorld(render_mode="rgb_array").render()
     assert isinstance(picture, np.ndarray)
-    assert picture.shape == (96, 96, 3)
+    assert picture.shape == (192, 192, 3)
     assert picture.dtype == np.uint8
-    agent, free, obstacle, goal = (tuple(picture[y, x]) for y, x in [(16, 16), (16, 48), (48, 48), (80, 80)])
+    agent, free, obstacle, goal = (tuple(picture[y, x]) for y, x in [(32, 32), (32, 96), (96, 96), (160, 160)])
     assert len({agent, free, obstacle, goal}) == 4
     assert GridWorld().render() is None
 

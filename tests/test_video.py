@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, Event
 
 from minirl import dqn, ppo, q_learning, video, window
 from minirl.checkpoints import State, load_checkpoint
-from minirl.cli import run_training
+from minirl.cli import resumed_config, run_training
 from minirl.config import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.evaluate import evaluate
-from minirl.runs import Run, derived_seed
+from minirl.runs import Run, derived_seed, save_config
 from minirl.video import Picture, make_drawn_env, play_and_draw, record_game, write_gif, write_mp4
 from minirl.window import at_game_speed, open_window
 from tests.fake_envs import Drawn
@@ -276,6 +276,11 @@ def test_an_environment_that_cannot_be_drawn_is_refused_before_anything_is_writt
         assert message in error
         assert error.count("\n") == 1
         assert not run_dir.exists()
+
+
+def test_a_resumed_run_may_be_filmed_more_or_less(tmp_path: Path) -> None:
+    save_config(tmp_path, "ppo", PPO)
+    assert resumed_config("ppo", ppo.PPOConfig, tmp_path, {"video_frequency": None}).video_frequency is None
 
 
 def test_without_a_run_directory_nothing_is_recorded_or_asked_for() -> None:
