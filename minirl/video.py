@@ -231,7 +231,7 @@ class Videos:
 @contextlib.contextmanager
 def untouched_random_state() -> Iterator[None]:
     """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
-    before = random_state()
+    before = {"random_state": random_state()}
     try:
         yield
     finally:

@@ -1,0 +1,37 @@
+"""Links from the documents to lines of code: `python -m tests.links` brings their line numbers up to date.
+
+Such a link quotes the code that it leads to, [`ratio = ...`](../minirl/ppo.py#L219), and what it quotes stands on one
+line of the file only: that line can always be found again.
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CODE_LINK = re.compile(r"\[`(?P<code>[^`]+)`\]\((?P<file>[^)#]+)#L\d+\)")
+
+
+def relink(document: Path) -> str:
+    """Return a document's text with each link to code at the line that it quotes.
+
+    Raises:
+        ValueError: if a quoted piece of code stands on no line of its file, or on several.
+    """
+
+    def mended(link: re.Match[str]) -> str:
+        code = link["code"].replace("\\|", "|")  # in a table
+        lines = (document.parent / link["file"]).read_text().splitlines()
+        found = [number for number, line in enumerate(lines, 1) if code in line]
+        if len(found) != 1:
+            raise ValueError(
+                f"{document.name}: {link['file']} must have `{code}` on one line, not on {found or 'none'}"
+            )
+        return f"[`{link['code']}`]({link['file']}#L{found[0]})"
+
+    return CODE_LINK.sub(mended, document.read_text())
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        path.write_text(relink(path))
