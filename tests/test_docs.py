@@ -39,7 +39,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    return FENCE.sub("", text)
+    """What stands outside code blocks and formulas."""
+    return re.sub(r"\$[^$\n]+\$", "", FENCE.sub("", text))
 
 
 def section(text: str, heading: str) -> str:
@@ -57,7 +58,7 @@ def test_quoted_code_stands_where_the_link_says(name: str) -> None:
 
 def anchors(document: Path) -> set[str]:
     """The anchors that GitHub makes of a document's headings."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose(document.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -114,11 +115,10 @@ class ParsedError(Exception):
 
 def make_parser(command: list[str]) -> argparse.ArgumentParser | None:
     """The parser of `python FILE ...` or `python -m MODULE ...`; None if it takes no arguments."""
-    file = Path(*command[2].split(".")) if command[1] == "-m" else Path(command[1])
-    path = next(
-        path for path in (ROOT / file, ROOT / file.with_suffix(".py"), ROOT / file / "__init__.py") if path.is_file()
-    )
-    if "argparse" not in path.read_text() and "minirl.cli" not in path.read_text():
+    module = command[1] == "-m"
+    path = ROOT / (Path(*command[2].split(".")) if module else command[1])
+    path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    if path.parent.name == "benchmarks" and "argparse" not in path.read_text():
         return None
 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
@@ -126,11 +126,9 @@ def make_parser(command: list[str]) -> argparse.ArgumentParser | None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        patch.setattr(sys, "path", [str(ROOT if module else path.parent), *sys.path])
         try:
-            runpy.run_path(
-                str(path if path.name != "__init__.py" else path.with_name("__main__.py")), run_name="__main__"
-            )
+            runpy.run_path(str(path), run_name="__main__")
         except ParsedError as parsed:
             return parsed.parser
     raise AssertionError(f"{path} has not parsed its flags")
@@ -242,13 +240,12 @@ def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
     assert "(3,3)" in printed["python train_q.py --env-id my_grids:Maze-v0"]
 
     (run_dir,) = (tmp_path / "runs/q_learning/minirl-GridWorld-v0").iterdir()
-    for tool in ("evaluate", "plots"):
-        command = next(
-            command for command in commands(README) if command.startswith(f"python -m minirl.{tool} RUN_DIR")
-        )
-        printed[tool] = run(
-            command.replace("RUN_DIR [RUN_DIR ...]", "RUN_DIR").replace("RUN_DIR", str(run_dir)), tmp_path
-        )
+    for tool, command in [
+        ("evaluate", "python -m minirl.evaluate RUN_DIR"),
+        ("plots", "python -m minirl.plots RUN_DIR [RUN_DIR ...]"),
+    ]:
+        assert command in commands(README)
+        printed[tool] = run(command.replace(" [RUN_DIR ...]", "").replace("RUN_DIR", str(run_dir)), tmp_path)
     assert "mean 97.00, standard deviation 0.00" in printed["evaluate"]
     assert Path(printed["plots"].strip()).stat().st_size > 1_000
 
