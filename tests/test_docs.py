@@ -65,7 +65,9 @@ def anchors(document: Path) -> set[str]:
 @every_document
 def test_links_lead_somewhere(name: str) -> None:
     document = BY_NAME[name]
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", CODE_LINK.sub("", prose(document.read_text()))):
+    plain = CODE_LINK.sub("", prose(document.read_text()))
+    pictures = [("picture", source) for source in re.findall(r'<img src="([^"]+)"', plain)]
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", plain) + pictures:
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
