@@ -97,11 +97,11 @@ def test_flags_exist(name: str) -> None:
 
 
 TOOLS = ("-m minirl.evaluate", "-m minirl.plots", *(f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.py")))
-OTHERS = {"--logdir", "--check", "--help"}  # of tensorboard, ruff, all
+OTHERS = {"--logdir", "--samples_per_plugin", "--check", "--help"}  # of tensorboard, ruff, all
 
 
 def flags_in(quoted: str) -> list[str]:
-    return re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", quoted)
+    return re.findall(r"(?:^|\s)(--[a-z][a-z_-]*)", quoted)
 
 
 # Commands
@@ -323,10 +323,11 @@ def test_the_worked_example(tmp_path: Path) -> None:
 
 # Metrics, versions
 
+# Games are recorded on the grid alone: CartPole is drawn by pygame, which is not among the requirements.
 SHORT: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo.train, PPOConfig("CartPole-v1", total_timesteps=256, num_envs=2, num_steps=64, minibatch_size=64)),
     "DQN": (dqn.train, DQNConfig(total_timesteps=200, learning_starts=64, eval_frequency=100, eval_episodes=1)),
-    "Q": (q_learning.train, QLearningConfig(num_episodes=10)),
+    "Q": (q_learning.train, QLearningConfig(num_episodes=10, video_frequency=50)),
 }
 
 
@@ -338,7 +339,8 @@ def test_the_glossary_has_every_tag_and_no_other(algorithm: str, tmp_path: Path)
     events.Reload()
     tags = events.Tags()
     rows = re.findall(r"^\| `([\w/]+)` \| ([^|]+) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
-    assert {tag for tag, by in rows if algorithm in by.split(", ")} == {*tags["scalars"], *tags["images"]}
+    glossary = {tag for tag, by in rows if algorithm in by.split(", ") and (tag != "videos/game" or algorithm == "Q")}
+    assert glossary == {*tags["scalars"], *tags["images"]}
 
 
 def test_versions_agree() -> None:
