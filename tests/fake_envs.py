@@ -146,7 +146,7 @@ class OtherObservations(Counter):
 
 
 class Drawn(Counter):
-    """Shows its step, last action and episode as three stripes of a picture; drawing takes global random numbers."""
+    """Shows its step, action, episode and seed in three stripes of a picture; drawing takes global random numbers."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 - Gymnasium's own way
 
@@ -160,7 +160,7 @@ class Drawn(Counter):
         picture = np.zeros((35, 51, 3), np.uint8)
         picture[:, :17] = 10 * self.count, 200, 30
         picture[:, 17:34] = 80, 100 * (self.last_action + 1), 60
-        picture[:, 34:] = 20, 40, 90 * self.episode
+        picture[:, 34:] = 20, (self.first_seed or 0) % 256, 90 * self.episode
         return picture
 
 
