@@ -309,8 +309,7 @@ def test_recording_is_left_out_of_the_minutes_of_training(tmp_path: Path, monkey
 def test_ppo_chooses_the_likeliest_action_or_draws_one() -> None:
     torch.manual_seed(0)
     agent = ppo.ActorCritic(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(3))
-    with torch.no_grad():
-        agent.actor.bias.copy_(torch.tensor([0.5, 0.7, 0.6]))
+    agent.actor.bias = torch.nn.Parameter(torch.tensor([0.5, 0.7, 0.6]))
     obs = np.zeros((3000, 4))
     assert ppo.choose_actions(agent, obs).tolist() == [1] * 3000
     shares = np.bincount(ppo.choose_actions(agent, obs, sample=True)) / 3000
