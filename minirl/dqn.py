@@ -16,6 +16,7 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,13 +33,13 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, mlp_in_numpy, orthogonal, set_precision
+from minirl.networks import ActingCopy, NatureCNN, arrays_of, is_image, mlp, mlp_in_numpy, orthogonal, set_precision
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
 from minirl.resume import MemoryFiles, env_state, start_envs
 from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, select_device, select_precision
+from minirl.runtime import AdamStep, select_device, select_precision, threads_for
 from minirl.shapes import require_same_shape
 from minirl.video import Videos
 
@@ -264,20 +265,24 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
     return network
 
 
-@torch.no_grad()
-def q_values_of(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.float32]:
-    """Q(s, .) of what environments showed: observations (N, ...) -> (N, A)."""
+def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """Return Q(s, .) as a function of what environments show: observations (N, ...) -> (N, A)."""
     device = network.head.weight.device
     if isinstance(network.body, nn.Sequential) and device.type == "cpu":
-        return mlp_in_numpy([*network.body, network.head], obs)
-    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
-    values: NDArray[np.float32] = network(torch.as_tensor(obs, dtype=dtype, device=device)).cpu().numpy()
-    return values
+        return functools.partial(mlp_in_numpy, arrays_of([*network.body, network.head]))
+
+    @torch.no_grad()
+    def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:
+        dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
+        values: NDArray[np.float32] = network(torch.as_tensor(obs, dtype=dtype, device=device)).cpu().numpy()
+        return values
+
+    return q_values
 
 
 def greedy_actions(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.int64]:
     """The first of the best actions: observations (N, ...) -> (N,)."""
-    best: NDArray[np.int64] = q_values_of(network, obs).argmax(axis=-1)
+    best: NDArray[np.int64] = q_function(network)(obs).argmax(axis=-1)
     return best
 
 
@@ -303,6 +308,7 @@ class Learner:
         self.online, self.target = (make_q_network(config, envs, device) for _ in range(2))
         self.target.load_state_dict(self.online.state_dict())
         self.acting = ActingCopy(self.online)
+        self.q_values = q_function(self.acting.network)
         self.adam_step = AdamStep(self.online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles)
 
     def state(self) -> State:
@@ -333,8 +339,7 @@ class Learner:
 
     def act(self, obs: NDArray[Any], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """Choose an action in each environment: observations (N, ...) -> (N,)."""
-        q_values = q_values_of(self.acting.network, obs)
-        return np.array([epsilon_greedy(q_values_of_one, epsilon, rng) for q_values_of_one in q_values])
+        return np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in self.q_values(obs)])
 
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
         """Take one gradient step on a batch; return what `loss` logs and the gradient's norm, on the device (3,)."""
@@ -417,7 +422,10 @@ def train(
                 **env_state(envs, obs),
             }
 
-        with Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run:
+        with (
+            Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run,
+            threads_for(learner.online),
+        ):
             losses: list[Tensor] = []
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)

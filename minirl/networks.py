@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minirl.config import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
+MLPArrays = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
 
@@ -38,20 +39,26 @@ def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def mlp_in_numpy(layers: Iterable[nn.Module], inputs: NDArray[Any]) -> NDArray[np.float32]:
-    """What linear layers and ReLUs on the CPU give for inputs (B, n), to rounding.
+def arrays_of(layers: Iterable[nn.Module]) -> MLPArrays:
+    """Weights (inputs, outputs) and biases (outputs,) of the linear layers, on the CPU.
+
+    They are the layers' own memory, and follow it as it is trained.
+    """
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    return [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in linear]
+
+
+def mlp_in_numpy(arrays: MLPArrays, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    """What linear layers with ReLUs between them give for inputs (B, n), to rounding.
 
     For a network of a few hundred weights the arithmetic is nothing and each call of a torch function costs: this takes
-    a quarter of the time, which counts where each step looks at one observation.
+    a tenth of the time, which counts where each step looks at one observation.
     """
     outputs: NDArray[np.float32] = np.asarray(inputs, np.float32)
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            outputs = outputs @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
-        else:
-            assert isinstance(layer, nn.ReLU)
-            outputs = np.maximum(outputs, 0)
-    return outputs
+    for weights, biases in arrays[:-1]:
+        outputs = np.maximum(outputs @ weights + biases, 0)
+    weights, biases = arrays[-1]
+    return outputs @ weights + biases
 
 
 class NatureCNN(nn.Module):

@@ -33,7 +33,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
 from minirl.resume import env_state, start_envs
 from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, select_device, select_precision, threads_beside
+from minirl.runtime import AdamStep, select_device, select_precision, threads_beside, threads_for
 from minirl.shapes import require_same_shape
 from minirl.video import Videos
 
@@ -453,7 +453,10 @@ def train(
                 **env_state(envs, obs),
             }
 
-        with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run:
+        with (
+            Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run,
+            threads_for(agent),
+        ):
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates

@@ -13,6 +13,7 @@ from torch.optim.adam import adam
 from minirl.config import ConfigError
 
 BETAS = (0.9, 0.999)  # of Adam
+SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 million
 
 # No Python between the kernels, and no second look at the shapes there: half the time of a network like CartPole's.
 INDUCTOR: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
@@ -68,6 +69,18 @@ def threads_beside(num_workers: int) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - num_workers + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def threads_for(network: nn.Module) -> Iterator[None]:
+    """Compute a small network by one thread: to hand out so little work takes longer than to do it."""
+    threads = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in network.parameters()) < SMALL:
+        torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from minirl.dqn import QNetwork
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
+    arrays_of,
     is_image,
     mlp,
     mlp_in_numpy,
@@ -155,11 +156,11 @@ def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_mlp_in_numpy_is_the_mlp_and_follows_its_weights() -> None:
     network = QNetwork(VECTOR, 3, (8, 8))
-    layers = [*network.body.children(), network.head]
+    arrays = arrays_of([*network.body.children(), network.head])
     obs = np.random.default_rng(0).normal(size=(6, 4))
     for _ in range(2):
         expected = network(torch.tensor(obs, dtype=torch.float32)).detach().numpy()
-        values = mlp_in_numpy(layers, obs)
+        values = mlp_in_numpy(arrays, obs)
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
