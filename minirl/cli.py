@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import difflib
+import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +26,47 @@ class Train(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that fails with one line on standard error and status 2."""
+    """An argument parser that fails with one line on standard error and status 2, and suggests the flag that was meant.
+
+    Flags are written out: a prefix that is taken for a flag today is another's tomorrow.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a number, too
 
     def error(self, message: str) -> NoReturn:
         """Print `error: message` and exit."""
-        fail(message.removeprefix("argument "))
+        unknown = message.removeprefix("unrecognized arguments: ")
+        hint = "" if unknown == message else self._hint(unknown.split(" ")[0])
+        fail(message.removeprefix("argument ") + hint)
+
+    def _hint(self, unknown: str) -> str:
+        if not unknown.startswith("-") or not unknown.strip("-"):
+            return "; names of flags start with --, and switches take no value"
+        flag = flag_name(unknown.split("=")[0].strip("-").lower())
+        known = [flag for action in self._actions for flag in action.option_strings]
+        meant = [
+            *(name for name in known if name == flag),
+            *(name for name in known if name.startswith(flag)),
+            *difflib.get_close_matches(flag, known, n=1, cutoff=0.75),
+        ]
+        if meant:
+            return f"; did you mean {meant[0]}?"
+        scripts = scripts_with(flag)
+        return f"; {flag} belongs to {' and '.join(scripts)}" if scripts else "; --help shows all flags"
+
+
+def scripts_with(flag: str) -> list[str]:
+    """Return the training scripts that have this flag."""
+    from minirl.dqn import DQNConfig
+    from minirl.ppo import PPOConfig
+    from minirl.q_learning import QLearningConfig
+
+    scripts = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
+    fields = {script: dataclasses.fields(config_class) for script, config_class in scripts.items()}
+    return [script for script in scripts if flag in [flag_name(field.name) for field in fields[script]]]
 
 
 def fail(message: object) -> NoReturn:
@@ -114,9 +150,11 @@ def make_parser(config_class: type, description: str) -> Parser:
 
     Flags that are not given are absent from the result, so that a resumed run can tell.
     """
-    parser = Parser(description=description)
+    parser = Parser(usage="%(prog)s [--flag value ...]", description=description, add_help=False)
     kinds = field_types(config_class)
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(config_class):
+        group = parser.add_argument_group(field.metadata["group"]) if field.metadata["group"] else group
         plain, optional = kinds[field.name]
         options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown(field.default)})"}
         if plain is bool:
@@ -124,15 +162,17 @@ def make_parser(config_class: type, description: str) -> Parser:
         else:
             options["type"] = reader(plain, optional)
             options["metavar"] = {int: "N", float: "X", str: "TEXT", Sizes: "N,N"}[plain]
-        parser.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
-    parser.add_argument(
+        group.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
+    group = parser.add_argument_group("run")
+    group.add_argument(
         "--run-dir",
         type=read_path,
         metavar="DIR",
         help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
     )
-    parser.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    group.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    group.add_argument("-h", "--help", action="help", help="show this text")
     return parser
 
 
@@ -140,6 +180,8 @@ def shown(default: Any) -> str:
     """Return a setting as one writes it on a command line."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return "none" if default is None else str(default)
 
 

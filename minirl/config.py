@@ -2,7 +2,7 @@
 
 @dataclass(frozen=True)
 class Config:
-    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="returns")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -37,10 +37,14 @@ def setting(
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
+    group: str | None = None,
 ) -> Any:
-    """Declare one field of a config: its default, one line of help, and the range of its values."""
+    """Declare one field of a config: its default, one line of help, and the range of its values.
+
+    `group` is a heading in `--help`, above this field and those that follow.
+    """
     limits = {"at_least": at_least, "at_most": at_most, "above": above}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "group": group})
 
 
 def flag_name(field_name: str) -> str:
@@ -72,7 +76,7 @@ def check_settings(config: Any) -> None:
         value = getattr(config, field.name)
         if value is None and optional:
             continue
-        limits = {name: limit for name, limit in field.metadata.items() if name != "help"}
+        limits = field.metadata["limits"]
         if not (_has_type(value, plain) and _in_range(value, **limits)):
             wanted = _describe(plain, **limits) + (" or none" if optional else "")
             raise ConfigError(f"{flag_name(field.name)} must be {wanted}, not {value!r}")

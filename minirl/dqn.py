@@ -52,27 +52,35 @@ CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "rng", "memory", 
 class DQNConfig:
     """The settings of a run; the defaults are for CartPole (docs/dqn-cartpole.md says what chose them)."""
 
-    env_id: str = setting("CartPole-v1", "environment, any id that gymnasium.make takes")
+    env_id: str = setting("CartPole-v1", "environment, any id that gymnasium.make takes", group="task")
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(100_000, "agent steps to train for, over all environments", at_least=1)
     num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
-    hidden_sizes: tuple[int, ...] = setting((24, 24), "widths of the hidden layers on vectors, as in 24,24", at_least=1)
-    learning_rate: float = setting(5e-3, "Adam's step size", above=0)
-    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
+    num_envs: int = setting(1, "environments played side by side (N)", at_least=1, group="environments and memory")
+    buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
+    hidden_sizes: tuple[int, ...] = setting(
+        (24, 24), "widths of the hidden layers on vectors, as in 24,24", at_least=1, group="network and loss"
+    )
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
-    max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
-    num_envs: int = setting(1, "environments played side by side (N)", at_least=1)
-    buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
-    batch_size: int = setting(64, "transitions per gradient step", at_least=1)
-    learning_starts: int = setting(1_000, "agent steps before the first gradient step", at_least=0)
+    learning_starts: int = setting(
+        1_000, "agent steps before the first gradient step", at_least=0, group="gradient steps"
+    )
     train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
-    target_network_frequency: int = setting(1, "agent steps between updates of the target network", at_least=1)
+    batch_size: int = setting(64, "transitions per gradient step", at_least=1)
+    learning_rate: float = setting(5e-3, "Adam's step size", above=0)
+    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
+    max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
+    target_network_frequency: int = setting(
+        1, "agent steps between updates of the target network", at_least=1, group="target network"
+    )
     target_network_episodes: int | None = setting(
         None, "episodes between updates of the target network, instead of steps", at_least=1
     )
     tau: float = setting(0.01, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
-    start_epsilon: float = setting(1.0, "probability of a random action at the start", at_least=0, at_most=1)
+    start_epsilon: float = setting(
+        1.0, "probability of a random action at the start", at_least=0, at_most=1, group="exploration"
+    )
     end_epsilon: float = setting(0.05, "probability of a random action in the end", at_least=0, at_most=1)
     exploration_fraction: float = setting(
         0.1, "share of the steps over which epsilon falls linearly", above=0, at_most=1
@@ -81,11 +89,13 @@ class DQNConfig:
         None, "multiply epsilon by this after each episode, instead of a linear fall", above=0, at_most=1
     )
     eval_frequency: int | None = setting(
-        1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1
+        1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1, group="greedy games"
     )
     eval_episodes: int = setting(20, "greedy games each time", at_least=1)
     compile: bool | None = setting(
-        None, "compile the update into one function; unless said, if 50,000 updates pay for it"
+        None,
+        "compile the update into one function; unless said, if 50,000 updates pay for it",
+        group="machine and files",
     )
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
     num_workers: int | None = setting(

@@ -46,27 +46,31 @@ COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on
 class PPOConfig:
     """The settings of a run; the defaults are the source notebook's for Pong."""
 
-    env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes")
+    env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes", group="task")
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
+    num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts and advantages")
+    num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
+    norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
+    minibatch_size: int = setting(
+        256, "samples per gradient step; must divide N x T", at_least=1, group="gradient steps"
+    )
+    update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
-    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
-    num_envs: int = setting(8, "environments played side by side (N)", at_least=1)
-    num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
-    minibatch_size: int = setting(256, "samples per gradient step; must divide N x T", at_least=1)
-    update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
-    gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
-    clip_coef: float = setting(0.1, "epsilon of the clipped objective", above=0)
+    max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", above=0)
+    target_kl: float | None = setting(None, "end an update once the KL divergence passes this; none: never", above=0)
+    clip_coef: float = setting(0.1, "epsilon of the clipped objective", above=0, group="loss")
     anneal_clip: bool = setting(False, "lower clip_coef linearly to 0 at the end")
-    ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     vf_coef: float = setting(0.5, "weight of the value loss, which has no factor 1/2", at_least=0)
     value_clip_coef: float | None = setting(None, "clip the change of the values to this; none: no clipping", above=0)
-    norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
-    target_kl: float | None = setting(None, "end an update once the KL divergence passes this; none: never", above=0)
-    max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", above=0)
+    ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     compile: bool | None = setting(
-        None, "compile the update into one function; unless said, if 5,000 gradient steps on images pay for it"
+        None,
+        "compile the update into one function; unless said, if 5,000 gradient steps on images pay for it",
+        group="machine and files",
     )
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
     num_workers: int | None = setting(

@@ -37,19 +37,21 @@ MAX_SWEEPS = 1_000_000  # of value iteration
 class QLearningConfig:
     """The settings of a run; the defaults are the source notebook's for its grid, but for `initial_value`."""
 
-    env_id: str = setting("minirl/GridWorld-v0", "environment with Discrete observations and actions")
+    env_id: str = setting("minirl/GridWorld-v0", "environment with Discrete observations and actions", group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
     num_episodes: int = setting(10_000, "episodes to train for", at_least=1)
-    alpha: float = setting(0.3, "learning rate: how far an entry moves towards its target", above=0, at_most=1)
+    alpha: float = setting(
+        0.3, "learning rate: how far an entry moves towards its target", above=0, at_most=1, group="learning"
+    )
     anneal_alpha: bool = setting(False, "lower alpha linearly to 0 at the end; noisy environments need it")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
-    epsilon: float = setting(0.3, "probability of a random action", at_least=0, at_most=1)
-    anneal_epsilon: bool = setting(False, "lower epsilon linearly to 0 at the end")
     # The notebook's table starts at 0, and then 10 of 300 seeds never learn the way that they do not take, with errors
     # of up to 97. Started at the best reward, every action looks good until it is tried (Sutton and Barto 2018,
     # section 2.6): 300 of 300 seeds end within 1e-9 of Q* (benchmarks/q_learning_seeds.py).
     initial_value: float = setting(100.0, "what the table starts as; 0 is the notebook's, and fails on some seeds")
-    checkpoint_frequency: int = setting(1_000_000, "steps between checkpoints", at_least=1)
+    epsilon: float = setting(0.3, "probability of a random action", at_least=0, at_most=1, group="exploration")
+    anneal_epsilon: bool = setting(False, "lower epsilon linearly to 0 at the end")
+    checkpoint_frequency: int = setting(1_000_000, "steps between checkpoints", at_least=1, group="files")
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
     def __post_init__(self) -> None:

@@ -279,6 +279,23 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", f"--total-timesteps {10**400}", "--total-timesteps must be at most 1000000000000, not 10+"),
     ("ppo", f"--seed {'9' * 5000}", "--seed: must be a whole number, not '9+'"),
     ("ppo", "--seed 1 --seed -1", "--seed must be a whole number from 0 to 2147483647, not -1"),
+    ("ppo", "--gae-lambda 2", "--gae-lambda must be.*"),
+    ("ppo", "--learning-rate 0", "--learning-rate must be a number above 0, not 0.0.*"),
+    ("ppo", "--learning-rate -0.001", "--learning-rate must be.*"),
+    ("ppo", "--ent-coef -1", "--ent-coef must be a number of at least 0.*"),
+    ("ppo", "--vf-coef nan", "--vf-coef must be.*"),
+    ("ppo", "--max-grad-norm 0", "--max-grad-norm must be.*"),
+    ("ppo", "--target-kl 0", "--target-kl must be a number above 0 or none.*"),
+    ("ppo", "--value-clip-coef -1", "--value-clip-coef must be.*"),
+    ("ppo", "--num-envs 0", "--num-envs must be a whole number of at least 1, not 0.*"),
+    ("ppo", "--num-envs 2.5", "--num-envs: must be a whole number, not '2.5'.*"),
+    ("ppo", "--num-steps 0", "--num-steps must be.*"),
+    ("ppo", "--update-epochs 0", "--update-epochs must be.*"),
+    ("ppo", "--minibatch-size 0", "--minibatch-size must be.*"),
+    ("ppo", "--minibatch-size 100", "--minibatch-size must divide num_envs x num_steps = 1024, and 100 does not.*"),
+    ("ppo", "--num-workers 0", "--num-workers must be a whole number of at least 1 or none.*"),
+    ("ppo", "--checkpoint-frequency 0", "--checkpoint-frequency must be.*"),
+    ("ppo", "--seed 99999999999", "--seed must be a whole number from 0 to 2147483647.*"),
     ("dqn", "--tau 0", "--tau must be a number above 0 and of at most 1, not 0.0"),
     ("dqn", "--hidden-sizes 24,,24", "--hidden-sizes: must be whole numbers as in 24,24, not '24,,24'"),
     ("dqn", "--hidden-sizes 24,0", "--hidden-sizes must be whole numbers .* each of at least 1, not .24, 0."),
@@ -293,11 +310,13 @@ CASES: list[tuple[str, str, str]] = [
     ("evaluate", "ppo-run --seed -1", "--seed must be a whole number from 0 to 2147483647, not -1"),
     ("evaluate", "ppo-run --seed 2147483648", "--seed must be a whole number from 0 to 2147483647, not 2147483648"),
     # Switches and words
-    ("ppo", "--anneal-lr 1", "unrecognized arguments: 1"),
+    ("ppo", "--anneal-lr 1", "unrecognized arguments: 1; .*switches take no value"),
     ("ppo", "--no-compile=1", "--compile/--no-compile: ignored explicit argument '1'"),
-    ("ppo", "--no-gamma", "unrecognized arguments: --no-gamma"),
-    ("ppo", "stray", "unrecognized arguments: stray"),
+    ("ppo", "--no-gamma", "unrecognized arguments: --no-gamma; did you mean --gamma."),
+    ("ppo", "stray", "unrecognized arguments: stray; names of flags start with --.*"),
     ("ppo", "--env-id CartPole-v1 --precision half", "--precision must be auto, float32 or bfloat16, not 'half'"),
+    ("ppo", "--device tpu", "--device must be auto, cpu or cuda, not 'tpu'.*"),
+    ("ppo", "--device cuda", "--device cuda must have a GPU.*"),
     ("q", "--device cuda:0", "--device must be auto, cpu or cuda, not 'cuda:0'"),
     ("evaluate", "ppo-run --device tpu", "--device must be auto, cpu or cuda, not 'tpu'"),
     ("evaluate", "dqn-run --stochastic", "--stochastic must go with a run of ppo: dqn has no probabilities .*"),
@@ -323,6 +342,18 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", f"--env-id {'A' * 300}-v0", "--env-id must be an environment that Gymnasium can make: .* doesn't exist."),
     ("ppo", "--env-id a:b:c-v0", "--env-id must be an environment that Gymnasium can make: No module named 'a:b'"),
     ("ppo", "--env-id Pendulum-v1", "--env-id must have Discrete actions for PPO, not Box.*"),
+    ("ppo", "--env-id NoSuchGame-v0", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id ALE/Pang-v5", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id Acrobot-v0", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id HalfCheetah-v2", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id .x:Y-v0", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id CartPole-v99", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id no_such_module:Env-v0", "--env-id must be an environment that Gymnasium can make.*"),
+    ("ppo", "--env-id FrozenLake-v1", "--env-id must have Box observations.*"),
+    ("ppo", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),
+    ("ppo", "--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete actions.*"),
+    ("ppo", "--env-id tests.fake_envs:DiscreteObservations-v0", "--env-id must have Box observations.*"),
+    ("ppo", "--env-id tests.fake_envs:SmallPicture-v0", "--env-id must have vectors .n,. or images.*"),
     ("dqn", "--env-id Pendulum-v1", "--env-id must have Discrete actions for DQN, not Box.*"),
     ("dqn", "--env-id FrozenLake-v1", "--env-id must have Box observations .*, not Discrete.16."),
     ("dqn", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),
@@ -480,6 +511,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     make_directories(line, runs)
     before = tree(workplace)
     capfd.readouterr()
@@ -560,7 +592,7 @@ def test_random_flags_are_settings_in_range_or_one_line(
     good = 0
     fields = dataclasses.fields(config_class)
     defaults = [cli.shown(field.default) for field in fields]
-    for number in range(600):
+    for number in range(400):
         argv: list[str] = []
         for _ in range(rng.choice([1, 1, 2, 3])):
             field = rng.choice(fields)
@@ -583,7 +615,7 @@ def test_random_flags_are_settings_in_range_or_one_line(
         (config,) = seen
         good += 1
         for field in fields:
-            value, limits = getattr(config, field.name), field.metadata
+            value, limits = getattr(config, field.name), field.metadata["limits"]
             for each in value if isinstance(value, tuple) else [value]:
                 if isinstance(each, int | float):
                     assert limits["at_least"] is None or each >= limits["at_least"], (argv, field.name)
@@ -594,5 +626,5 @@ def test_random_flags_are_settings_in_range_or_one_line(
         run_dir.mkdir()
         save_config(run_dir, "some", config)
         assert cli.saved_config(config_class, run_dir, load_settings(run_dir)) == config, argv
-    assert 100 < good < 500, "both kinds are drawn"
+    assert 80 < good < 320, "both kinds are drawn"
     assert not (tmp_path / "never").exists()

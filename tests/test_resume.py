@@ -22,7 +22,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.runs import Run
 
 ROOT = Path(__file__).parent.parent
-NOT_COMPARED = {"seconds", "memory"}  # the clock, and which files the memory is in
+NOT_COMPARED = {"seconds", "memory", "path"}  # the clock, and which files these are
 
 PPO_CARTPOLE = ppo.PPOConfig(
     env_id="CartPole-v1",
