@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 from minirl.checkpoints import DivergedError, brief
 from minirl.config import ConfigError, Sizes, field_types, flag_name
 from minirl.runs import CONFIG_FILE, default_run_dir, load_settings
+from minirl.seeds import read_seeds, train_seeds
 
 # What may be given with --resume: how far to go on, and what changes no result.
 MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency", "video_frequency")
@@ -87,7 +88,12 @@ def run_training(
     device = arguments.pop("device")
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
+    seeds: list[int] | None = arguments.pop("seeds")
     try:
+        if seeds is not None:
+            if resume is not None:
+                raise ConfigError("--seeds can't go with --resume, which goes on with one run")
+            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, device))
         if resume is not None:
             if run_dir is not None:
                 raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
@@ -107,6 +113,24 @@ def run_training(
         fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
     except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
         raise SystemExit(130) from None
+
+
+def train_with_seeds(
+    algorithm: str, config_class: type, seeds: list[int], given: dict[str, Any], run_dir: Path | None, device: str
+) -> int:
+    """Train with each of several seeds, in processes of their own; return the status to exit with.
+
+    Raises:
+        ConfigError: if a setting or a directory will not do.
+    """
+    if "seed" in given:
+        raise ConfigError("--seeds can't go with --seed")
+    configs = [config_class(**given, seed=seed) for seed in seeds]
+    run_dirs = [
+        default_run_dir(algorithm, config) if run_dir is None else run_dir / f"seed{config.seed}" for config in configs
+    ]
+    flags = as_flags({**given, "device": device})
+    return train_seeds(algorithm, configs[0], flags, dict(zip(seeds, run_dirs, strict=True)))
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
@@ -171,9 +195,26 @@ def make_parser(config_class: type, description: str) -> Parser:
         help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
     )
     group.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
+    group.add_argument(
+        "--seeds",
+        type=read_seeds,
+        metavar="N-N",
+        help="train with each of several seeds, as in 0-4 or 0,3,7, and print a table; --run-dir is then their parent",
+    )
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     group.add_argument("-h", "--help", action="help", help="show this text")
     return parser
+
+
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """Return the flags that parse into these arguments."""
+    flags = []
+    for name, value in arguments.items():
+        if isinstance(value, bool):
+            flags.append(flag_name(name if value else f"no_{name}"))
+        else:
+            flags.append(f"{flag_name(name)}={shown(value)}")
+    return flags
 
 
 def shown(default: Any) -> str:

@@ -1,0 +1,209 @@
+"""The same training with several seeds: `--seeds 0-4`.
+
+Each seed is a process of its own, the same script with `--seed`, and has a run directory of its own, with which
+everything else works as with any other: resume, evaluate, plots.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.config import MAX_SEED, ConfigError
+from minirl.envs.ids import is_atari, registered_id, user_errors
+from minirl.envs.vector import available_cores
+from minirl.runs import CONFIG_FILE
+
+MOST_SEEDS = 1_000
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Status = int | None  # of a process; None for one that was never started
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read `0-4`, `0,3,7` or `0-4,9`.
+
+    Raises:
+        ArgumentTypeError: if that is no list of different seeds.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash) and len(part) < 50):
+            raise argparse.ArgumentTypeError(f"must be seeds as in 0-4, 0,3,7 or 0-4,9, not {text[:80]!r}")
+        start, stop = int(first), int(last or first)
+        if not start <= stop <= MAX_SEED:
+            raise argparse.ArgumentTypeError(f"must count up, from 0 to {MAX_SEED}, and {part} does not")
+        if len(seeds) + stop - start >= MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"must be at most {MOST_SEEDS:,} seeds")
+        seeds += range(start, stop + 1)
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"must name each seed once, not {text[:80]!r}")
+    return seeds
+
+
+def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[int, Path]) -> int:
+    """Train with each seed and print a table of the results.
+
+    Args:
+        algorithm: its name.
+        config: the settings, whatever their seed.
+        flags: of the script that runs here, for each process, without the seed and the run directory.
+        run_dirs: seed -> where its run goes.
+
+    Returns:
+        The status to exit with: 0; 130 or 143 if stopped; otherwise 2 if all seeds failed with that, 1 if some failed.
+
+    Raises:
+        ConfigError: if there is no such environment, or a directory is taken.
+    """
+    with user_errors():
+        gym.spec(registered_id(config.env_id))
+    for run_dir in run_dirs.values():
+        if (run_dir / CONFIG_FILE).exists():
+            raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with --resume {run_dir}")
+    at_once, threads = side_by_side(config, len(run_dirs))
+    _say(f"{len(run_dirs)} seeds, {at_once} at a time")
+    commands = {
+        seed: [sys.executable, sys.argv[0], *flags, f"--seed={seed}", f"--run-dir={run_dir}"]
+        for seed, run_dir in run_dirs.items()
+    }
+    processes = Processes({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    statuses = processes.run(commands, at_once)
+    done = [seed for seed, status in statuses.items() if status == 0]
+    failed = [seed for seed, status in statuses.items() if status != 0]
+    if done:
+        print(summary(algorithm, {seed: run_dirs[seed] for seed in done}))
+    if processes.stopped_by is not None:
+        _say(f"stopped: {len(done)} of {len(statuses)} seeds done")
+        _say_how_to_go_on({seed: run_dirs[seed] for seed in failed})
+        return 128 + processes.stopped_by
+    if failed:
+        _say(f"error: {len(failed)} of {len(statuses)} seeds failed: {', '.join(map(str, failed))}")
+    return 0 if not failed else 2 if all(status == 2 for status in statuses.values()) else 1
+
+
+def side_by_side(config: Any, num_seeds: int) -> tuple[int, int | None]:
+    """Return how many seeds to train at once, and with how many threads each (None: PyTorch's own choice).
+
+    A run on Atari keeps all cores busy by itself. Others are a process with a small network, and are fastest one on
+    each core: with PyTorch's usual threads, two of them side by side are several times as slow as one after the other.
+    """
+    if is_atari(config.env_id):
+        return 1, None
+    processes_each = getattr(config, "num_workers", None) or 1
+    at_once = max(1, min(num_seeds, available_cores() // processes_each))
+    return at_once, None if "OMP_NUM_THREADS" in os.environ else 1
+
+
+class Processes:
+    """Runs commands, some at a time, and shows what they say with the seed in front.
+
+    Ctrl-C and SIGTERM are passed on to those that run, once each time, and no more are started. Children are in
+    sessions of their own: a Ctrl-C from the terminal would reach them as well, and a second one means not to save.
+
+    Args:
+        environment: variables to set for them.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = {**os.environ, **environment}
+        self.running: dict[int, subprocess.Popen[str]] = {}
+        self.stopped_by: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has come."""
+        return self.stopped_by is not None
+
+    def run(self, commands: dict[int, list[str]], at_once: int) -> dict[int, Status]:
+        """Run them all; return each one's exit status."""
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        statuses: dict[int, Status] = {}
+        started = time.monotonic()
+        try:
+            with ThreadPoolExecutor(at_once) as pool:
+                seeds = {pool.submit(self._run_one, seed, command): seed for seed, command in commands.items()}
+                for future in as_completed(seeds):
+                    statuses[seeds[future]] = future.result()
+                    if not self.stopped:
+                        rounds = (len(commands) - len(statuses)) / max(len(statuses), at_once)
+                        left = (time.monotonic() - started) * rounds
+                        clock = datetime.timedelta(seconds=round(left))
+                        _say(f"{len(statuses)} of {len(commands)} seeds done, {clock} left")
+        finally:
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+        return {seed: statuses[seed] for seed in commands}
+
+    def _run_one(self, seed: int, command: list[str]) -> Status:
+        if self.stopped:
+            return None
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with subprocess.Popen(
+            command, env=self.environment, start_new_session=True, text=True, errors="replace", **pipes
+        ) as process:
+            self.running[seed] = process
+            if self.stopped_by is not None:  # since the line above
+                process.send_signal(self.stopped_by)
+            assert process.stderr is not None
+            for line in process.stderr:
+                if not self.stopped:  # or there may be tracebacks of processes that were not up yet
+                    _say(f"seed {seed}: {line.rstrip()}")
+        del self.running[seed]
+        if process.returncode != 0 and not self.stopped:
+            _say(f"seed {seed}: failed with status {process.returncode}")
+        return process.returncode
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = number
+        for process in list(self.running.values()):
+            process.send_signal(number)
+
+
+def summary(algorithm: str, run_dirs: dict[int, Path]) -> str:
+    """Return a table of finished runs, with the mean and the standard deviation (divided by n) over the seeds."""
+    rows = [["seed", "steps", "mean of the last 100 returns", "best greedy return", "minutes", "directory"]]
+    numbers: list[list[float]] = []
+    for seed, run_dir in run_dirs.items():
+        saved = load_checkpoint(run_dir, algorithm)
+        returns, best = saved["returns"], saved["best_return"]
+        mean = statistics.fmean(returns) if returns else math.nan
+        numbers.append([mean, best if math.isfinite(best) else math.nan, saved["seconds"] / 60])
+        rows.append([str(seed), f"{saved['global_step']:,}", *map(_shown, numbers[-1]), str(run_dir)])
+    rows.append(["mean", "", *map(_shown, np.mean(numbers, axis=0)), ""])
+    rows.append(["std", "", *map(_shown, np.std(numbers, axis=0)), ""])
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]  # Double DQN alone plays greedy games
+    padded = [[text.rjust(max(map(len, column))) for text in column] for column in columns[:-1]]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, columns[-1], strict=True))
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else ""
+
+
+def _say_how_to_go_on(run_dirs: dict[int, Path]) -> None:
+    not_begun = [seed for seed, run_dir in run_dirs.items() if not (run_dir / CHECKPOINT_FILE).exists()]
+    for seed, run_dir in run_dirs.items():
+        if seed not in not_begun:
+            _say(f"go on with seed {seed}: python {sys.argv[0]} --resume {run_dir}")
+    if not_begun:
+        _say(f"not begun: --seeds {','.join(map(str, not_begun))}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")  # in one piece: several threads speak
+    sys.stderr.flush()
