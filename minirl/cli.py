@@ -194,7 +194,12 @@ def make_parser(config_class: type, description: str) -> Parser:
         metavar="DIR",
         help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
     )
-    group.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
+    group.add_argument(
+        "--resume",
+        type=read_path,
+        metavar="RUN_DIR",
+        help="go on with the run in this directory; with a larger total, too, which annealed settings then follow",
+    )
     group.add_argument(
         "--seeds",
         type=read_seeds,

@@ -141,6 +141,31 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
+    """Return a line on what the schedules of a run do whose total has changed, or None if it has not or there are none.
+
+    Args:
+        before: the settings so far.
+        config: the settings from here on.
+        done: the share of the new total that is done.
+    """
+    name = "total_timesteps" if hasattr(config, "total_timesteps") else "num_episodes"
+    total = getattr(config, name)
+    annealed = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name.startswith("anneal_") and getattr(config, field.name)
+    ]
+    parts = []
+    if annealed:
+        parts.append(f"{', '.join(annealed)}: from {1 - done:.0%} of the start value here to 0 at the new end")
+    if hasattr(config, "exploration_fraction") and config.epsilon_decay is None:
+        parts.append(f"epsilon: falls until {config.exploration_fraction:.0%} of the new total")
+    if before.get(name) == total or not parts:
+        return None
+    return f"{name} is {total:,} now, and schedules follow it; {'; '.join(parts)}"
+
+
 class Run:
     """One training run: logs it, shows its progress, saves it, and stops it when asked to.
 
@@ -184,6 +209,7 @@ class Run:
             if resumed is None:
                 claim(run_dir)
             self.lock = lock(run_dir)
+            before = load_settings(run_dir) if resumed is not None else None
             try:
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
@@ -193,6 +219,8 @@ class Run:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
                 raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
+            if before is not None and (note := new_schedules(before, config, done / total)) is not None:
+                print(note, file=sys.stderr)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":

@@ -169,6 +169,8 @@ class Processes:
         return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.stopped:
+            print("each seed saves before it stops; once more stops at once", file=sys.stderr)
         self.stopped_by = number
         for process in list(self.running.values()):
             process.send_signal(number)

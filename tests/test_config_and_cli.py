@@ -2,20 +2,24 @@
 
 import dataclasses
 import importlib
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 
+from minirl import dqn
 from minirl.cli import make_parser, run_training
 from minirl.config import ConfigError, check_settings, flag_name, setting
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
-from minirl.runs import save_config
+from minirl.runs import new_schedules, save_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,10 +49,11 @@ class Example:
 )
 def test_flags_are_read_and_absent_ones_stay_absent(argv: list[str], expected: dict[str, Any]) -> None:
     arguments = vars(make_parser(Example, "").parse_args(argv))
-    assert {name: arguments.pop(name) for name in ("device", "run_dir", "resume")} == {
+    assert {name: arguments.pop(name) for name in ("device", "run_dir", "resume", "seeds")} == {
         "device": "auto",
         "run_dir": None,
         "resume": None,
+        "seeds": None,
     }
     assert arguments == expected
     assert all(type(arguments[name]) is type(value) for name, value in expected.items())
@@ -222,6 +227,43 @@ def test_a_flag_that_repeats_the_runs_own_setting_may_go_with_resume(tmp_path: P
     }
 
 
+@pytest.mark.parametrize(
+    ("now", "done", "note"),
+    [
+        ({"anneal_lr": True}, 1.0, None),
+        ({"total_timesteps": 200}, 0.5, None),
+        (
+            {"total_timesteps": 200, "anneal_lr": True, "anneal_clip": True},
+            0.4,
+            "total_timesteps is 200 now, and schedules follow it; "
+            "anneal_lr, anneal_clip: from 60% of the start value here to 0 at the new end",
+        ),
+    ],
+)
+def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: float, note: str | None) -> None:
+    before = PPOConfig(total_timesteps=100)
+    assert new_schedules(dataclasses.asdict(before), dataclasses.replace(before, **now), done) == note
+
+
+def test_a_longer_run_of_double_dqn_says_what_epsilon_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DQNConfig(total_timesteps=100, learning_starts=60, batch_size=8, eval_frequency=None)
+    dqn.train(config, run_dir=tmp_path / "run", device="cpu")
+    assert "schedules" not in capsys.readouterr().err
+    longer = dataclasses.replace(config, total_timesteps=400)
+    dqn.train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "total_timesteps is 400 now, and schedules follow it; anneal_lr: from 75% of the start value here to 0 at the "
+        "new end; epsilon: falls until 10% of the new total"
+    )
+    dqn.train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert "schedules" not in capsys.readouterr().err
+
+
+def test_gymnasiums_warnings_have_no_colours() -> None:
+    with pytest.warns(UserWarning, match="^WARN: the observation is 7 off$"):
+        gym.logger.warn("the observation is %d off", 7)
+
+
 def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -249,8 +291,17 @@ def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
     resumed = script(f"--resume {run_dir} --total-timesteps 32")
     assert resumed.returncode == 0, resumed.stderr
     assert "32 of 32 steps" in resumed.stderr
-    assert "\r" not in resumed.stderr
-    assert "\x1b" not in resumed.stderr
+
+    played = subprocess.run(
+        [sys.executable, "-m", "minirl.evaluate", run_dir, "--episodes", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "1 of 1 games" in played.stderr
+    for text in (done.stderr, resumed.stderr, played.stderr, played.stdout):
+        assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) is None, "no control characters but line ends"
 
     mistake = script("--gamma 7")
     assert (mistake.returncode, mistake.stdout) == (2, "")

@@ -11,6 +11,7 @@ from gymnasium.envs.registration import find_highest_version, get_env_id, parse_
 from minirl.config import ConfigError
 
 gym.register_envs(ale_py)
+gym.logger.colorize = lambda text, *style, **more: text  # type: ignore[attr-defined]  # warnings may go to a file
 
 
 def registered_id(env_id: str) -> str:
