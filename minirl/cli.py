@@ -51,6 +51,9 @@ def run_training(
     device = arguments.pop("device")
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
+    final_games: int | None = arguments.pop("final_games")
+    from minirl.report import check_final_games, report  # which imports this module
+
     try:
         if resume is not None:
             if run_dir is not None:
@@ -59,7 +62,10 @@ def run_training(
         else:
             config = config_class(**arguments)
         run_dir = resume or run_dir or default_run_dir(algorithm, config)
-        return config, train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        check_final_games(final_games, config)
+        result = train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        report(run_dir, final_games, device)
+        return config, result
     except ConfigError as error:
         fail(error)
     except DivergedError as error:
@@ -133,6 +139,12 @@ def make_parser(config_class: type, description: str) -> Parser:
     )
     parser.add_argument("--resume", type=read_path, metavar="RUN_DIR", help="go on with the run in this directory")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--final-games",
+        type=reader(int),
+        metavar="N",
+        help="greedy games after the training, for eval/mean_return; 0: none (default: 10, on Atari 2, in 20 seconds)",
+    )
     return parser
 
 

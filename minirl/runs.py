@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from minirl.checkpoints import (
     BEST_FILE,
@@ -122,6 +123,19 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def log_settings(writer: SummaryWriter, algorithm: str, config: Any) -> None:
+    """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
+
+    `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
+    that the table needs. Settings that are None are left out: there the table shows nothing.
+    """
+    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
+    shown = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()}
+    _, session_start, _ = hparams({name: shown[name] for name in settings if settings[name] is not None}, {})
+    file_writer: Any = writer.file_writer
+    file_writer.add_summary(session_start)
+
+
 def load_settings(run_dir: Path) -> dict[str, Any]:
     """Read `config.json` of a run directory.
 
@@ -193,6 +207,8 @@ class Run:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
                 raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
+            if resumed is None:
+                log_settings(self.writer, algorithm, config)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":
