@@ -51,7 +51,7 @@ def run_training(
     device = arguments.pop("device")
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
-    final_games: int | None = arguments.pop("final_games")
+    final_games: int | None = arguments.pop("final_games", None)
     from minirl.report import check_final_games, report  # which imports this module
 
     try:
@@ -142,8 +142,10 @@ def make_parser(config_class: type, description: str) -> Parser:
     parser.add_argument(
         "--final-games",
         type=reader(int),
+        default=argparse.SUPPRESS,
         metavar="N",
-        help="greedy games after the training, for eval/mean_return; 0: none (default: 10, on Atari 2, in 20 seconds)",
+        help="greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
+        "than a tenth of the training)",
     )
     return parser
 

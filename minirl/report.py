@@ -5,6 +5,7 @@ what does not work is left out, and a line says so.
 """
 
 import contextlib
+import math
 import statistics
 import sys
 import time
@@ -29,7 +30,8 @@ from minirl.runs import load_settings, seed_everything
 from minirl.runtime import select_device
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
-PATIENCE = 20.0  # seconds for games that nobody asked for
+# Seconds for games that nobody asked for: a tenth of the training, and never less or more than this.
+SHORTEST_PATIENCE, LONGEST_PATIENCE = 3.0, 60.0
 
 
 def check_final_games(games: int | None, config: Any) -> None:
@@ -57,16 +59,19 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
 
     Args:
         run_dir: the directory of a run that is done.
-        games: how many; None for a few, which may take `PATIENCE` and are left out otherwise.
+        games: how many; None for a few, which are left out where they would take long beside the training.
         device: `auto`, `cpu` or `cuda`.
     """
     with left_out("games and pictures"):
         settings = load_settings(run_dir)
-        global_step = load_checkpoint(run_dir, settings["algorithm"])["global_step"]
+        saved = load_checkpoint(run_dir, settings["algorithm"])
+        global_step: int = saved["global_step"]
+        patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
         with contextlib.closing(SummaryWriter(str(run_dir))) as writer:
             if games != 0 and not judges_itself(settings):
                 with left_out("the games after the training"):
-                    mean_return = play_final_games(run_dir, settings, games, device)
+                    number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
+                    mean_return = play_final_games(run_dir, settings, number, patience, device)
                     writer.add_scalar("eval/mean_return", mean_return, global_step)
             with left_out("pictures"):
                 require_matplotlib()  # one line where it is missing, not one for each picture
@@ -86,32 +91,28 @@ def left_out(what: str) -> Iterator[None]:
         print(f"left out of TensorBoard: {what}: {reason}", file=sys.stderr)
 
 
-def play_final_games(run_dir: Path, settings: dict[str, Any], games: int | None, device: str) -> float:
+def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patience: float, device: str) -> float:
     """Play the first games of those that `minirl.evaluate` plays, with greedy actions; return their mean return.
 
     Raises:
-        TimeoutError: if nobody has asked for them, and they take longer than `PATIENCE`.
+        TimeoutError: if they take longer than `patience`, in seconds.
     """
-    env_id = settings["env_id"]
-    number = games or (FINAL_ATARI_GAMES if is_atari(env_id) else FINAL_GAMES)
     seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
-    with make_vector_env(env_id, min(number, SIDE_BY_SIDE)) as envs:
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
-        started = time.monotonic()
+        deadline = time.monotonic() + patience
 
         def hurried(observations: NDArray[Any]) -> NDArray[np.int64]:
-            if games is None and time.monotonic() - started > PATIENCE:
-                raise TimeoutError(
-                    f"they take more than {PATIENCE:.0f} seconds; --final-games N plays them all the same"
-                )
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
             return policy(observations)
 
         seed_everything(seed)
-        with contextlib.closing(Progress(number, unit="games")) as progress:
-            returns = play_games(hurried, envs, number, seed, progress)
+        with contextlib.closing(Progress(games, unit="games")) as progress:
+            returns = play_games(hurried, envs, games, seed, progress)
     mean_return = statistics.fmean(returns)
     print(
-        f"return over {number} games, greedy actions: mean {mean_return:.2f}, "
+        f"return over {games} games, greedy actions: mean {mean_return:.2f}, "
         f"minimum {min(returns):.2f}, maximum {max(returns):.2f}",
         file=sys.stderr,
     )

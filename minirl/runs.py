@@ -130,8 +130,12 @@ def log_settings(writer: SummaryWriter, algorithm: str, config: Any) -> None:
     that the table needs. Settings that are None are left out: there the table shows nothing.
     """
     settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
-    shown = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in settings.items()}
-    _, session_start, _ = hparams({name: shown[name] for name in settings if settings[name] is not None}, {})
+    shown = {
+        name: value if type(value) in (int, float) else str(value)  # True would be shown as 1
+        for name, value in settings.items()
+        if value is not None
+    }
+    _, session_start, _ = hparams(shown, {})
     file_writer: Any = writer.file_writer
     file_writer.add_summary(session_start)
 
