@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from minirl.checkpoints import load_checkpoint
+from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.config import MAX_SEED, ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
@@ -62,6 +62,8 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
         games: how many; None for a few, which are left out where they would take long beside the training.
         device: `auto`, `cpu` or `cuda`.
     """
+    if not (run_dir / CHECKPOINT_FILE).exists():
+        return  # nothing was trained
     with left_out("games and pictures"):
         settings = load_settings(run_dir)
         saved = load_checkpoint(run_dir, settings["algorithm"])

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 LAST_EPISODES = 100
 POINTS = 500  # of the mean over seeds
-CHANGES_NO_CURVE = ("seed", "num_workers", "checkpoint_frequency")  # settings in which the runs of a group may differ
+# Settings in which the runs of a group may differ.
+CHANGES_NO_CURVE = ("seed", "num_workers", "checkpoint_frequency", "video_frequency")
 UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 
 
