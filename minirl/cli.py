@@ -89,11 +89,15 @@ def run_training(
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
     seeds: list[int] | None = arguments.pop("seeds")
+    final_games: int | None = arguments.pop("final_games", None)
+    from minirl.report import check_final_games, report  # which imports this module
+
     try:
         if seeds is not None:
             if resume is not None:
                 raise ConfigError("--seeds can't go with --resume, which goes on with one run")
-            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, device))
+            others = {"device": device} if final_games is None else {"device": device, "final_games": final_games}
+            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, others))
         if resume is not None:
             if run_dir is not None:
                 raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
@@ -101,7 +105,10 @@ def run_training(
         else:
             config = config_class(**arguments)
         run_dir = resume or run_dir or default_run_dir(algorithm, config)
-        return config, train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        check_final_games(final_games, config)
+        result = train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        report(run_dir, final_games, device)
+        return config, result
     except ConfigError as error:
         fail(error)
     except DivergedError as error:
@@ -116,7 +123,12 @@ def run_training(
 
 
 def train_with_seeds(
-    algorithm: str, config_class: type, seeds: list[int], given: dict[str, Any], run_dir: Path | None, device: str
+    algorithm: str,
+    config_class: type,
+    seeds: list[int],
+    given: dict[str, Any],
+    run_dir: Path | None,
+    others: dict[str, Any],
 ) -> int:
     """Train with each of several seeds, in processes of their own; return the status to exit with.
 
@@ -129,7 +141,7 @@ def train_with_seeds(
     run_dirs = [
         default_run_dir(algorithm, config) if run_dir is None else run_dir / f"seed{config.seed}" for config in configs
     ]
-    flags = as_flags({**given, "device": device})
+    flags = as_flags({**given, **others})
     return train_seeds(algorithm, configs[0], flags, dict(zip(seeds, run_dirs, strict=True)))
 
 
@@ -207,6 +219,14 @@ def make_parser(config_class: type, description: str) -> Parser:
         help="train with each of several seeds, as in 0-4 or 0,3,7, and print a table; --run-dir is then their parent",
     )
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    group.add_argument(
+        "--final-games",
+        type=reader(int),
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
+        "than a tenth of the training)",
+    )
     group.add_argument("-h", "--help", action="help", help="show this text")
     return parser
 

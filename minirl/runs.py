@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from minirl.checkpoints import (
     BEST_FILE,
@@ -120,6 +121,23 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
     settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
     with atomic_file(run_dir / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def log_settings(writer: SummaryWriter, algorithm: str, config: Any) -> None:
+    """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
+
+    `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
+    that the table needs. Settings that are None are left out: there the table shows nothing.
+    """
+    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
+    shown = {
+        name: value if type(value) in (int, float) else str(value)  # True would be shown as 1
+        for name, value in settings.items()
+        if value is not None
+    }
+    _, session_start, _ = hparams(shown, {})
+    file_writer: Any = writer.file_writer
+    file_writer.add_summary(session_start)
 
 
 def load_settings(run_dir: Path) -> dict[str, Any]:
@@ -221,6 +239,8 @@ class Run:
             print(f"run directory: {run_dir}", file=sys.stderr)
             if before is not None and (note := new_schedules(before, config, done / total)) is not None:
                 print(note, file=sys.stderr)
+            if resumed is None:
+                log_settings(self.writer, algorithm, config)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":

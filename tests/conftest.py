@@ -2,7 +2,9 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -19,3 +21,28 @@ def _no_test_hangs() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of small runs: `grid`, `dqn`, `ppo` (both on CartPole) and `breakout`."""
+    from minirl.dqn import DQNConfig
+    from minirl.dqn import train as train_dqn
+    from minirl.ppo import PPOConfig
+    from minirl.ppo import train as train_ppo
+    from minirl.q_learning import QLearningConfig
+    from minirl.q_learning import train as train_q
+
+    path = tmp_path_factory.mktemp("runs")
+    train_q(QLearningConfig(num_episodes=300), run_dir=path / "grid")
+    steps: dict[str, Any] = {"total_timesteps": 1500, "learning_starts": 200, "eval_frequency": 500, "eval_episodes": 2}
+    train_dqn(DQNConfig(**steps, compile=False), run_dir=path / "dqn", device="cpu")
+    train_ppo(
+        PPOConfig(env_id="CartPole-v1", num_steps=32, total_timesteps=4096, learning_rate=3e-3),
+        run_dir=path / "ppo",
+        device="cpu",
+    )
+    tiny: dict[str, Any] = {"num_envs": 1, "num_steps": 8, "minibatch_size": 8, "update_epochs": 4}
+    config = PPOConfig(env_id="BreakoutNoFrameskip-v4", total_timesteps=8, learning_rate=0.003, **tiny)
+    train_ppo(config, run_dir=path / "breakout", device="cpu")
+    return path

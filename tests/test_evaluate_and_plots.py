@@ -1,8 +1,7 @@
-"""Playing games with a saved network, recording one, and drawing learning curves."""
+"""Playing games with a saved network, and recording one."""
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from minirl import evaluate as evaluation
-from minirl import plots
-from minirl.checkpoints import load_checkpoint
-from minirl.config import ConfigError
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.vector import Episode, VectorEnv
+from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.play import play_games
-from minirl.plots import Curve, plot_curves, read_curve
 from minirl.ppo import PPOConfig, train
-from minirl.runs import Run, save_config
+from minirl.runs import save_config
 from tests.fake_envs import Counter
 
 
@@ -179,87 +174,6 @@ def test_mistakes(
         evaluation.main(line.format(run=cartpole_run).split())
     output = capsys.readouterr()
     assert stop.value.code == 2
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    assert message in output.err
-
-
-# Plots
-
-
-def test_a_curve_joins_the_sessions_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
-    config = PPOConfig(checkpoint_frequency=20)
-
-    def play(run: Run, steps: list[int], value: float) -> None:
-        for step in steps:
-            now[0] += 60
-            run.log_episodes(step - 5, [Episode(0, value, 5)])
-            run.log(step, {})
-            run.checkpoint(step, dict)
-
-    with Run("ppo", config, tmp_path / "run", total=100) as run:
-        play(run, [10, 20, 30], -20.0)  # saved at 20, killed after 30
-    now[0] += 10_000
-    time.sleep(1.1)  # TensorBoard names its files by the second
-    saved = load_checkpoint(tmp_path / "run", "ppo")
-    assert saved["global_step"] == 20
-    with Run("ppo", config, tmp_path / "run", total=100, done=20, resumed=saved) as run:
-        play(run, [30, 40], -10.0)
-    curve = read_curve(tmp_path / "run")
-    assert curve.name == "ppo PongNoFrameskip-v4, seed 42"
-    assert curve.steps.tolist() == [5, 15, 25, 35]
-    assert curve.returns.tolist() == [-20, -20, -10, -10]
-    assert curve.minutes.tolist() == pytest.approx([0.5, 1.5, 2.5, 3.5])
-
-
-def test_the_mean_of_the_last_episodes() -> None:
-    returns = np.array([1.0, 3.0, 8.0, 4.0])
-    curve = Curve("", np.arange(4), np.arange(4.0), returns)
-    assert curve.mean_of_last(2).tolist() == [1.0, 2.0, 5.5, 6.0]
-    assert curve.mean_of_last(100).tolist() == [1.0, 2.0, 4.0, 4.0]
-
-
-def test_plots_writes_a_picture(cartpole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plots.main([str(cartpole_run), str(cartpole_run), "--output", str(tmp_path / "curve.png")])
-    assert capsys.readouterr().out == f"{tmp_path / 'curve.png'}\n"
-    picture = cv2.imread(str(tmp_path / "curve.png"))
-    assert picture is not None
-    assert picture.shape == (340, 900, 3)
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10, "not empty"
-
-
-def test_plots_without_matplotlib_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '.\[plot\]'"):
-        plot_curves([], tmp_path / "curve.png")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("nowhere", "nowhere must be a run directory"),
-        ("empty", "empty must hold TensorBoard events of at least one finished episode"),
-        ("{run} --output no/such/dir.png", "--output must be a picture that can be written"),
-        ("{run} --output curve.xyz", "--output must be a picture that can be written"),
-    ],
-)
-def test_plots_mistakes(
-    line: str,
-    message: str,
-    cartpole_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    save_config(tmp_path / "empty", "ppo", PPOConfig())
-    with pytest.raises(SystemExit) as stop:
-        plots.main(line.format(run=cartpole_run).split())
-    output = capsys.readouterr()
-    assert (stop.value.code, output.out) == (2, "")
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     assert message in output.err

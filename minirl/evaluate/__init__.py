@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import torch
 
 from minirl import q_learning
@@ -130,11 +131,19 @@ def load_policy(
     raise ConfigError(f"{run_dir} must hold a run of ppo, dqn or q_learning, not of {algorithm}")
 
 
+def ppo_agent(
+    run_dir: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any], device: torch.device
+) -> ActorCritic:
+    """Return PPO's network with the weights that a run has saved."""
+    saved = load_checkpoint(run_dir, "ppo", "model")
+    agent = ActorCritic(observation_space, action_space).to(device)
+    load_weights(agent, saved)
+    return agent
+
+
 def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
     """Return PPO's network as a policy: its likeliest actions, or sampled ones."""
-    saved = load_checkpoint(run_dir, "ppo", "model")
-    agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
-    load_weights(agent, saved)
+    agent = ppo_agent(run_dir, envs.observation_space, envs.action_space, device)
     return functools.partial(choose_actions, agent, sample=stochastic)
 
 

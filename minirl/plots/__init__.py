@@ -1,0 +1,75 @@
+"""Pictures of runs: `python -m minirl.plots RUN_DIR [RUN_DIR ...] [--kind KIND] [--output FILE]`.
+
+`curves` draws the returns of any number of runs; the other kinds draw what one run has learned or sees. What they show
+comes from TensorBoard events and from checkpoints, which run nobody's code.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minirl.cli import Parser, fail
+from minirl.config import ConfigError
+from minirl.plots.curves import Curve, curves_figure, read_curve
+from minirl.plots.figure import check_output, save_figure
+from minirl.plots.of_run import KINDS, draw_picture
+from minirl.progress import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Curve", "curves_figure", "draw_curves", "draw_picture", "main", "read_curve", "save_figure"]
+
+
+def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
+    """Draw the learning curves of runs; a run that is named twice is drawn once.
+
+    Raises:
+        ConfigError: if a directory holds no run in which an episode has finished, or matplotlib is missing.
+    """
+    different = list({run_dir.resolve(): run_dir for run_dir in run_dirs}.values())
+    if len(different) == 1:
+        return curves_figure([read_curve(different[0])], x)
+    curves = []
+    with contextlib.closing(Progress(len(different), unit="runs")) as progress:
+        for run_dir in different:
+            curves.append(read_curve(run_dir))
+            progress.update(len(curves))
+    return curves_figure(curves, x)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and draw."""
+    parser = Parser(prog="python -m minirl.plots", description="Draw pictures of runs.")
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
+    kinds = ["curves", *KINDS]
+    parser.add_argument("--kind", choices=kinds, default="curves", help="what to draw (default: curves)")
+    parser.add_argument(
+        "--x", choices=["steps", "minutes", "both"], default="both", help="x axis of the curves (default: both)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="picture to write (default: curve.png or KIND.png in the first run)",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    arguments = parser.parse_args(argv)
+    name = "curve" if arguments.kind == "curves" else arguments.kind
+    output: Path = arguments.output or arguments.run_dirs[0] / f"{name}.png"
+    output = output if output.suffix else output.with_suffix(".png")
+    try:
+        if arguments.output is not None:
+            check_output(output)
+        if arguments.kind == "curves":
+            figure = draw_curves(arguments.run_dirs, arguments.x)
+        elif len(arguments.run_dirs) == 1:
+            figure = draw_picture(arguments.kind, arguments.run_dirs[0], arguments.device)
+        else:
+            raise ConfigError(f"--kind {arguments.kind} must go with one RUN_DIR, not {len(arguments.run_dirs)}")
+        save_figure(figure, output)
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    print(output)

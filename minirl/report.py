@@ -1,0 +1,121 @@
+"""What a finished run adds to its TensorBoard events: the return of some greedy games, and pictures.
+
+Nothing here belongs to the training, which is done and saved by then, and nothing here can turn it into a failure:
+what does not work is left out, and a line says so.
+"""
+
+import contextlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.config import MAX_SEED, ConfigError
+from minirl.envs.ids import is_atari
+from minirl.envs.make import make_vector_env
+from minirl.evaluate import SEED_OFFSET, load_policy
+from minirl.play import SIDE_BY_SIDE, play_games
+from minirl.plots.figure import require_matplotlib
+from minirl.plots.of_run import draw_picture, fitting_kinds
+from minirl.progress import Progress
+from minirl.runs import load_settings, seed_everything
+from minirl.runtime import select_device
+
+FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
+# Seconds for games that nobody asked for: a tenth of the training, and never less or more than this.
+SHORTEST_PATIENCE, LONGEST_PATIENCE = 3.0, 60.0
+
+
+def check_final_games(games: int | None, config: Any) -> None:
+    """Check the flag `--final-games`.
+
+    Raises:
+        ConfigError: if it is negative, or asks for games that the training itself plays.
+    """
+    if games is not None and games < 0:
+        raise ConfigError(f"--final-games must be a whole number of at least 0, not {games}")
+    if games and judges_itself(vars(config)):
+        raise ConfigError(
+            "--final-games must be 0 or left out with eval_frequency: the last step's greedy games, "
+            f"eval_episodes = {config.eval_episodes} of them, are logged already"
+        )
+
+
+def judges_itself(settings: dict[str, Any]) -> bool:
+    """Whether the training logs the return of greedy games, at its last step too (DQN)."""
+    return settings.get("eval_frequency") is not None
+
+
+def report(run_dir: Path, games: int | None = None, device: str = "auto") -> None:
+    """Write the mean return of greedy games, and the pictures that fit the run, to TensorBoard at the run's last step.
+
+    Args:
+        run_dir: the directory of a run that is done.
+        games: how many; None for a few, which are left out where they would take long beside the training.
+        device: `auto`, `cpu` or `cuda`.
+    """
+    if not (run_dir / CHECKPOINT_FILE).exists():
+        return  # nothing was trained
+    with left_out("games and pictures"):
+        settings = load_settings(run_dir)
+        saved = load_checkpoint(run_dir, settings["algorithm"])
+        global_step: int = saved["global_step"]
+        patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
+        with contextlib.closing(SummaryWriter(str(run_dir))) as writer:
+            if games != 0 and not judges_itself(settings):
+                with left_out("the games after the training"):
+                    number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
+                    mean_return = play_final_games(run_dir, settings, number, patience, device)
+                    writer.add_scalar("eval/mean_return", mean_return, global_step)
+            with left_out("pictures"):
+                require_matplotlib()  # one line where it is missing, not one for each picture
+                for kind in fitting_kinds(settings):
+                    with left_out(f"the picture {kind}"):
+                        figure = draw_picture(kind, run_dir, device)
+                        writer.add_figure(f"pictures/{kind}", figure, global_step, close=False)
+
+
+@contextlib.contextmanager
+def left_out(what: str) -> Iterator[None]:
+    """Go on after an error in the block, and say what is left out because of it."""
+    try:
+        yield
+    except Exception as error:  # a user's environment may raise anything when it is drawn, say
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"left out of TensorBoard: {what}: {reason}", file=sys.stderr)
+
+
+def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patience: float, device: str) -> float:
+    """Play the first games of those that `minirl.evaluate` plays, with greedy actions; return their mean return.
+
+    Raises:
+        TimeoutError: if they take longer than `patience`, in seconds.
+    """
+    seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE)) as envs:
+        policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
+        deadline = time.monotonic() + patience
+
+        def hurried(observations: NDArray[Any]) -> NDArray[np.int64]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
+            return policy(observations)
+
+        seed_everything(seed)
+        with contextlib.closing(Progress(games, unit="games")) as progress:
+            returns = play_games(hurried, envs, games, seed, progress)
+    mean_return = statistics.fmean(returns)
+    print(
+        f"return over {games} games, greedy actions: mean {mean_return:.2f}, "
+        f"minimum {min(returns):.2f}, maximum {max(returns):.2f}",
+        file=sys.stderr,
+    )
+    return mean_return

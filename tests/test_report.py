@@ -1,0 +1,212 @@
+"""What a finished training adds to TensorBoard, and that nothing of it can spoil the training."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from minirl import report
+from minirl.cli import run_training
+from minirl.dqn import DQNConfig
+from minirl.dqn import train as train_dqn
+from minirl.evaluate import evaluate
+from minirl.ppo import PPOConfig
+from minirl.ppo import train as train_ppo
+from minirl.q_learning import QLearningConfig
+from minirl.q_learning import train as train_q
+from tests.scalars import read_scalars
+
+SHORT = "--num-episodes 200 --seed 3"
+
+
+def read_events(run_dir: Path) -> Any:
+    events = EventAccumulator(str(run_dir), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def train_on_grid(run_dir: Path, flags: str = "") -> Any:
+    line = f"{SHORT} --run-dir {run_dir} {flags}"
+    return run_training("q_learning", QLearningConfig, train_q, "", line.split())
+
+
+def test_a_finished_run_ends_with_greedy_games_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, table = train_on_grid(tmp_path)
+    scalars = read_scalars(tmp_path)
+    last_step = scalars["charts/SPS"][-1][0]
+    result = evaluate(tmp_path, episodes=10)
+    ((step, mean_return),) = scalars["eval/mean_return"]
+    assert step == last_step
+    assert mean_return == pytest.approx(result["mean_return"])
+    assert "10 of 10 games" in capsys.readouterr().err
+    events = read_events(tmp_path)
+    assert events.Tags()["images"] == ["pictures/q-values"]
+    (image,) = events.Images("pictures/q-values")
+    assert image.step == last_step
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 40
+    assert table.shape == (9, 4)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "no runs inside the run"
+
+
+@pytest.mark.parametrize(
+    ("run", "kinds"),
+    [
+        ("grid", ["q-values"]),
+        ("dqn", ["policy-map"]),
+        ("ppo", ["policy-map"]),
+        ("breakout", ["action-probabilities", "preprocessing"]),
+    ],
+)
+def test_the_pictures_fit_the_run(
+    run: str, kinds: list[str], small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "SummaryWriter", lambda run_dir: Recorder(drawn))
+    report.report(small_runs / run, 0, "cpu")
+    assert sorted(drawn) == [f"pictures/{kind}" for kind in kinds]
+
+
+class Recorder:
+    """A SummaryWriter that notes the tags of the figures."""
+
+    def __init__(self, drawn: list[str]) -> None:
+        self.drawn = drawn
+
+    def add_figure(self, tag: str, figure: Any, global_step: int, close: bool) -> None:
+        self.drawn.append(tag)
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_settings_are_one_row_of_the_table_of_hyperparameters(tmp_path: Path) -> None:
+    config = DQNConfig(hidden_sizes=(8, 8), total_timesteps=300, learning_starts=200, eval_frequency=None)
+    train_dqn(config, run_dir=tmp_path / "run", device="cpu")
+    events = read_events(tmp_path / "run")
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    row = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert row["algorithm"].string_value == "dqn"
+    assert row["env_id"].string_value == "CartPole-v1"
+    assert row["hidden_sizes"].string_value == "(8, 8)"
+    assert row["learning_rate"].number_value == 5e-3
+    assert row["total_timesteps"].number_value == 300
+    assert (row["anneal_lr"].string_value, row["huber"].string_value) == ("True", "False")
+    assert "eval_frequency" not in row, "there the table shows nothing"
+
+
+@pytest.mark.parametrize("games", [0, 3])
+def test_the_number_of_games_is_a_flag(games: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_on_grid(tmp_path, f"--final-games {games}")
+    assert ("eval/mean_return" in read_scalars(tmp_path)) == (games > 0)
+    assert ("return over 3 games, greedy actions: mean " in capsys.readouterr().err) == (games > 0)
+    assert read_events(tmp_path).Tags()["images"] == ["pictures/q-values"]
+
+
+def test_games_that_nobody_asked_for_may_not_take_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "SHORTEST_PATIENCE", 0.0)
+    monkeypatch.setattr(report, "LONGEST_PATIENCE", 0.0)
+    train_on_grid(tmp_path / "run")
+    assert "eval/mean_return" not in read_scalars(tmp_path / "run")
+    assert (
+        "left out of TensorBoard: the games after the training: they take more than 0 seconds"
+        in capsys.readouterr().err
+    )
+    train_on_grid(tmp_path / "asked", "--final-games 2")
+    assert "eval/mean_return" in read_scalars(tmp_path / "asked")
+
+
+def test_double_dqn_has_played_its_games_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--total-timesteps 300 --learning-starts 200 --eval-frequency 150 --eval-episodes 2 --device cpu"
+    line = f"{flags} --run-dir {tmp_path / 'run'}"
+    run_training("dqn", DQNConfig, train_dqn, "", line.split())
+    assert [step for step, _ in read_scalars(tmp_path / "run")["eval/mean_return"]] == [150, 300]
+    assert read_events(tmp_path / "run").Tags()["images"] == ["pictures/policy-map"]
+    line = f"{flags} --eval-frequency none --final-games 1 --run-dir {tmp_path / 'unjudged'}"
+    run_training("dqn", DQNConfig, train_dqn, "", line.split())
+    assert [step for step, _ in read_scalars(tmp_path / "unjudged")["eval/mean_return"]] == [300]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--final-games -1", "--final-games must be a whole number of at least 0, not -1"),
+        ("--final-games x", "--final-games: must be a whole number, not 'x'"),
+        ("--final-games 5", "--final-games must be 0 or left out with eval_frequency"),
+    ],
+)
+def test_mistakes(flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_training("dqn", DQNConfig, train_dqn, "", [*flags.split(), "--run-dir", str(tmp_path / "run")])
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_goes_wrong_is_left_out_and_the_run_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ArithmeticError("the screen\nis black")
+
+    monkeypatch.setattr(report, "draw_picture", broken)
+    monkeypatch.setattr(report, "load_policy", broken)
+    _, table = train_on_grid(tmp_path)
+    assert table.shape == (9, 4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert lines == [
+        "left out of TensorBoard: the games after the training: the screen is black",
+        "left out of TensorBoard: the picture q-values: the screen is black",
+    ]
+
+
+def test_without_matplotlib_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    train_on_grid(tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "extra `plot`" in line]
+    assert lines == [
+        "left out of TensorBoard: pictures: plots need matplotlib, the extra `plot`: pip install -e '.[plot]'"
+    ]
+    assert "eval/mean_return" in read_scalars(tmp_path)
+
+
+def test_an_environment_that_dies_in_the_games_after_training_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests import fake_envs
+
+    line = "--env-id tests.fake_envs:Counter-v0 --num-steps 8 --minibatch-size 8 --total-timesteps 64 --device cpu"
+
+    def train(*arguments: Any, **options: Any) -> Any:
+        result = train_ppo(*arguments, **options)
+        monkeypatch.setattr(fake_envs.Counter, "step", fake_envs.Faulty("raise").step)
+        return result
+
+    run_training("ppo", PPOConfig, train, "", [*line.split(), "--run-dir", str(tmp_path / "run")])
+    assert "left out of TensorBoard: the games after the training: " in capsys.readouterr().err
+
+
+def test_an_interrupted_run_gets_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        raise SystemExit(143)
+
+    reported: list[Any] = []
+    monkeypatch.setattr(report, "report", lambda *arguments: reported.append(arguments))
+    with pytest.raises(SystemExit) as stop:
+        run_training("q_learning", QLearningConfig, stopped, "", ["--run-dir", str(tmp_path / "run")])
+    assert (stop.value.code, reported) == (143, [])
+    run_training("q_learning", QLearningConfig, train_q, "", [*SHORT.split(), "--run-dir", str(tmp_path / "run")])
+    assert reported == [(tmp_path / "run", None, "auto")]
