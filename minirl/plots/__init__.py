@@ -43,9 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m minirl.plots", description="Draw pictures of runs.")
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
     kinds = ["curves", *KINDS]
-    parser.add_argument("--kind", choices=kinds, default="curves", help="what to draw (default: curves)")
+    about = f"what to draw: {', '.join(kinds)} (default: curves)"
+    parser.add_argument("--kind", choices=kinds, default="curves", metavar="KIND", help=about)
     parser.add_argument(
-        "--x", choices=["steps", "minutes", "both"], default="both", help="x axis of the curves (default: both)"
+        "--x",
+        choices=["steps", "minutes", "both"],
+        default="both",
+        metavar="AXIS",
+        help="of the curves: steps, minutes or both (default: both)",
     )
     parser.add_argument(
         "--output",
