@@ -105,7 +105,7 @@ def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str 
             raise ValueError(f"global_step is {state['global_step']}")
         if bad := not_finite(state):
             raise ValueError(f"{', '.join(bad)} not finite")
-    return {**state, "path": path}
+    return {**state, "path": str(path)}
 
 
 @contextlib.contextmanager

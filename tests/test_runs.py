@@ -71,7 +71,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     loaded = load_checkpoint(tmp_path, "ppo")
     assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))  # type: ignore[attr-defined]
-    assert loaded == {**state, "path": tmp_path / "checkpoint.pt"}
+    assert loaded == {**state, "path": str(tmp_path / "checkpoint.pt")}
     load_checkpoint(tmp_path, "ppo", "model")
     with pytest.raises(ConfigError, match=r"checkpoint\.pt must be a whole checkpoint, and has no optimizer, wings"):
         load_checkpoint(tmp_path, "ppo", "model", "wings", "optimizer")
