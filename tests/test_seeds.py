@@ -29,7 +29,7 @@ def start(script: str, line: str, directory: Path) -> subprocess.Popen[str]:
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, str(ROOT / script), *line.split()]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=directory, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=directory, env=environment, start_new_session=True, **pipes)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)  # some updates
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: it reaches every process of the group
     output, error = process.communicate()
     assert process.returncode == 130
     assert output == ""
