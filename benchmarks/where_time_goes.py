@@ -24,7 +24,7 @@ from minirl.envs.vector import available_cores
 from minirl.networks import ActingCopy, set_precision
 from minirl.ppo import ADAM_EPS, ActorCritic, PPOConfig, Rollout, collect_rollout, minibatch_loss, train, update_policy
 from minirl.runs import Run
-from minirl.runtime import AdamStep, select_precision
+from minirl.runtime import AdamStep, select_precision, threads_beside
 
 CONFIG = PPOConfig()
 CPU = torch.device("cpu")
@@ -99,14 +99,15 @@ def parts() -> dict[str, float]:
 
         advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        return {
-            "environments": 1e3 * seconds(lambda: envs.step(actions), 300),
-            "acting": 1e3 * seconds(act, 300),
-            "rollout": 1e3 * seconds(lambda: collect_rollout(actor.network, envs, obs, rollout, run, 0), 3) / 128,
-            "gradient": 1e3
-            * seconds(lambda: update_policy(step, rollout, advantages, returns, CONFIG, 1e-4, 0.1), 3)
-            / gradient_steps,
-        }
+        collect = functools.partial(collect_rollout, actor.network, envs, obs, rollout, run, 0)
+        update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
+        with threads_beside(envs.num_workers):
+            milliseconds = {
+                "environments": 1e3 * seconds(lambda: envs.step(actions), 300),
+                "acting": 1e3 * seconds(act, 300),
+                "rollout": 1e3 * seconds(collect, 3) / CONFIG.num_steps,
+            }
+        return {**milliseconds, "gradient": 1e3 * seconds(update, 3) / gradient_steps}
 
 
 def training_speed() -> float:
