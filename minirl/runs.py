@@ -232,6 +232,8 @@ class Run:
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
                 self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)
+                if resumed is None:
+                    log_settings(self.writer, algorithm, config)
             except OSError as error:
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
@@ -239,8 +241,6 @@ class Run:
             print(f"run directory: {run_dir}", file=sys.stderr)
             if before is not None and (note := new_schedules(before, config, done / total)) is not None:
                 print(note, file=sys.stderr)
-            if resumed is None:
-                log_settings(self.writer, algorithm, config)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":
