@@ -282,9 +282,8 @@ def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "train_ppo.py"), *line.split()]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
-    done = script(
-        "--env-id ALE/Pong-v5 --num-envs 2 --num-steps 8 --minibatch-size 8 --total-timesteps 16 --seed 5 --final-games 0"
-    )
+    settings = "--env-id ALE/Pong-v5 --num-envs 2 --num-steps 8 --minibatch-size 8 --final-games 0"
+    done = script(f"{settings} --total-timesteps 16 --seed 5")
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs" / "ppo" / "ALE-Pong-v5").iterdir()
     assert run_dir.name.endswith("-seed5")
