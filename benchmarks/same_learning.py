@@ -1,0 +1,62 @@
+"""PPO on Pong as it runs by default (compiled, bfloat16) and plainly (eager, float32): do they learn the same?
+
+    python train_ppo.py --seed 42 --total-timesteps 650000                                    # and --seed 1
+    python train_ppo.py --seed 42 --total-timesteps 650000 --no-compile --precision float32   # and --seed 1
+    python benchmarks/same_learning.py --plain RUN_DIR RUN_DIR --fast RUN_DIR RUN_DIR --output FILE
+
+Draws the curves, up to where the shortest of them ends, and prints the table of docs/performance.md.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from minirl.plots.curves import LAST_EPISODES, Curve, read_curve
+from minirl.plots.figure import COLOURS, DASHES, new_figure, save_figure
+
+EVERY = 100_000  # agent steps, a row of the table
+
+
+def table(curves: dict[str, list[Curve]], last: int) -> str:
+    """Return the mean of the last 100 games of each run, every 100,000 agent steps, and the range of each kind."""
+    rows = [["agent steps", *(f"{kind}, seed {c.settings['seed']}" for kind, group in curves.items() for c in group)]]
+    rows.append(["---"] * len(rows[0]))
+    for step in range(EVERY, last + 1, EVERY):
+        means = [np.interp(step, c.steps, c.mean_of_last()) for group in curves.values() for c in group]
+        rows.append([f"{step:,}", *(f"{mean:.1f}" for mean in means)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    """Read, draw and print."""
+    parser = argparse.ArgumentParser(description="The learning curves of the default and of the plain path.")
+    parser.add_argument("--plain", type=Path, nargs="+", required=True, metavar="RUN_DIR")
+    parser.add_argument("--fast", type=Path, nargs="+", required=True, metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    arguments = parser.parse_args()
+    kinds = {"eager, float32": arguments.plain, "default": arguments.fast}
+    curves = {kind: [read_curve(run_dir) for run_dir in run_dirs] for kind, run_dirs in kinds.items()}
+    last = min(int(curve.steps[-1]) for group in curves.values() for curve in group)
+
+    figure = new_figure(6.5, 4.0)
+    axes = figure.subplots()
+    for colour, (kind, group) in zip(COLOURS, curves.items(), strict=False):
+        for dashes, curve in zip(DASHES, group, strict=False):
+            shown = curve.steps <= last
+            label = f"{kind}, seed {curve.settings['seed']}"
+            axes.plot(curve.steps[shown], curve.mean_of_last()[shown], color=colour, linestyle=dashes, label=label)
+    axes.set(
+        title=f"PPO on {curves['default'][0].settings['env_id']}",
+        xlabel="agent steps",
+        ylabel=f"return, mean of the last {LAST_EPISODES} games",
+    )
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:,.0f} k")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save_figure(figure, arguments.output)
+    print(table(curves, last))
+
+
+if __name__ == "__main__":
+    main()
