@@ -33,7 +33,17 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import ActingCopy, NatureCNN, arrays_of, is_image, mlp, mlp_in_numpy, orthogonal, set_precision
+from minirl.networks import (
+    ActingCopy,
+    NatureCNN,
+    arrays_of,
+    is_image,
+    mlp,
+    mlp_in_numpy,
+    observation_tensor,
+    orthogonal,
+    set_precision,
+)
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
@@ -283,8 +293,7 @@ def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32
 
     @torch.no_grad()
     def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:
-        dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
-        values: NDArray[np.float32] = network(torch.as_tensor(obs, dtype=dtype, device=device)).cpu().numpy()
+        values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
         return values
 
     return q_values

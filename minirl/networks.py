@@ -156,3 +156,9 @@ def is_image(space: gym.Space[object]) -> bool:
 def observation_dtype(space: gym.Space[object]) -> torch.dtype:
     """Return what observations are kept as until the network sees them: bytes of images, floats of all else."""
     return torch.uint8 if is_image(space) and space.dtype == np.uint8 else torch.float32
+
+
+def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
+    """Put what environments show, (N, ...), on the device: pixels as bytes, all else as floats."""
+    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
+    return torch.as_tensor(obs, dtype=dtype, device=device)

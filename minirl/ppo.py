@@ -30,7 +30,16 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.networks import ActingCopy, NatureCNN, is_image, mlp, observation_dtype, orthogonal, set_precision
+from minirl.networks import (
+    ActingCopy,
+    NatureCNN,
+    is_image,
+    mlp,
+    observation_dtype,
+    observation_tensor,
+    orthogonal,
+    set_precision,
+)
 from minirl.resume import env_state, start_envs
 from minirl.runs import Run, seed_everything
 from minirl.runtime import AdamStep, select_device, select_precision, threads_beside, threads_for
@@ -338,8 +347,7 @@ def collect_rollout(
 @torch.no_grad()
 def choose_actions(agent: ActorCritic, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
     """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N,)."""
-    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32  # pixels stay bytes
-    distribution, _ = agent(torch.as_tensor(obs, dtype=dtype, device=agent.actor.weight.device))
+    distribution, _ = agent(observation_tensor(obs, agent.actor.weight.device))
     actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.logits.argmax(dim=-1)).cpu().numpy()
     return actions
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.runtime import AdamStep
+from minirl.runtime import AdamStep, threads_beside, threads_for
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -37,3 +37,21 @@ def test_a_gradient_that_is_lost_shows_in_the_update_itself(compiled: bool) -> N
     logged = AdamStep(network, loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
     assert logged[0].item() == 0.0
     assert not logged[1].isfinite()
+
+
+def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with threads_for(nn.Linear(100, 400)):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with threads_for(nn.Linear(200, 400)):  # 80,400 weights
+            assert torch.get_num_threads() == 3
+            with threads_beside(2):  # this process, and a worker that needs a core
+                assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="a step goes wrong"), threads_for(nn.Linear(1, 1)):
+            raise ValueError("a step goes wrong")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
