@@ -318,3 +318,17 @@ def test_weights_that_are_not_finite_are_not_saved(bad: float, tmp_path: Path) -
         with pytest.raises(DivergedError, match=r"diverged: critic\.bias not finite at agent step 50"):
             run.checkpoint(50, lambda: {"model": weights})
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 0
+
+
+def test_a_disk_that_fills_up_at_the_very_end_is_told_and_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(writer: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minirl.runs.SummaryWriter.close", full)
+    run = Run("ppo", CONFIG, tmp_path / "one", total=100)
+    with pytest.raises(ConfigError, match=r"one can't be written any more.*No space"), run:
+        pass
+    with pytest.raises(DivergedError, match="lost"), Run("ppo", CONFIG, tmp_path / "other", total=100):
+        raise DivergedError("lost")
