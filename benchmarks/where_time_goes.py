@@ -21,10 +21,10 @@ import torch
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
-from minirl.networks import ActingCopy, set_precision
+from minirl.networks import ActingCopy, set_precision, training_input
 from minirl.ppo import ADAM_EPS, ActorCritic, PPOConfig, Rollout, collect_rollout, minibatch_loss, train, update_policy
 from minirl.runs import Run
-from minirl.runtime import AdamStep, select_precision, threads_beside
+from minirl.runtime import AdamStep, keep_freed_memory, select_precision, threads_beside
 
 CONFIG = PPOConfig()
 CPU = torch.device("cpu")
@@ -82,7 +82,9 @@ def env_speed(num_envs: int, num_workers: int) -> float:
 
 def parts() -> dict[str, float]:
     """Milliseconds of a vector step of environments and of acting, of a whole rollout step, and of a gradient step."""
-    with make_vector_env(CONFIG.env_id, CONFIG.num_envs) as envs, Run("ppo", CONFIG, None, total=1) as run:
+    environments = CONFIG.num_envs / env_speed(CONFIG.num_envs, max(1, available_cores() - 1))
+    envs = make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True)
+    with envs, Run("ppo", CONFIG, None, total=1) as run:
         agent = ActorCritic(envs.observation_space, envs.action_space)
         set_precision(agent, select_precision(CONFIG.precision, CPU))
         actor = ActingCopy(agent)
@@ -90,12 +92,12 @@ def parts() -> dict[str, float]:
         step = AdamStep(agent, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
         rollout = Rollout(CONFIG.num_steps, envs, CPU)
         obs = envs.reset(seed=0).copy()
-        actions = np.zeros(CONFIG.num_envs, np.int64)
 
         @torch.no_grad()
         def act() -> None:
-            distribution, _ = actor.network(torch.from_numpy(obs))
-            distribution.log_prob(distribution.sample())
+            for half in envs.halves:
+                distribution, _ = actor.network(training_input(obs[half], CPU))
+                distribution.log_prob(distribution.sample())
 
         advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
@@ -103,7 +105,7 @@ def parts() -> dict[str, float]:
         update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
         with threads_beside(envs.num_workers):
             milliseconds = {
-                "environments": 1e3 * seconds(lambda: envs.step(actions), 300),
+                "environments": 1e3 * environments,
                 "acting": 1e3 * seconds(act, 300),
                 "rollout": 1e3 * seconds(collect, 3) / CONFIG.num_steps,
             }
@@ -125,6 +127,7 @@ def training_speed() -> float:
 
 def main() -> None:
     """Measure and print."""
+    keep_freed_memory()
     precision = select_precision("auto", CPU)
     peaks = {dtype: peak_flops(dtype) for dtype in (torch.float32, precision)}
     ale = bare_emulator()
@@ -139,11 +142,10 @@ def main() -> None:
 
     share, part = CONFIG.num_envs, parts()
     gradients = CONFIG.update_epochs / CONFIG.minibatch_size  # per agent step
-    rest = part["rollout"] - part["environments"] - part["acting"]
     rows = {
-        "environments": part["environments"] / share,
-        "acting: network and sampling": part["acting"] / share,
-        "the rest of a rollout: copies, logging, waiting for cores": rest / share,
+        "environments, in the workers": part["environments"] / share,
+        "acting: network and sampling, in two halves, by the training process": part["acting"] / share,
+        "a rollout: both at the same time, copies, logging, waiting for each other": part["rollout"] / share,
         "update": part["gradient"] * gradients,
     }
     print("\n| part, each measured alone | us an agent step |\n| --- | --- |")

@@ -43,13 +43,14 @@ from minirl.networks import (
     observation_tensor,
     orthogonal,
     set_precision,
+    training_input,
 )
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
 from minirl.resume import MemoryFiles, env_state, start_envs
 from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, select_device, select_precision, threads_for
+from minirl.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_for
 from minirl.shapes import require_same_shape
 from minirl.video import Videos
 
@@ -362,7 +363,11 @@ class Learner:
 
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
         """Take one gradient step on a batch; return what `loss` logs and the gradient's norm, on the device (3,)."""
-        logged = self.adam_step(learning_rate, *(torch.from_numpy(array).to(self.device) for array in batch))
+        tensors = (
+            training_input(array, self.device) if array.ndim == 4 else torch.from_numpy(array).to(self.device)
+            for array in batch
+        )
+        logged = self.adam_step(learning_rate, *tensors)
         self.acting.refresh()
         return logged
 
@@ -412,6 +417,7 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
+    keep_freed_memory()
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
     eval_frequency = None if run_dir is None else config.eval_frequency

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minirl.config import ConfigError
 
@@ -61,6 +63,44 @@ def mlp_in_numpy(arrays: MLPArrays, inputs: NDArray[Any]) -> NDArray[np.float32]
     return outputs @ weights + biases
 
 
+def in_blocks(images: Tensor, size: int) -> Tensor:
+    """Cut images (B, C, H, W) into blocks of size x size pixels: (B, size * size * C, H // size, W // size).
+
+    What is left over at the right and below is dropped. The result lies channels-last in memory: a block's values side
+    by side, row by row, a pixel's C values next to each other.
+    """
+    count, channels, height, width = images.shape
+    rows, columns = height // size, width // size
+    pixels = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    pixels = pixels[:, : rows * size, : columns * size].reshape(count, rows, size, columns, size, channels)
+    return pixels.transpose(2, 3).reshape(count, rows, columns, size * size * channels).permute(0, 3, 1, 2)
+
+
+class BlockConv2d(nn.Conv2d):
+    """A convolution whose kernel is two strides wide, and which also takes images cut into blocks (`in_blocks`).
+
+    Over blocks of stride x stride pixels it is a convolution of 2 x 2 with stride 1: the same products, added up in
+    another order. oneDNN's gradients of that take less time: a tenth of a minibatch of Pong, a fifth on a busy machine.
+
+    Raises:
+        ValueError: if the kernel is not two strides wide.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        if kernel_size != 2 * stride:
+            raise ValueError(f"kernel_size must be twice the stride of {stride}, not {kernel_size}")
+        super().__init__(in_channels, out_channels, kernel_size, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W), or `in_blocks` of it -> (B, out_channels, H // stride - 1, W // stride - 1)."""
+        size = self.stride[0]
+        if images.shape[1] == self.in_channels:
+            if not torch.is_grad_enabled():  # forward, both are as fast, and the blocks come on top
+                return super().forward(images)
+            images = in_blocks(images, size)
+        return F.conv2d(images, in_blocks(self.weight, size), self.bias)
+
+
 class NatureCNN(nn.Module):
     """The convolutional network of Mnih et al. (2015): images (B, C, H, W) -> features (B, 512).
 
@@ -70,35 +110,37 @@ class NatureCNN(nn.Module):
     """
 
     num_features = 512
+    block_size = 4  # the first convolution's stride
 
     def __init__(self, image_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.precision = torch.float32
         channels = image_shape[0]
         self.convolutions = nn.Sequential(
-            orthogonal(nn.Conv2d(channels, 32, kernel_size=8, stride=4)),
+            orthogonal(BlockConv2d(channels, 32, kernel_size=8, stride=self.block_size)),
             nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
+            orthogonal(BlockConv2d(32, 64, kernel_size=4, stride=2)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
             nn.ReLU(),
-            nn.Flatten(),
         )
         with torch.no_grad():
-            flat_size = self.convolutions(torch.zeros(1, *image_shape)).shape[1]
+            flat_size = self.convolutions(torch.zeros(1, *image_shape)).numel()
         self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.linear = nn.Sequential(orthogonal(nn.Linear(flat_size, self.num_features)), nn.ReLU())
+        self.dense = nn.Sequential(orthogonal(nn.Linear(flat_size, self.num_features)), nn.ReLU())
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8, or float in [0, 1] -> (B, 512)."""
+        """(B, C, H, W) uint8, or float in [0, 1], or `in_blocks` of it by `block_size` -> (B, 512)."""
         images = images.contiguous(memory_format=torch.channels_last)
-        pixels = images / 255 if images.dtype == torch.uint8 else images
-        features: Tensor
+        pixels = images.to(self.precision) / 255 if images.dtype == torch.uint8 else images
         if self.precision == torch.float32:
-            features = self.linear(self.convolutions(pixels))
-        else:
-            with torch.autocast(images.device.type, self.precision):
-                features = self.linear(self.convolutions(pixels)).float()
+            return self._features(pixels)
+        with torch.autocast(images.device.type, self.precision):
+            return self._features(pixels).float()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        maps: Tensor = self.convolutions(pixels)
+        features: Tensor = self.dense(maps.permute(0, 2, 3, 1).flatten(1))  # as they lie in memory: no copy
         return features
 
 
@@ -153,12 +195,31 @@ def is_image(space: gym.Space[object]) -> bool:
     )
 
 
-def observation_dtype(space: gym.Space[object]) -> torch.dtype:
-    """Return what observations are kept as until the network sees them: bytes of images, floats of all else."""
-    return torch.uint8 if is_image(space) and space.dtype == np.uint8 else torch.float32
+def channels_last(images: NDArray[Any]) -> NDArray[Any]:
+    """Return images (B, C, H, W) as (B, H, W, C), side by side in memory: no copy where they lie so already."""
+    pixels = images.transpose(0, 2, 3, 1)
+    if not pixels.flags.c_contiguous:
+        channels = images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1, images.shape[3])
+        pixels = cv2.merge(list(channels)).reshape(pixels.shape)  # NumPy's own copy takes eight times as long
+    return pixels
 
 
 def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     """Put what environments show, (N, ...), on the device: pixels as bytes, all else as floats."""
+    if obs.ndim == 4:
+        obs = channels_last(obs).transpose(0, 3, 1, 2)
     dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
     return torch.as_tensor(obs, dtype=dtype, device=device)
+
+
+def training_input(obs: NDArray[Any], device: torch.device) -> Tensor:
+    """The same, as a gradient takes the least time: images `in_blocks`, as `NatureCNN` looks at them first."""
+    if obs.ndim != 4:
+        return observation_tensor(obs, device)
+    size = NatureCNN.block_size
+    count, channels, height, width = obs.shape
+    rows, columns = height // size, width // size
+    pixels = channels_last(obs)[:, : rows * size, : columns * size].reshape(count, rows, size, columns, size * channels)
+    runs = pixels.view(f"V{size * channels * obs.itemsize}")[..., 0]  # moved as one: five times as fast as `in_blocks`
+    blocks = np.ascontiguousarray(runs.transpose(0, 1, 3, 2)).view(obs.dtype)
+    return observation_tensor(blocks.reshape(count, rows, columns, -1).transpose(0, 3, 1, 2), device)

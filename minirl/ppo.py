@@ -35,14 +35,14 @@ from minirl.networks import (
     NatureCNN,
     is_image,
     mlp,
-    observation_dtype,
     observation_tensor,
     orthogonal,
     set_precision,
+    training_input,
 )
 from minirl.resume import env_state, start_envs
 from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, select_device, select_precision, threads_beside, threads_for
+from minirl.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_beside, threads_for
 from minirl.shapes import require_same_shape
 from minirl.video import Videos
 
@@ -291,7 +291,7 @@ def ppo_loss(
 
 
 class Rollout:
-    """T steps of N environments, on the device. Observations keep their dtype: pixels stay bytes.
+    """T steps of N environments, on the device. Observations keep their dtype: pixels stay bytes, cut into blocks.
 
     `final_values[t]` is V of the last observation of an episode that was cut at step t, and meaningless elsewhere.
     """
@@ -300,9 +300,9 @@ class Rollout:
         shape = (num_steps, envs.num_envs)
         space = envs.observation_space
         assert space.shape is not None
-        self.observations = torch.zeros(*shape, *space.shape, dtype=observation_dtype(space), device=device)
-        if is_image(space):  # channels-last in memory, once and not in every minibatch
-            self.observations = self.observations.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        obs = training_input(np.zeros((envs.num_envs, *space.shape), space.dtype), device)
+        layout = ((num_steps, *obs.shape), (obs.numel(), *obs.stride()))
+        self.observations = torch.empty_strided(*layout, dtype=obs.dtype, device=device).zero_()
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
@@ -324,23 +324,34 @@ def collect_rollout(
     agent: ActorCritic, envs: VectorEnv, obs: NDArray[Any], rollout: Rollout, run: Run, global_step: int
 ) -> NDArray[Any]:
     """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
-    for t in range(len(rollout.observations)):
-        rollout.observations[t] = torch.from_numpy(obs)
-        distribution, rollout.values[t] = agent(rollout.observations[t])
-        rollout.actions[t] = distribution.sample()
-        rollout.log_probs[t] = distribution.log_prob(rollout.actions[t])
+    obs = obs.copy()
 
-        step = envs.step(rollout.actions[t].cpu().numpy())
-        rollout.rewards[t] = torch.from_numpy(step.rewards)
-        rollout.terminated[t] = torch.from_numpy(step.terminated)
-        rollout.truncated[t] = torch.from_numpy(step.truncated)
+    def act(t: int, rows: slice) -> None:
+        rollout.observations[t, rows] = training_input(obs[rows], rollout.rewards.device)
+        distribution, rollout.values[t, rows] = agent(rollout.observations[t, rows])
+        rollout.actions[t, rows] = distribution.sample()
+        rollout.log_probs[t, rows] = distribution.log_prob(rollout.actions[t, rows])
+        envs.start(rows, rollout.actions[t, rows].cpu().numpy())
+
+    def see(t: int, rows: slice) -> None:
+        step = envs.finish(rows)
+        obs[rows] = step.observations
+        rollout.rewards[t, rows] = torch.from_numpy(step.rewards)
+        rollout.terminated[t, rows] = torch.from_numpy(step.terminated)
+        rollout.truncated[t, rows] = torch.from_numpy(step.truncated)
         if step.truncated.any():
-            final_obs = rollout.observations.new_tensor(step.final_observations[step.truncated])
-            rollout.final_values[t, rollout.truncated[t]] = agent(final_obs)[1]
-        global_step += envs.num_envs
-        run.log_episodes(global_step, step.episodes)
-        obs = step.observations
-    rollout.last_values = agent(rollout.observations.new_tensor(obs))[1]
+            final_obs = training_input(step.final_observations[step.truncated], rollout.rewards.device)
+            rollout.final_values[t, rows][rollout.truncated[t, rows]] = agent(final_obs)[1]
+        run.log_episodes(global_step + (t + 1) * envs.num_envs, step.episodes)
+
+    num_steps = len(rollout.rewards)
+    for t in range(num_steps + 1):
+        for rows in envs.halves:  # on Atari, one half plays while the network looks at the other
+            if t > 0:
+                see(t - 1, rows)
+            if t < num_steps:
+                act(t, rows)
+    rollout.last_values = agent(training_input(obs, rollout.rewards.device))[1]
     return obs
 
 
@@ -355,29 +366,31 @@ def choose_actions(agent: ActorCritic, obs: NDArray[Any], *, sample: bool = Fals
 def minibatch_loss(
     agent: ActorCritic,
     config: PPOConfig,
-    obs: Tensor,
+    batch: Tensor,
+    observations: Tensor,
     actions: Tensor,
-    old_log_probs: Tensor,
+    log_probs: Tensor,
     advantages: Tensor,
     returns: Tensor,
-    old_values: Tensor,
+    values: Tensor,
     clip_coef: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a minibatch, and the numbers of `STATS`."""
-    distribution, values = agent(obs)
+    """The loss of a minibatch, and the numbers of `STATS`: `batch` (B,) says which of all samples (T N, ...) it has."""
+    distribution, new_values = agent(observations[batch])
+    advantages = advantages[batch]
     if config.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     loss, stats = ppo_loss(
-        distribution.log_prob(actions),
-        old_log_probs,
+        distribution.log_prob(actions[batch]),
+        log_probs[batch],
         advantages,
-        values,
-        returns,
+        new_values,
+        returns[batch],
         distribution.entropy(),
         clip_coef=clip_coef,
         vf_coef=config.vf_coef,
         ent_coef=config.ent_coef,
-        old_values=old_values,
+        old_values=values[batch],
         value_clip_coef=config.value_clip_coef,
     )
     return loss, torch.stack([stats[name] for name in STATS])
@@ -393,14 +406,13 @@ def update_policy(
     clip_coef: float,
 ) -> dict[str, float]:
     """Go over the rollout for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
-    observations = rollout.observations.flatten(0, 1)
-    samples = (rollout.actions, rollout.log_probs, advantages, returns, rollout.values)
-    columns = [column.flatten() for column in samples]
+    columns = (rollout.observations, rollout.actions, rollout.log_probs, advantages, returns, rollout.values)
+    samples = [column.flatten(0, 1) for column in columns]
     clip = torch.tensor(clip_coef, device=advantages.device)
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
         for batch in torch.randperm(config.batch_size, device=advantages.device).split(config.minibatch_size):
-            history.append(adam_step(learning_rate, observations[batch], *(column[batch] for column in columns), clip))
+            history.append(adam_step(learning_rate, batch, *samples, clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
         if config.target_kl is not None and history[-1][STATS.index("approx_kl")] > config.target_kl:
             break
@@ -438,7 +450,8 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs:
+    keep_freed_memory()
+    with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         set_precision(agent, select_precision(config.precision, torch_device))
         actor = ActingCopy(agent)

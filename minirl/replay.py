@@ -7,12 +7,11 @@ are sampled, byte for byte as they were.
 
 from typing import Any, NamedTuple
 
-import cv2
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.networks import is_image
+from minirl.networks import channels_last, is_image
 
 SPARE = 20  # one row in so many is spare, for the last frames of episodes
 
@@ -265,9 +264,7 @@ class _Frames:
         """
         back = np.minimum(np.arange(self.stack)[::-1, None], self.age[env, row % self.num_rows])
         frames = self.frames[env, (row - back) % self.num_rows]  # (C, B, H, W)
-        pixels = cv2.merge([channel.reshape(-1, frames.shape[-1]) for channel in frames])  # (B * H, W, C)
-        stacks: NDArray[np.uint8] = pixels.reshape(*frames.shape[1:], self.stack).transpose(0, 3, 1, 2)
-        return stacks
+        return channels_last(frames.transpose(1, 0, 2, 3)).transpose(0, 3, 1, 2)
 
     def available(self, added: int) -> NDArray[np.int64]:
         return added - self.oldest

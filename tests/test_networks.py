@@ -1,25 +1,33 @@
 """The network bodies: sizes, initialisation and what they make of pixels."""
 
+import itertools
 import math
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
 from minirl.config import ConfigError
 from minirl.dqn import QNetwork
 from minirl.networks import (
     ActingCopy,
+    BlockConv2d,
     NatureCNN,
     arrays_of,
+    channels_last,
+    in_blocks,
     is_image,
     mlp,
     mlp_in_numpy,
-    observation_dtype,
+    observation_tensor,
     orthogonal,
     set_precision,
+    training_input,
 )
 from minirl.ppo import ActorCritic
 from minirl.runtime import has_native_bfloat16, select_device, select_precision
@@ -27,6 +35,7 @@ from minirl.runtime import has_native_bfloat16, select_device, select_precision
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
 TWO = gym.spaces.Discrete(2)
+CPU = torch.device("cpu")
 
 
 def count(module: nn.Module) -> int:
@@ -102,7 +111,73 @@ def test_an_mlp_has_an_activation_after_each_layer() -> None:
     ],
 )
 def test_only_images_of_bytes_stay_bytes(space: gym.spaces.Box, dtype: torch.dtype) -> None:
-    assert observation_dtype(space) == dtype
+    obs = np.stack([space.sample() for _ in range(3)])
+    for tensor in (observation_tensor(obs, CPU), training_input(obs, CPU)):
+        assert tensor.dtype == dtype
+    np.testing.assert_array_equal(observation_tensor(obs, CPU).numpy(), obs.astype(np.float32))
+
+
+def cut_pixel_by_pixel(images: NDArray[Any], size: int) -> NDArray[Any]:
+    """What `in_blocks` says it returns, one value at a time."""
+    count, channels, height, width = images.shape
+    blocks = np.zeros((count, size * size * channels, height // size, width // size), images.dtype)
+    for y, x, channel in itertools.product(range(height // size * size), range(width // size * size), range(channels)):
+        place = (y % size * size + x % size) * channels + channel
+        blocks[:, place, y // size, x // size] = images[:, channel, y, x]
+    return blocks
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 84, 84), (1, 3, 39, 46), (3, 1, 36, 36)])
+def test_images_are_cut_into_blocks_pixel_by_pixel(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    expected = cut_pixel_by_pixel(images, 4)
+    np.testing.assert_array_equal(in_blocks(torch.from_numpy(images), 4).numpy(), expected)
+    woven = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)  # other memory, the same images
+    floats = images.astype(np.float32)
+    for obs, wanted in ((images, expected), (woven, expected), (floats, expected.astype(np.float32))):
+        blocks = training_input(obs, CPU)
+        np.testing.assert_array_equal(blocks.numpy(), wanted)
+        assert blocks.is_contiguous(memory_format=torch.channels_last)
+        assert observation_tensor(obs, CPU).is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(cut_pixel_by_pixel(images, 3), in_blocks(torch.from_numpy(images), 3).numpy())
+
+
+def test_channels_are_woven_once() -> None:
+    images = np.random.default_rng(0).integers(256, size=(2, 3, 5, 6), dtype=np.uint8)
+    woven = channels_last(images)
+    np.testing.assert_array_equal(woven, np.moveaxis(images, 1, -1))
+    assert np.shares_memory(channels_last(woven.transpose(0, 3, 1, 2)), woven)
+
+
+@pytest.mark.parametrize("shape", [(4, 84, 84), (3, 39, 46), (1, 36, 36)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_cnn_is_the_papers_with_and_without_blocks_and_so_is_its_gradient(
+    shape: tuple[int, ...], cut: bool
+) -> None:
+    torch.manual_seed(0)
+    network = NatureCNN(shape)
+    images = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    convolutions = [layer for layer in network.convolutions if isinstance(layer, nn.Conv2d)]
+    maps = images.float() / 255
+    for layer, stride in zip(convolutions, (4, 2, 1), strict=True):
+        maps = F.relu(F.conv2d(maps, layer.weight, layer.bias, stride=stride))
+    dense = network.dense[0]
+    assert isinstance(dense, nn.Linear)
+    expected = F.relu(maps.permute(0, 2, 3, 1).reshape(3, -1) @ dense.weight.T + dense.bias)
+    seen = training_input(images.numpy(), CPU) if cut else images
+    actual = network(seen)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(network(seen), expected.detach(), rtol=1e-4, atol=1e-5)
+    weights = list(network.parameters())
+    gradients = [torch.autograd.grad(features.square().sum(), weights) for features in (actual, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_must_be_two_strides_wide() -> None:
+    with pytest.raises(ValueError, match="kernel_size must be twice the stride of 2, not 3"):
+        BlockConv2d(4, 8, kernel_size=3, stride=2)
 
 
 @pytest.mark.parametrize("shape", [(84, 84, 3), (4, 35, 84), (84, 84), (2, 4, 84, 84), ()])

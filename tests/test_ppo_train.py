@@ -19,7 +19,7 @@ from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.networks import set_precision
+from minirl.networks import set_precision, training_input
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
@@ -62,8 +62,10 @@ def parameters(agent: ActorCritic) -> Tensor:
 # Collecting
 
 
-def test_a_rollout_holds_what_was_seen_done_and_paid() -> None:
-    with VectorEnv(functools.partial(counter, 3), 2, num_workers=1) as envs:  # episodes of 3 steps
+@pytest.mark.parametrize(("num_workers", "in_halves"), [(1, False), (1, True), (2, True)])
+def test_a_rollout_holds_what_was_seen_done_and_paid(num_workers: int, in_halves: bool) -> None:
+    make = functools.partial(counter, 3)  # episodes of 3 steps
+    with VectorEnv(make, 2, num_workers=num_workers, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(5, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
@@ -85,8 +87,9 @@ def test_a_rollout_holds_what_was_seen_done_and_paid() -> None:
     torch.testing.assert_close(rollout.next_values[:-1], rollout.values[1:])
 
 
-def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episode() -> None:
-    with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1) as envs:
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episode(in_halves: bool) -> None:
+    with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(4, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
@@ -103,7 +106,30 @@ def test_pixels_stay_bytes() -> None:
     with make_vector_env("PongNoFrameskip-v4", 2, num_workers=1) as envs:
         rollout = Rollout(3, envs, CPU)
     assert rollout.observations.dtype == torch.uint8
-    assert rollout.observations.shape == (3, 2, 4, 84, 84)
+    assert rollout.observations.shape == (3, 2, 4 * 4 * 4, 21, 21)
+
+
+def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
+    """Played in halves, with actions that are drawn in halves: each environment must get its own."""
+    with make_vector_env("PongNoFrameskip-v4", 4, in_halves=True) as envs, Run("ppo", TINY, None, total=64) as run:
+        torch.manual_seed(0)
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+        rollout = Rollout(5, envs, CPU)
+        obs = collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+    with make_vector_env("PongNoFrameskip-v4", 4, num_workers=1) as envs:
+        seen = envs.reset(seed=0)
+        for t in range(5):
+            assert torch.equal(rollout.observations[t], training_input(seen, CPU))
+            distribution, values = agent(torch.from_numpy(seen))
+            torch.testing.assert_close(rollout.values[t], values.detach(), rtol=1e-4, atol=1e-5)
+            log_probs = distribution.log_prob(rollout.actions[t]).detach()
+            torch.testing.assert_close(rollout.log_probs[t], log_probs, rtol=1e-4, atol=1e-5)
+            step = envs.step(rollout.actions[t].numpy())
+            assert rollout.rewards[t].tolist() == step.rewards.tolist()
+            seen = step.observations
+        np.testing.assert_array_equal(obs, seen)
+        torch.testing.assert_close(rollout.last_values, agent(torch.from_numpy(seen))[1].detach(), rtol=1e-4, atol=1e-5)
+    assert rollout.actions.unique().numel() > 2, "an agent that always does the same would hide a mix-up"
 
 
 # Updating
@@ -315,7 +341,8 @@ def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool) 
         obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
         distribution, values = agent(obs)
         assert distribution.logits.dtype == values.dtype == torch.float32
-        batch = (obs, torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
+        columns = (torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
+        batch = (torch.arange(8), obs, *columns)
         step = adam_step(agent, config, compiled=compiled and precision == torch.bfloat16)
         logged.append(step(1e-3, *batch, torch.tensor(0.1)))
         assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
@@ -418,10 +445,17 @@ def test_one_seed_gives_one_result(config: PPOConfig) -> None:
     assert not torch.equal(first, other)
 
 
-def test_workers_change_nothing_but_the_speed() -> None:
-    config = dataclasses.replace(TINY, num_envs=4, num_workers=1)
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(TINY, num_envs=4, num_workers=1),
+        PPOConfig(num_envs=5, num_steps=4, minibatch_size=20, update_epochs=1, total_timesteps=40, num_workers=1),
+    ],
+)
+def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:
     alone = parameters(train(config, device="cpu"))
-    assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=2), device="cpu")))
+    for num_workers in (2, 3):
+        assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=num_workers), device="cpu")))
 
 
 @pytest.mark.parametrize("seed", [1, 2])

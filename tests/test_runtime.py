@@ -1,10 +1,28 @@
 """The gradient step: what it returns beside the new weights."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.runtime import AdamStep, threads_beside, threads_for
+from minirl.runtime import AdamStep, keep_freed_memory, threads_beside, threads_for
+
+ROOT = Path(__file__).parent.parent
+FAULTS = """
+import resource, sys
+import numpy as np
+from minirl.runtime import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for turn in range(4):  # 40 MB: more than the C library ever keeps by itself
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(40_000_000, np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -55,3 +73,20 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_for_the_next_arrays() -> None:
+    def faults(mode: str) -> int:
+        command = [sys.executable, "-c", FAULTS, mode]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+    assert faults("keep") < 100
+    assert faults("plain") > 300, "there must be something to win"
+
+
+@pytest.mark.parametrize("platform_name", ["darwin", "win32"])
+def test_elsewhere_memory_is_left_alone(platform_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", platform_name)
+    monkeypatch.setattr("ctypes.CDLL", None)  # calling it would fail
+    keep_freed_memory()

@@ -116,6 +116,60 @@ def test_the_number_of_workers_follows_the_machine(monkeypatch: pytest.MonkeyPat
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
+def test_halves_play_in_turn_and_each_environment_its_own_actions(num_workers: int) -> None:
+    with VectorEnv(functools.partial(counter, 2), 5, num_workers=num_workers, in_halves=True) as envs:
+        assert envs.num_workers == min(num_workers, 3), "two workers have all of the smaller half to play"
+        assert len(multiprocessing.active_children()) == envs.num_workers - 1
+        first, second = envs.halves
+        assert (first, second) == (slice(0, 2), slice(2, 5))
+        assert envs.reset(seed=10)[:, 2].tolist() == [10, 11, 12, 13, 14]
+        envs.start(first, np.array([1, 0]))
+        envs.start(second, np.array([0, 1, 1]))
+        step = envs.finish(first)
+        assert step.observations.tolist() == [[0, 1, 10, 1], [0, 1, 11, 0]]
+        envs.start(first, np.array([0, 1]))
+        step = envs.finish(second)
+        assert step.observations.tolist() == [[0, 1, 12, 0], [0, 1, 13, 1], [0, 1, 14, 1]]
+        assert step.rewards.tolist() == [1, 1, 1]
+        step = envs.finish(first)
+        assert step.terminated.tolist() == [True, True]
+        assert step.final_observations.tolist() == [[0, 2, 10, 0], [0, 2, 11, 1]]
+        assert step.episodes == [Episode(0, 3.0, 2), Episode(1, 3.0, 2)]
+        whole = envs.step(np.zeros(5, np.int64))
+        assert whole.observations[:, :2].tolist() == [[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]]
+        assert whole.terminated.tolist() == [False, False, True, True, True]
+        assert [episode.env_index for episode in whole.episodes] == [2, 3, 4]
+        states = envs.capture()
+        expected = envs.step(np.ones(5, np.int64)).observations.copy()
+    with VectorEnv(functools.partial(counter, 2), 5, num_workers=1) as envs:
+        envs.restore(states)
+        np.testing.assert_array_equal(envs.step(np.ones(5, np.int64)).observations, expected)
+
+
+def test_halves_can_only_be_finished_as_they_were_started() -> None:
+    with VectorEnv(counter, 4, num_workers=2, in_halves=True) as envs:
+        envs.reset(seed=0)
+        first, second = envs.halves
+        with pytest.raises(RuntimeError, match="not started"):
+            envs.finish(first)
+        envs.start(first, np.array([1, 0]))
+        with pytest.raises(RuntimeError, match="started already"):
+            envs.start(first, np.array([1, 0]))
+        envs.start(second, np.array([1, 0]))
+        with pytest.raises(RuntimeError, match="others before them"):
+            envs.finish(second)
+        assert envs.finish(first).observations[:, 3].tolist() == [1, 0]
+        assert envs.finish(second).observations[:, 1].tolist() == [1, 1]
+
+
+def test_one_environment_has_no_halves_and_only_atari_is_played_in_them() -> None:
+    with VectorEnv(counter, 1, in_halves=True) as envs:
+        assert envs.halves == [slice(0, 1)]
+    with make_vector_env("CartPole-v1", 4, in_halves=True) as envs:
+        assert envs.halves == [slice(0, 4)]
+
+
 class OnlyInWorkers:
     """Makes a sound environment in this process, and another kind in others."""
 
@@ -186,7 +240,7 @@ def test_a_worker_that_is_stuck_is_killed(monkeypatch: pytest.MonkeyPatch) -> No
     envs = VectorEnv(Stuck, 3, num_workers=3)
     envs.reset()
     for worker in envs._workers:
-        worker.send(("step", None))
+        worker.send(("step", 0))
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     envs.close()

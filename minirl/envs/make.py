@@ -55,8 +55,10 @@ def time_limit(spec: EnvSpec) -> int:
     return LONGEST_EPISODE if spec.max_episode_steps is None else spec.max_episode_steps
 
 
-def make_vector_env(env_id: str, num_envs: int, *, num_workers: int | None = None) -> VectorEnv:
-    """Make `num_envs` copies of an environment, stepped together.
+def make_vector_env(
+    env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False
+) -> VectorEnv:
+    """Make `num_envs` copies of an environment, stepped together; Atari's in two halves, if asked to.
 
     Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
     a step of CartPole takes 7 microseconds, a message to a worker 50.
@@ -66,4 +68,5 @@ def make_vector_env(env_id: str, num_envs: int, *, num_workers: int | None = Non
     """
     if num_workers is None and not is_atari(env_id):
         num_workers = 1
-    return VectorEnv(functools.partial(make_env, env_id), num_envs, num_workers=num_workers)
+    in_halves = in_halves and is_atari(env_id)
+    return VectorEnv(functools.partial(make_env, env_id), num_envs, num_workers=num_workers, in_halves=in_halves)

@@ -9,6 +9,9 @@ several environments and answers one message a step; observations, actions, rewa
 memory. One process per environment would lose on pipes what it wins on cores, and to sleep while others play costs
 more than to play along: waking up takes a tenth of a millisecond. Workers import no torch. Their number changes the
 speed only: each environment has its own seed.
+
+The environments can also play in two halves (`start`, `finish`): one plays in the workers while this process, which
+plays none then, thinks about the other.
 """
 
 import atexit
@@ -21,7 +24,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -87,12 +90,16 @@ class EnvError(RuntimeError):
 class VectorEnv:
     """N copies of one environment behind `reset` and `step`, each reset in the step in which it ends.
 
+    Attributes:
+        halves: the rows of those that play together: of two halves, or of all.
+
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
             say. An environment reports a finished episode as `info["episode"] = {"r", "l"}` (`EpisodeStatistics`).
         num_envs: N.
-        num_workers: processes that play, this one among them; None for one per core this process may use, never more
-            than N.
+        num_workers: processes, this one among them; None for one per core this process may use, never more than have
+            something to play.
+        in_halves: whether they play in two halves. With a single process it plays them itself.
         start_method: `"forkserver"` or `"spawn"`; None for the first of them that the platform has. (Never `"fork"`:
             it copies torch's locked threads.)
 
@@ -108,17 +115,23 @@ class VectorEnv:
         num_envs: int,
         *,
         num_workers: int | None = None,
+        in_halves: bool = False,
         start_method: str | None = None,
     ) -> None:
         self.num_envs = num_envs
-        self.num_workers = min(num_envs, available_cores() if num_workers is None else num_workers)
+        middle = num_envs // 2
+        self.halves = [slice(0, middle), slice(middle, num_envs)] if in_halves and middle else [slice(0, num_envs)]
+        self._playing: list[slice] = []  # the halves that were started, and not finished
         self._workers: list[_Worker] = []
-        bounds = np.linspace(0, num_envs, self.num_workers + 1).astype(int)
-        mine, *theirs = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+        thinkers = len(self.halves) - 1
+        self.num_workers = min(
+            self.halves[0].stop + thinkers, available_cores() if num_workers is None else num_workers
+        )
+        shares = [1 - thinkers if self.num_workers > 1 else 1, *[1] * (self.num_workers - 1)]
+        mine, *theirs = zip(*(_split(half, shares) for half in self.halves), strict=True)
         self._mine: _EnvGroup | None = _EnvGroup(make_env, mine)
-        env = self._mine.envs[0]
-        self.observation_space = env.observation_space
-        self.action_space = env.action_space
+        self.observation_space = self._mine.observation_space
+        self.action_space = self._mine.action_space
         self._arrays = _SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
 
         if start_method is None:
@@ -126,8 +139,8 @@ class VectorEnv:
             start_method = "forkserver" if "forkserver" in methods else "spawn"
         atexit.register(self.close)
         try:
-            for rows in theirs:
-                self._workers.append(_Worker(start_method, make_env, rows, self._arrays))
+            for parts in theirs:
+                self._workers.append(_Worker(start_method, make_env, parts, self._arrays))
             self._ask_workers("make")
             self._hear_workers()
         except BaseException:
@@ -147,18 +160,36 @@ class VectorEnv:
 
     def step(self, actions: NDArray[np.int64]) -> VectorStep:
         """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
-        arrays, mine = self._arrays, self._open_group()
-        arrays.actions[:] = actions
-        self._ask_workers("step")
-        episodes = mine.step(arrays) + self._hear_workers()
-        return VectorStep(
-            arrays.observations,
-            arrays.rewards,
-            arrays.terminated,
-            arrays.truncated,
-            arrays.final_observations,
-            episodes,
-        )
+        for half in self.halves:
+            self.start(half, actions[half])
+        episodes = [episode for half in self.halves for episode in self.finish(half).episodes]
+        return self._arrays.rows(slice(0, self.num_envs), episodes)
+
+    def start(self, half: slice, actions: NDArray[np.int64]) -> None:
+        """Have one of `halves` take its actions, as far as other processes play it; `finish` must follow.
+
+        Raises:
+            RuntimeError: if it plays already.
+        """
+        self._open_group()
+        if half in self._playing:
+            raise RuntimeError("these environments were started already: finish them first")
+        self._arrays.actions[half] = actions
+        self._ask_workers("step", self.halves.index(half))
+        self._playing.append(half)
+
+    def finish(self, half: slice) -> VectorStep:
+        """Wait for the half that was started first, and return what its step gave: its rows of all arrays.
+
+        Raises:
+            RuntimeError: if it was not started, or not first.
+        """
+        mine = self._open_group()
+        if self._playing[:1] != [half]:
+            raise RuntimeError("these environments were not started, or others before them")
+        self._playing.pop(0)
+        episodes = mine.step(self._arrays, self.halves.index(half)) + self._hear_workers()
+        return self._arrays.rows(half, episodes)
 
     def capture(self) -> list[Any]:
         """Return the state of each environment, as plain data (`minirl.envs.state`). Changes nothing of it.
@@ -175,8 +206,8 @@ class VectorEnv:
         for answer in answers:
             if isinstance(answer, CantCapture):
                 raise answer
-            states += answer
-        return states
+            states |= answer
+        return [states[row] for row in range(self.num_envs)]
 
     def restore(self, states: list[Any]) -> None:
         """Put back what `capture` returned.
@@ -231,6 +262,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _split(rows: slice, shares: list[int]) -> list[range]:
+    """Split rows, in order, into one range for each share."""
+    bounds = rows.start + (rows.stop - rows.start) * np.cumsum([0, *shares]) / sum(shares)
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds.round().astype(int).tolist())]
+
+
 class _SharedArrays:
     """One row per environment of everything that a step exchanges, in memory that worker processes can share.
 
@@ -267,6 +304,16 @@ class _SharedArrays:
         self.terminated: NDArray[np.bool_] = views["terminated"]
         self.truncated: NDArray[np.bool_] = views["truncated"]
 
+    def rows(self, rows: slice, episodes: list[Episode]) -> VectorStep:
+        return VectorStep(
+            self.observations[rows],
+            self.rewards[rows],
+            self.terminated[rows],
+            self.truncated[rows],
+            self.final_observations[rows],
+            episodes,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {"memory": self.memory}
 
@@ -276,22 +323,30 @@ class _SharedArrays:
 
 
 class _EnvGroup:
-    """Some of the environments, stepped one after the other; `rows` says which."""
+    """Some of the environments, stepped one after the other; `parts` says which of each half."""
 
-    def __init__(self, make_env: MakeEnv, rows: range) -> None:
-        self.rows = rows
-        self.envs = [make_env() for _ in rows]
-        self.first_action = int(getattr(self.envs[0].action_space, "start", 0))
-        self.steps = 0  # since the environments were made
+    def __init__(self, make_env: MakeEnv, parts: Sequence[range]) -> None:
+        self.parts = parts
+        self.envs = {row: make_env() for part in parts for row in part}
+        env = next(iter(self.envs.values())) if self.envs else make_env()
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.first_action = int(getattr(self.action_space, "start", 0))
+        self.env_id = "without an id" if env.spec is None else env.spec.id
+        if not self.envs:
+            env.close()
+        self.steps = [0 for _ in parts]  # since the environments were made
 
     def reset(self, arrays: _SharedArrays, seed: int | None) -> None:
-        for row, env in zip(self.rows, self.envs, strict=True):
+        for row, env in self.envs.items():
             arrays.observations[row] = self._checked(row, env.reset(seed=None if seed is None else seed + row)[0])
 
-    def step(self, arrays: _SharedArrays) -> list[Episode]:
-        self.steps += 1
+    def step(self, arrays: _SharedArrays, part: int) -> list[Episode]:
+        if not self.parts[part]:
+            return []
+        self.steps[part] += 1
         episodes = []
-        for row, env in zip(self.rows, self.envs, strict=True):
+        for row in self.parts[part]:
+            env = self.envs[row]
             try:
                 obs, reward, terminated, truncated, info = env.step(int(arrays.actions[row]) + self.first_action)
                 if terminated or truncated:
@@ -309,50 +364,54 @@ class _EnvGroup:
             arrays.rewards[row] = reward
             arrays.terminated[row] = terminated
             arrays.truncated[row] = truncated
-        self._require_finite(arrays)
+        self._require_finite(arrays, self.parts[part])
         return episodes
 
     def _name(self, row: int) -> str:
-        spec = self.envs[0].spec
-        return f"environment {row} ({'without an id' if spec is None else spec.id}), at its step {self.steps:,},"
+        steps = next(steps for steps, part in zip(self.steps, self.parts, strict=True) if row in part)
+        return f"environment {row} ({self.env_id}), at its step {steps:,},"
 
     def _checked(self, row: int, obs: Any) -> Any:
         """Return the observation, if it has the shape that was announced; NumPy would stretch others to fit."""
-        if np.shape(obs) != self.envs[0].observation_space.shape:
-            space = self.envs[0].observation_space
-            raise EnvError(f"{self._name(row)} showed an observation of shape {np.shape(obs)}, not {space.shape}")
+        if np.shape(obs) != self.observation_space.shape:
+            raise EnvError(
+                f"{self._name(row)} showed an observation of shape {np.shape(obs)}, not {self.observation_space.shape}"
+            )
         return obs
 
-    def _require_finite(self, arrays: _SharedArrays) -> None:
-        rows = slice(self.rows.start, self.rows.stop)
+    def _require_finite(self, arrays: _SharedArrays, part: range) -> None:
+        rows = slice(part.start, part.stop)
         columns = {"an observation": arrays.observations, "a last observation": arrays.final_observations}
         for what, array in {**columns, "a reward": arrays.rewards}.items():
             if array.dtype.kind == "f" and not np.isfinite(array[rows]).all():
-                bad = next(row for row in self.rows if not np.isfinite(array[row]).all())
+                bad = next(row for row in part if not np.isfinite(array[row]).all())
                 raise EnvError(f"{self._name(bad)} gave {what} that is not finite")
 
-    def capture(self) -> list[Any]:
-        return [capture(env) for env in self.envs]
+    def capture(self) -> dict[int, Any]:
+        return {row: capture(env) for row, env in self.envs.items()}
 
     def restore(self, states: list[Any]) -> None:
-        for row, env in zip(self.rows, self.envs, strict=True):
+        for row, env in self.envs.items():
             env.reset(seed=0)  # makes what only a first reset makes
             restore(env, states[row])
 
     def close(self) -> None:
-        for env in self.envs:
+        for env in self.envs.values():
             env.close()
 
 
 class _Worker:
     """A process that holds a group of environments, seen from the training process."""
 
-    def __init__(self, start_method: str, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
+    def __init__(self, start_method: str, make_env: MakeEnv, parts: Sequence[range], arrays: _SharedArrays) -> None:
         context: Any = multiprocessing.get_context(start_method)
-        self.name = f"environment worker (environments {rows[0]} to {rows[-1]})"
+        rows = " and ".join(f"{part[0]} to {part[-1]}" for part in parts)
+        self.name = f"environment worker (environments {rows})"
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, make_env, rows, arrays), name=self.name, daemon=True)
+        self.process = context.Process(
+            target=_work, args=(theirs, make_env, parts, arrays), name=self.name, daemon=True
+        )
         self.process.start()
         theirs.close()  # so that the death of the worker is an end of file here
 
@@ -380,7 +439,7 @@ class _Worker:
             self.process.join()
 
 
-def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _SharedArrays) -> None:
+def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arrays: _SharedArrays) -> None:
     """Run a worker: answer each message with (traceback or None, result) until the other end is closed.
 
     The first message makes the environments; the others reset or step them, or carry their states.
@@ -397,11 +456,11 @@ def _work(connection: Connection, make_env: MakeEnv, rows: range, arrays: _Share
             failure = None
             try:
                 if group is None:
-                    group = _EnvGroup(make_env, rows)
+                    group = _EnvGroup(make_env, parts)
                 elif command == "reset":
                     group.reset(arrays, argument)
                 elif command == "step":
-                    result = group.step(arrays)
+                    result = group.step(arrays, argument)
                 elif command == "capture":
                     result = group.capture()
                 else:
