@@ -33,13 +33,12 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
+from minirl.in_numpy import in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
-    arrays_of,
     is_image,
     mlp,
-    mlp_in_numpy,
     observation_tensor,
     orthogonal,
     set_precision,
@@ -289,8 +288,9 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
 def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """Return Q(s, .) as a function of what environments show: observations (N, ...) -> (N, A)."""
     device = network.head.weight.device
-    if isinstance(network.body, nn.Sequential) and device.type == "cpu":
-        return functools.partial(mlp_in_numpy, arrays_of([*network.body, network.head]))
+    small = in_numpy(network.body, network.head)
+    if small is not None:
+        return lambda obs: small(np.asarray(obs, np.float32))
 
     @torch.no_grad()
     def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 from minirl.config import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
-MLPArrays = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
 
@@ -39,28 +37,6 @@ def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [orthogonal(nn.Linear(inputs, outputs)), activation()]
     return nn.Sequential(*layers)
-
-
-def arrays_of(layers: Iterable[nn.Module]) -> MLPArrays:
-    """Weights (inputs, outputs) and biases (outputs,) of the linear layers, on the CPU.
-
-    They are the layers' own memory, and follow it as it is trained.
-    """
-    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    return [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in linear]
-
-
-def mlp_in_numpy(arrays: MLPArrays, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    """What linear layers with ReLUs between them give for inputs (B, n), to rounding.
-
-    For a network of a few hundred weights the arithmetic is nothing and each call of a torch function costs: this takes
-    a tenth of the time, which counts where each step looks at one observation.
-    """
-    outputs: NDArray[np.float32] = np.asarray(inputs, np.float32)
-    for weights, biases in arrays[:-1]:
-        outputs = np.maximum(outputs @ weights + biases, 0)
-    weights, biases = arrays[-1]
-    return outputs @ weights + biases
 
 
 def in_blocks(images: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
+from minirl.in_numpy import in_numpy, sample_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -319,19 +321,42 @@ class Rollout:
         return torch.where(self.truncated, self.final_values, following)
 
 
+def policy(agent: ActorCritic) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Return the policy as a function of observations (B, ...): drawn actions, log-probabilities, values; all (B,).
+
+    It is the network as it is at each call, and has no gradient where NumPy computes it (`minirl.in_numpy`).
+    """
+    logits_of = in_numpy(agent.actor_body, agent.actor)
+    values_of = in_numpy(agent.actor_body if agent.critic_body is None else agent.critic_body, agent.critic)
+
+    def act(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        distribution, values = agent(obs)
+        actions = distribution.sample()
+        return actions, distribution.log_prob(actions), values
+
+    if logits_of is None or values_of is None:
+        return act
+
+    def act_in_numpy(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = logits_of(obs.numpy())
+        actions, log_probs = sample_in_numpy(logits, torch.empty(logits.shape).exponential_().numpy())
+        return torch.from_numpy(actions), torch.from_numpy(log_probs), torch.from_numpy(values_of(obs.numpy())[:, 0])
+
+    return act_in_numpy
+
+
 @torch.no_grad()
 def collect_rollout(
     agent: ActorCritic, envs: VectorEnv, obs: NDArray[Any], rollout: Rollout, run: Run, global_step: int
 ) -> NDArray[Any]:
     """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
-    obs = obs.copy()
+    act_on, obs = policy(agent), obs.copy()
 
     def act(t: int, rows: slice) -> None:
         rollout.observations[t, rows] = training_input(obs[rows], rollout.rewards.device)
-        distribution, rollout.values[t, rows] = agent(rollout.observations[t, rows])
-        rollout.actions[t, rows] = distribution.sample()
-        rollout.log_probs[t, rows] = distribution.log_prob(rollout.actions[t, rows])
-        envs.start(rows, rollout.actions[t, rows].cpu().numpy())
+        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = act_on(rollout.observations[t, rows])
+        rollout.actions[t, rows] = actions
+        envs.start(rows, actions.cpu().numpy())
 
     def see(t: int, rows: slice) -> None:
         step = envs.finish(rows)

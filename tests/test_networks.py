@@ -18,12 +18,10 @@ from minirl.networks import (
     ActingCopy,
     BlockConv2d,
     NatureCNN,
-    arrays_of,
     channels_last,
     in_blocks,
     is_image,
     mlp,
-    mlp_in_numpy,
     observation_tensor,
     orthogonal,
     set_precision,
@@ -227,20 +225,6 @@ def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert select_precision("auto", cpu) == expected
     with pytest.raises(ConfigError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
         select_precision("half", cpu)
-
-
-def test_an_mlp_in_numpy_is_the_mlp_and_follows_its_weights() -> None:
-    network = QNetwork(VECTOR, 3, (8, 8))
-    arrays = arrays_of([*network.body.children(), network.head])
-    obs = np.random.default_rng(0).normal(size=(6, 4))
-    for _ in range(2):
-        expected = network(torch.tensor(obs, dtype=torch.float32)).detach().numpy()
-        values = mlp_in_numpy(arrays, obs)
-        assert values.dtype == np.float32
-        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.3)
 
 
 def test_acting_with_rounded_weights_changes_no_bit() -> None:
