@@ -90,3 +90,25 @@ def test_elsewhere_memory_is_left_alone(platform_name: str, monkeypatch: pytest.
     monkeypatch.setattr("sys.platform", platform_name)
     monkeypatch.setattr("ctypes.CDLL", None)  # calling it would fail
     keep_freed_memory()
+
+
+def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes() -> None:
+    def make(target: float) -> tuple[nn.Linear, AdamStep]:
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+
+        def loss(batch: Tensor) -> tuple[Tensor, Tensor]:
+            value = ((network.weight - target) * batch).square().mean()
+            return value, value[None]
+
+        return network, AdamStep(network, loss, compiled=True)
+
+    (first, first_step), (second, second_step) = make(2.0), make(-3.0)
+    for size in (2, 5):
+        first_step(0.1, torch.full((size,), 2.0))
+        second_step(0.1, torch.ones(size, dtype=torch.float32 if size == 2 else torch.float64))
+    assert first_step.step.enabled
+    assert second_step.step.enabled
+    assert first.weight.item() == pytest.approx(0.2, rel=0.02)  # Adam's steps are about the learning rate
+    assert second.weight.item() == pytest.approx(-0.2, rel=0.02)
+    assert first_step(0.0, torch.full((3,), 2.0))[0].item() == pytest.approx((2 * (2.0 - first.weight.item())) ** 2)
