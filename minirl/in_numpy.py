@@ -7,8 +7,9 @@ Training stays torch's: these functions work on the memory of its weights, and f
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -45,6 +46,20 @@ def _layer(module: nn.Module) -> Layer | None:
         weight, bias = module.weight.detach().numpy().T, module.bias.detach().numpy()
         return lambda inputs: inputs @ weight + bias
     return None
+
+
+def probe(network: nn.Module) -> Tensor:
+    """Return a few inputs (3, n) to ask a network and its layers in NumPy whether they still say the same.
+
+    They don't where `forward` was changed and does more than its layers: then it is the network that must act.
+    """
+    num_inputs = next(network.parameters()).shape[1]
+    return torch.linspace(-1, 1, 3 * num_inputs).reshape(3, num_inputs)
+
+
+def close(numpys: NDArray[np.float32], torchs: Tensor) -> bool:
+    """Whether both say the same, to more than rounding."""
+    return numpys.shape == torchs.shape and np.allclose(numpys, torchs.detach().numpy(), rtol=1e-3, atol=1e-3)
 
 
 def sample_in_numpy(

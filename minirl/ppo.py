@@ -31,7 +31,7 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import in_numpy, sample_in_numpy
+from minirl.in_numpy import close, in_numpy, probe, sample_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -335,6 +335,13 @@ def policy(agent: ActorCritic) -> Callable[[Tensor], tuple[Tensor, Tensor, Tenso
         return actions, distribution.log_prob(actions), values
 
     if logits_of is None or values_of is None:
+        return act
+    obs = probe(agent)
+    distribution, values = agent(obs)
+    likeliest, log_probs = sample_in_numpy(logits_of(obs.numpy()), np.ones(distribution.logits.shape, np.float32))
+    if not close(log_probs, distribution.log_prob(torch.from_numpy(likeliest))) or not close(
+        values_of(obs.numpy())[:, 0], values
+    ):
         return act
 
     def act_in_numpy(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Categorical
 
 from minirl.dqn import QNetwork, q_function
 from minirl.in_numpy import in_numpy, sample_in_numpy
@@ -56,6 +57,42 @@ def test_who_changes_a_layer_acts_with_the_changed_network(change: Callable[[], 
     agent = ActorCritic(VECTOR, gym.spaces.Discrete(2))
     agent.critic_body, agent.critic = change(), nn.Linear(8, 1)
     torch.testing.assert_close(policy(agent)(obs)[2], agent(obs)[1])
+
+
+class Colder(ActorCritic):
+    def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+        distribution, values = super().forward(obs)
+        return Categorical(logits=distribution.logits * 2), values
+
+
+class Shifted(ActorCritic):
+    def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+        distribution, values = super().forward(obs)
+        return distribution, values + 1
+
+
+class Doubled(QNetwork):
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(obs)
+
+
+@pytest.mark.parametrize("kind", [ActorCritic, Colder, Shifted])
+def test_who_changes_forward_acts_with_the_changed_network(kind: type[ActorCritic]) -> None:
+    torch.manual_seed(0)
+    agent = kind(VECTOR, gym.spaces.Discrete(3))
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    obs = torch.randn(50, 4)
+    actions, log_probs, values = policy(agent)(obs)
+    distribution, expected_values = agent(obs)
+    torch.testing.assert_close(log_probs, distribution.log_prob(actions))
+    torch.testing.assert_close(values, expected_values)
+    assert (policy(agent).__name__ == "act_in_numpy") == (kind is ActorCritic)
+
+    network = Doubled(VECTOR, 3, (8,))
+    with torch.no_grad():
+        network.head.weight.fill_(0.3)
+    np.testing.assert_allclose(q_function(network)(obs.numpy()), network(obs).detach().numpy(), rtol=1e-5)
 
 
 def test_a_policy_in_numpy_is_the_networks() -> None:
