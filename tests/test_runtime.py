@@ -111,4 +111,6 @@ def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes()
     assert second_step.step.enabled
     assert first.weight.item() == pytest.approx(0.2, rel=0.02)  # Adam's steps are about the learning rate
     assert second.weight.item() == pytest.approx(-0.2, rel=0.02)
-    assert first_step(0.0, torch.full((3,), 2.0))[0].item() == pytest.approx((2 * (2.0 - first.weight.item())) ** 2)
+    # mean(1, 4, 16) = 7: all of the larger batch counts
+    logged = first_step(0.0, torch.tensor([1.0, 2.0, 4.0]))
+    assert logged[0].item() == pytest.approx(7 * (2.0 - first.weight.item()) ** 2)
