@@ -93,6 +93,8 @@ def test_elsewhere_memory_is_left_alone(platform_name: str, monkeypatch: pytest.
 
 
 def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes() -> None:
+    torch.compiler.reset()  # it remembers which sizes changed in other tests, and prepares for it
+
     def make(target: float) -> tuple[nn.Linear, AdamStep]:
         network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(network.weight)
