@@ -33,7 +33,7 @@ from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import close, in_numpy, probe
+from minirl.in_numpy import q_function_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -288,8 +288,8 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
 def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """Return Q(s, .) as a function of what environments show: observations (N, ...) -> (N, A)."""
     device = network.head.weight.device
-    small = in_numpy(network.body, network.head)
-    if small is not None and close(small(probe(network).numpy()), network(probe(network))):
+    small = q_function_in_numpy(network, network.body, network.head)
+    if small is not None:
         return lambda obs: small(np.asarray(obs, np.float32))
 
     @torch.no_grad()

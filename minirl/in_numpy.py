@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Policy = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def in_numpy(*modules: nn.Module) -> Layer | None:
+def in_numpy(*modules: nn.Module | None) -> Layer | None:
     """Return modules, one after the other, as a function of inputs (B, n), the same to rounding.
 
     None where one is neither a linear layer on the CPU nor ReLU, tanh or a sequence of these: then torch must do it.
@@ -34,7 +35,7 @@ def in_numpy(*modules: nn.Module) -> Layer | None:
     return run
 
 
-def _layer(module: nn.Module) -> Layer | None:
+def _layer(module: nn.Module | None) -> Layer | None:
     # Exactly these types: a subclass may compute something else.
     if type(module) is nn.Sequential:
         return in_numpy(*module)
@@ -48,17 +49,54 @@ def _layer(module: nn.Module) -> Layer | None:
     return None
 
 
-def probe(network: nn.Module) -> Tensor:
-    """Return a few inputs (3, n) to ask a network and its layers in NumPy whether they still say the same.
+def q_function_in_numpy(network: nn.Module, *layers: nn.Module) -> Layer | None:
+    """Return the layers of a network that gives values (B, A) in NumPy, or None where torch must do it.
 
-    They don't where `forward` was changed and does more than its layers: then it is the network that must act.
+    So it must where `forward` was changed and does more than its layers: both are asked, and compared.
     """
+    function = in_numpy(*layers)
+    if function is None or not _close(function(_probe(network).numpy()), network(_probe(network))):
+        return None
+    return function
+
+
+def policy_in_numpy(
+    agent: nn.Module, actor: tuple[nn.Module | None, ...], critic: tuple[nn.Module | None, ...]
+) -> Policy | None:
+    """Return a policy as a function of observations (B, n): drawn actions, log-probabilities and values, all (B,).
+
+    None where torch must do it, as in `q_function_in_numpy`. The draws are those of `Categorical.sample`.
+
+    Args:
+        agent: observations -> a `Categorical`, and values (B,).
+        actor: its layers from observations to logits.
+        critic: those from observations to values (B, 1).
+    """
+    logits_of, values_of = in_numpy(*actor), in_numpy(*critic)
+    if logits_of is None or values_of is None:
+        return None
+    obs = _probe(agent)
+    distribution, values = agent(obs)
+    likeliest, log_probs = sample_in_numpy(logits_of(obs.numpy()), np.ones(distribution.logits.shape, np.float32))
+    same = _close(log_probs, distribution.log_prob(torch.from_numpy(likeliest)))
+    if not same or not _close(values_of(obs.numpy())[:, 0], values):
+        return None
+
+    def draw(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = logits_of(obs.numpy())
+        actions, log_probs = sample_in_numpy(logits, torch.empty(logits.shape).exponential_().numpy())
+        return torch.from_numpy(actions), torch.from_numpy(log_probs), torch.from_numpy(values_of(obs.numpy())[:, 0])
+
+    return draw
+
+
+def _probe(network: nn.Module) -> Tensor:
+    """A few inputs (3, n), always the same."""
     num_inputs = next(network.parameters()).shape[1]
     return torch.linspace(-1, 1, 3 * num_inputs).reshape(3, num_inputs)
 
 
-def close(numpys: NDArray[np.float32], torchs: Tensor) -> bool:
-    """Whether both say the same, to more than rounding."""
+def _close(numpys: NDArray[np.float32], torchs: Tensor) -> bool:
     return numpys.shape == torchs.shape and np.allclose(numpys, torchs.detach().numpy(), rtol=1e-3, atol=1e-3)
 
 

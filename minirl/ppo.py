@@ -15,7 +15,6 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import close, in_numpy, probe, sample_in_numpy
+from minirl.in_numpy import policy_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -321,35 +320,11 @@ class Rollout:
         return torch.where(self.truncated, self.final_values, following)
 
 
-def policy(agent: ActorCritic) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return the policy as a function of observations (B, ...): drawn actions, log-probabilities, values; all (B,).
-
-    It is the network as it is at each call, and has no gradient where NumPy computes it (`minirl.in_numpy`).
-    """
-    logits_of = in_numpy(agent.actor_body, agent.actor)
-    values_of = in_numpy(agent.actor_body if agent.critic_body is None else agent.critic_body, agent.critic)
-
-    def act(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        distribution, values = agent(obs)
-        actions = distribution.sample()
-        return actions, distribution.log_prob(actions), values
-
-    if logits_of is None or values_of is None:
-        return act
-    obs = probe(agent)
+def act(agent: ActorCritic, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
     distribution, values = agent(obs)
-    likeliest, log_probs = sample_in_numpy(logits_of(obs.numpy()), np.ones(distribution.logits.shape, np.float32))
-    if not close(log_probs, distribution.log_prob(torch.from_numpy(likeliest))) or not close(
-        values_of(obs.numpy())[:, 0], values
-    ):
-        return act
-
-    def act_in_numpy(obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = logits_of(obs.numpy())
-        actions, log_probs = sample_in_numpy(logits, torch.empty(logits.shape).exponential_().numpy())
-        return torch.from_numpy(actions), torch.from_numpy(log_probs), torch.from_numpy(values_of(obs.numpy())[:, 0])
-
-    return act_in_numpy
+    actions = distribution.sample()
+    return actions, distribution.log_prob(actions), values
 
 
 @torch.no_grad()
@@ -357,11 +332,13 @@ def collect_rollout(
     agent: ActorCritic, envs: VectorEnv, obs: NDArray[Any], rollout: Rollout, run: Run, global_step: int
 ) -> NDArray[Any]:
     """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
-    act_on, obs = policy(agent), obs.copy()
+    obs = obs.copy()
+    actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
+    draw = policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
 
-    def act(t: int, rows: slice) -> None:
+    def choose(t: int, rows: slice) -> None:
         rollout.observations[t, rows] = training_input(obs[rows], rollout.rewards.device)
-        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = act_on(rollout.observations[t, rows])
+        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = draw(rollout.observations[t, rows])
         rollout.actions[t, rows] = actions
         envs.start(rows, actions.cpu().numpy())
 
@@ -382,7 +359,7 @@ def collect_rollout(
             if t > 0:
                 see(t - 1, rows)
             if t < num_steps:
-                act(t, rows)
+                choose(t, rows)
     rollout.last_values = agent(training_input(obs, rollout.rewards.device))[1]
     return obs
 

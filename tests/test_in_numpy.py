@@ -10,11 +10,15 @@ from torch import nn
 from torch.distributions import Categorical
 
 from minirl.dqn import QNetwork, q_function
-from minirl.in_numpy import in_numpy, sample_in_numpy
+from minirl.in_numpy import Policy, in_numpy, policy_in_numpy, sample_in_numpy
 from minirl.networks import mlp
-from minirl.ppo import ActorCritic, policy
+from minirl.ppo import ActorCritic, act
 
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
+
+
+def fast(agent: ActorCritic) -> Policy | None:
+    return policy_in_numpy(agent, (agent.actor_body, agent.actor), (agent.critic_body, agent.critic))
 
 
 class Doubling(nn.Linear):
@@ -56,7 +60,7 @@ def test_who_changes_a_layer_acts_with_the_changed_network(change: Callable[[], 
     np.testing.assert_allclose(q_function(network)(obs.numpy()), network(obs).detach().numpy(), rtol=1e-5)
     agent = ActorCritic(VECTOR, gym.spaces.Discrete(2))
     agent.critic_body, agent.critic = change(), nn.Linear(8, 1)
-    torch.testing.assert_close(policy(agent)(obs)[2], agent(obs)[1])
+    assert fast(agent) is None
 
 
 class Colder(ActorCritic):
@@ -83,11 +87,11 @@ def test_who_changes_forward_acts_with_the_changed_network(kind: type[ActorCriti
     with torch.no_grad():
         agent.actor.weight.mul_(100)
     obs = torch.randn(50, 4)
-    actions, log_probs, values = policy(agent)(obs)
+    assert (fast(agent) is not None) == (kind is ActorCritic)
+    actions, log_probs, values = act(agent, obs)
     distribution, expected_values = agent(obs)
     torch.testing.assert_close(log_probs, distribution.log_prob(actions))
     torch.testing.assert_close(values, expected_values)
-    assert (policy(agent).__name__ == "act_in_numpy") == (kind is ActorCritic)
 
     network = Doubled(VECTOR, 3, (8,))
     with torch.no_grad():
@@ -101,7 +105,9 @@ def test_a_policy_in_numpy_is_the_networks() -> None:
     with torch.no_grad():
         agent.actor.weight.mul_(300)  # actions that differ in likelihood
     obs = torch.randn(4, 4).repeat(5_000, 1)
-    actions, log_probs, values = policy(agent)(obs)
+    draw = fast(agent)
+    assert draw is not None
+    actions, log_probs, values = draw(obs)
     distribution, expected_values = agent(obs)
     torch.testing.assert_close(log_probs, distribution.log_prob(actions).detach())
     torch.testing.assert_close(values, expected_values.detach())
@@ -109,9 +115,9 @@ def test_a_policy_in_numpy_is_the_networks() -> None:
         shares = np.bincount(actions[row::4].numpy(), minlength=3) / 5_000
         np.testing.assert_allclose(shares, distribution.probs[row].detach().numpy(), atol=0.03)
     torch.manual_seed(0)
-    first = policy(agent)(obs)[0]
+    first = draw(obs)[0]
     torch.manual_seed(0)
-    assert torch.equal(first, policy(agent)(obs)[0])
+    assert torch.equal(first, act(agent, obs)[0]), "torch's own draws"
 
 
 def test_a_draw_is_the_first_clock_to_ring_and_torchs_own_draw() -> None:
