@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl.envs import vector
+from minirl.envs import vector, workers
 from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.vector import EnvError, Episode, VectorEnv, WorkerError, available_cores
 from minirl.ppo import PPOConfig, train
@@ -236,15 +236,15 @@ def test_closing_twice_is_safe_and_stepping_then_is_not(num_workers: int) -> Non
 
 
 def test_a_worker_that_is_stuck_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vector, "PATIENCE", 0.2)
+    monkeypatch.setattr(workers, "PATIENCE", 0.2)
     envs = VectorEnv(Stuck, 3, num_workers=3)
     envs.reset()
     for worker in envs._workers:
         worker.send(("step", 0))
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
     envs.close()
-    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
+    assert [worker.exitcode for worker in processes] == [-signal.SIGKILL] * 2
 
 
 def test_an_episode_that_ends_in_a_reset_is_counted() -> None:
