@@ -30,7 +30,7 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import policy_in_numpy
+from minirl.in_numpy import draw, policy_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -323,8 +323,8 @@ class Rollout:
 def act(agent: ActorCritic, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
     distribution, values = agent(obs)
-    actions = distribution.sample()
-    return actions, distribution.log_prob(actions), values
+    actions, log_probs = draw(distribution)
+    return actions, log_probs, values
 
 
 @torch.no_grad()
@@ -334,11 +334,11 @@ def collect_rollout(
     """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
     obs = obs.copy()
     actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
-    draw = policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
+    policy = policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
 
     def choose(t: int, rows: slice) -> None:
         rollout.observations[t, rows] = training_input(obs[rows], rollout.rewards.device)
-        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = draw(rollout.observations[t, rows])
+        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = policy(rollout.observations[t, rows])
         rollout.actions[t, rows] = actions
         envs.start(rows, actions.cpu().numpy())
 

@@ -115,11 +115,12 @@ class ReplayBuffer:
         env = ends.searchsorted(index, side="right")
         # Counted back from each environment's newest transition.
         slot = (self.added - 1 - (ends[env] - 1 - index)) % self.length
+        observations, next_observations = self.observations.read(env, slot)
         return Batch(
-            self.observations.read(env, slot),
+            observations,
             self.actions[env, slot],
             self.rewards[env, slot],
-            self.observations.read_next(env, slot),
+            next_observations,
             self.terminated[env, slot],
         )
 
@@ -176,13 +177,8 @@ class _Pairs:
         self.current[:, slot] = observations
         self.following[:, slot] = next_observations
 
-    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[Any]:
-        observations: NDArray[Any] = self.current[env, slot]
-        return observations
-
-    def read_next(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[Any]:
-        observations: NDArray[Any] = self.following[env, slot]
-        return observations
+    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self.current[env, slot], self.following[env, slot]
 
     def available(self, added: int) -> NDArray[np.int64]:
         return np.full(len(self.current), added)
@@ -251,20 +247,17 @@ class _Frames:
                 return
             self.oldest += lost
 
-    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._stacks(env, self.row_of[env, slot])
-
-    def read_next(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self._stacks(env, self.row_of[env, slot] + 1)
-
-    def _stacks(self, env: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Put stacks together, (B, C, H, W): the frame of `row` and those before it in its episode.
+    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Put stacks together, (B, C, H, W) each: of observations, and of their successors, which end a frame later.
 
         In memory a pixel's C values lie side by side (channels-last), as convolutions want them.
         """
+        row = self.row_of[env, slot]
         back = np.minimum(np.arange(self.stack)[::-1, None], self.age[env, row % self.num_rows])
-        frames = self.frames[env, (row - back) % self.num_rows]  # (C, B, H, W)
-        return channels_last(frames.transpose(1, 0, 2, 3)).transpose(0, 3, 1, 2)
+        rows = np.concatenate([row - back, row[None] + 1]) % self.num_rows
+        frames = self.frames[env, rows]  # (C + 1, B, H, W)
+        current, following = (channels_last(stack.swapaxes(0, 1)) for stack in (frames[:-1], frames[1:]))
+        return current.transpose(0, 3, 1, 2), following.transpose(0, 3, 1, 2)
 
     def available(self, added: int) -> NDArray[np.int64]:
         return added - self.oldest
