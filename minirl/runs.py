@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -50,6 +51,7 @@ if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
+EVENTS_WAITING = 10_000  # for TensorBoard's thread; by its own 10, training would wait for it at most episodes
 
 
 def seed_everything(seed: int) -> None:
@@ -231,7 +233,8 @@ class Run:
             try:
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
-                self.writer = SummaryWriter(str(run_dir), purge_step=self.first_step + 1 if resumed else None)
+                purge_step = self.first_step + 1 if resumed else None
+                self.writer = SummaryWriter(str(run_dir), purge_step=purge_step, max_queue=EVENTS_WAITING)
                 if resumed is None:
                     log_settings(self.writer, algorithm, config)
             except OSError as error:
@@ -308,9 +311,11 @@ class Run:
     def _write(self, scalars: dict[str, float], global_step: int) -> None:
         if self.writer is None:
             return
+        # In one record: each has a checksum, in Python. `add_scalar` writes one for each value.
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        file_writer: Any = self.writer.file_writer
         try:
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, global_step)
+            file_writer.add_summary(summary, global_step)
         except OSError as error:
             raise self._cant_log(error) from error
 
