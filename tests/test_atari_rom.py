@@ -66,6 +66,7 @@ def test_equals_stable_baselines3_bit_for_bit(env_id: str, num_steps: int, seed:
         ("SpaceInvadersNoFrameskip-v4", 800),
         ("ALE/Seaquest-v5", 800),
         ("QbertNoFrameskip-v4", 800),
+        ("CarnivalNoFrameskip-v4", 800),  # 214 lines high: no bands
     ],
 )
 def test_the_fast_path_equals_the_readable_wrappers_bit_for_bit(env_id: str, num_steps: int) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from minirl.envs import vector, workers
 from minirl.envs.make import make_env, make_vector_env
+from minirl.envs.state import CantRestore
 from minirl.envs.vector import EnvError, Episode, VectorEnv, WorkerError, available_cores
 from minirl.ppo import PPOConfig, train
 from tests.fake_envs import EndsInReset, Faulty, Stuck, TorchDetector, Unmakable, counter
@@ -145,6 +146,24 @@ def test_halves_play_in_turn_and_each_environment_its_own_actions(num_workers: i
     with VectorEnv(functools.partial(counter, 2), 5, num_workers=1) as envs:
         envs.restore(states)
         np.testing.assert_array_equal(envs.step(np.ones(5, np.int64)).observations, expected)
+
+
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_states_of_environments_made_otherwise_are_refused(in_halves: bool) -> None:
+    with VectorEnv(counter, 4, num_workers=2, in_halves=in_halves) as envs:
+        envs.reset(seed=0)
+        *others, (outer, *inner) = envs.capture()
+    more = {**outer, "attributes": {**outer["attributes"], "cap": {"plain": 1}}}
+    for states, message in (
+        ([*others, [more, *inner]], "has no cap any more"),
+        ([*others, inner], "the environment was made of"),
+        (others, "3 saved states for 4"),
+    ):
+        with (
+            VectorEnv(counter, 4, num_workers=2, in_halves=in_halves) as envs,
+            pytest.raises(CantRestore, match=message),
+        ):
+            envs.restore(states)
 
 
 def test_halves_can_only_be_finished_as_they_were_started() -> None:

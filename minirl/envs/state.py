@@ -30,6 +30,10 @@ class CantCapture(Exception):
     """An environment holds something that is not plain data. The message says what."""
 
 
+class CantRestore(ValueError):
+    """A saved state is of an environment that was made otherwise. The message says how."""
+
+
 def capture(env: Layer) -> list[State]:
     """Return the state of each layer, outermost first.
 
@@ -43,13 +47,15 @@ def restore(env: Layer, states: list[State]) -> None:
     """Put back what `capture` returned, into an environment made in the same way.
 
     Raises:
-        ValueError: if the environment has other layers.
+        CantRestore: if the environment has other layers, or one of them keeps other things.
     """
     layers = list(_layers(env))
     names, saved_names = [type(layer).__name__ for layer in layers], [state["class"] for state in states]
     if names != saved_names:
-        raise ValueError(f"the environment was made of {saved_names}, and is now of {names}")
+        raise CantRestore(f"the environment was made of {saved_names}, and is now of {names}")
     for layer, state in zip(layers, states, strict=True):
+        if gone := state["attributes"].keys() - vars(layer).keys() - {"_np_random"}:
+            raise CantRestore(f"{type(layer).__name__} has no {' or '.join(sorted(gone))} any more")
         for name, value in state["attributes"].items():
             setattr(layer, name, decode(value))
         if isinstance(layer, AtariEnv):

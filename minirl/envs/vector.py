@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.envs.state import CantCapture
+from minirl.envs.state import CantCapture, CantRestore
 from minirl.envs.workers import (
     EnvError,
     EnvGroup,
@@ -165,14 +165,16 @@ class VectorEnv:
         """Put back what `capture` returned.
 
         Raises:
-            ValueError: if it comes from other environments.
+            CantRestore: if it comes from other environments.
         """
         if len(states) != self.num_envs:
-            raise ValueError(f"there are {len(states)} saved states for {self.num_envs} environments")
+            raise CantRestore(f"there are {len(states)} saved states for {self.num_envs} environments")
         mine = self._open_group()
         self._ask_workers("restore", states)
         mine.restore(states)
-        self._hear_workers()
+        for worker in self._workers:
+            if isinstance(answer := worker.receive(), CantRestore):
+                raise answer
 
     def close(self) -> None:
         """Close the environments and end the workers. Safe to call twice."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.config import ConfigError
-from minirl.envs.state import CantCapture, capture, restore
+from minirl.envs.state import CantCapture, CantRestore, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
 
@@ -279,7 +279,7 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
                     result = group.capture()
                 else:
                     group.restore(argument)
-            except CantCapture as error:
+            except (CantCapture, CantRestore) as error:
                 result = error
             except BaseException:
                 failure = traceback.format_exc()
