@@ -22,7 +22,17 @@ from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
 from minirl.networks import ActingCopy, set_precision, training_input
-from minirl.ppo import ADAM_EPS, ActorCritic, PPOConfig, Rollout, collect_rollout, minibatch_loss, train, update_policy
+from minirl.ppo import (
+    ADAM_EPS,
+    ActorCritic,
+    PPOConfig,
+    Rollout,
+    collect_rollout,
+    minibatch_loss,
+    policy_of,
+    train,
+    update_policy,
+)
 from minirl.runs import Run
 from minirl.runtime import AdamStep, keep_freed_memory, select_precision, threads_beside
 
@@ -101,7 +111,9 @@ def parts() -> dict[str, float]:
 
         advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        collect = functools.partial(collect_rollout, actor.network, envs, obs, rollout, run, 0)
+        collect = functools.partial(
+            collect_rollout, actor.network, policy_of(actor.network), envs, obs, rollout, run, 0
+        )
         update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
         with threads_beside(envs.num_workers):
             milliseconds = {

@@ -147,10 +147,11 @@ class ActingCopy(Generic[Network]):
                 if isinstance(module, NatureCNN):
                     module.to(module.precision)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take over the original's weights."""
-        if self.network is not self.original:
+        if self.network is self.original:
+            return
+        with torch.no_grad():
             for mine, original in zip(self.network.parameters(), self.original.parameters(), strict=True):
                 mine.copy_(original)
 

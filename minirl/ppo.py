@@ -30,7 +30,7 @@ from minirl.checkpoints import State, load_checkpoint, load_weights, reading, re
 from minirl.config import MAX_SEED, ConfigError, check_settings, setting
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import draw, policy_in_numpy
+from minirl.in_numpy import Policy, draw, policy_in_numpy
 from minirl.networks import (
     ActingCopy,
     NatureCNN,
@@ -327,17 +327,30 @@ def act(agent: ActorCritic, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return actions, log_probs, values
 
 
+def policy_of(agent: ActorCritic) -> Policy:
+    """Return `act` of this network, in NumPy where it is small; it follows the weights as they are trained."""
+    actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
+    return policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
+
+
 @torch.no_grad()
 def collect_rollout(
-    agent: ActorCritic, envs: VectorEnv, obs: NDArray[Any], rollout: Rollout, run: Run, global_step: int
+    agent: ActorCritic,
+    policy: Policy,
+    envs: VectorEnv,
+    obs: NDArray[Any],
+    rollout: Rollout,
+    run: Run,
+    global_step: int,
 ) -> NDArray[Any]:
-    """Play T steps with the current policy, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
+    """Play T steps with `policy_of(agent)`, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
     obs = obs.copy()
-    actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
-    policy = policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
+    device, shape = rollout.values.device, rollout.values.shape
+    rewards = np.zeros(shape, np.float32)
+    terminated, truncated = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
 
     def choose(t: int, rows: slice) -> None:
-        rollout.observations[t, rows] = training_input(obs[rows], rollout.rewards.device)
+        rollout.observations[t, rows] = training_input(obs[rows], device)
         actions, rollout.log_probs[t, rows], rollout.values[t, rows] = policy(rollout.observations[t, rows])
         rollout.actions[t, rows] = actions
         envs.start(rows, actions.cpu().numpy())
@@ -345,22 +358,23 @@ def collect_rollout(
     def see(t: int, rows: slice) -> None:
         step = envs.finish(rows)
         obs[rows] = step.observations
-        rollout.rewards[t, rows] = torch.from_numpy(step.rewards)
-        rollout.terminated[t, rows] = torch.from_numpy(step.terminated)
-        rollout.truncated[t, rows] = torch.from_numpy(step.truncated)
+        rewards[t, rows], terminated[t, rows], truncated[t, rows] = step.rewards, step.terminated, step.truncated
         if step.truncated.any():
-            final_obs = training_input(step.final_observations[step.truncated], rollout.rewards.device)
-            rollout.final_values[t, rows][rollout.truncated[t, rows]] = agent(final_obs)[1]
+            cut = rows.start + np.flatnonzero(step.truncated)
+            rollout.final_values[t, cut] = agent(training_input(step.final_observations[step.truncated], device))[1]
         run.log_episodes(global_step + (t + 1) * envs.num_envs, step.episodes)
 
-    num_steps = len(rollout.rewards)
+    num_steps = len(rewards)
     for t in range(num_steps + 1):
         for rows in envs.halves:  # on Atari, one half plays while the network looks at the other
             if t > 0:
                 see(t - 1, rows)
             if t < num_steps:
                 choose(t, rows)
-    rollout.last_values = agent(training_input(obs, rollout.rewards.device))[1]
+    rollout.last_values = agent(training_input(obs, device))[1]
+    rollout.rewards, rollout.terminated, rollout.truncated = (
+        torch.from_numpy(column).to(device) for column in (rewards, terminated, truncated)
+    )
     return obs
 
 
@@ -464,6 +478,7 @@ def train(
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         set_precision(agent, select_precision(config.precision, torch_device))
         actor = ActingCopy(agent)
+        policy = policy_of(actor.network)
         adam_step = AdamStep(
             agent,
             functools.partial(minibatch_loss, agent, config),
@@ -499,7 +514,7 @@ def train(
 
                 actor.refresh()
                 with threads_beside(envs.num_workers):
-                    obs = collect_rollout(actor.network, envs, obs, rollout, run, update * config.batch_size)
+                    obs = collect_rollout(actor.network, policy, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
                     rollout.rewards,
                     rollout.values,

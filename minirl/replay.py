@@ -115,13 +115,14 @@ class ReplayBuffer:
         env = ends.searchsorted(index, side="right")
         # Counted back from each environment's newest transition.
         slot = (self.added - 1 - (ends[env] - 1 - index)) % self.length
+        where = env * self.length + slot  # in all rings, one after the other
         observations, next_observations = self.observations.read(env, slot)
         return Batch(
             observations,
-            self.actions[env, slot],
-            self.rewards[env, slot],
+            self.actions.take(where),
+            self.rewards.take(where),
             next_observations,
-            self.terminated[env, slot],
+            self.terminated.take(where),
         )
 
     def since(self, first: int) -> dict[str, NDArray[Any]]:
@@ -178,7 +179,9 @@ class _Pairs:
         self.following[:, slot] = next_observations
 
     def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-        return self.current[env, slot], self.following[env, slot]
+        where = env * self.current.shape[1] + slot
+        shape = (-1, *self.current.shape[2:])
+        return self.current.reshape(shape).take(where, axis=0), self.following.reshape(shape).take(where, axis=0)
 
     def available(self, added: int) -> NDArray[np.int64]:
         return np.full(len(self.current), added)

@@ -28,6 +28,7 @@ from minirl.ppo import (
     compute_gae,
     explained_variance,
     minibatch_loss,
+    policy_of,
     ppo_loss,
     train,
     update_policy,
@@ -69,7 +70,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(num_workers: int, in_halves
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(5, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
-            obs = collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+            obs = collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
             assert list(run.returns) == [6.0, 6.0]
     # (episode, step, seed, last action): the last action at t is the one that was chosen at t - 1
     assert rollout.observations[:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
@@ -93,7 +94,7 @@ def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episod
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(4, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
-            collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+            collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
     assert rollout.truncated[:, 0].tolist() == [False, False, True, False]
     final_obs = torch.stack(
         [torch.tensor([0.0, 3.0, seed, action]) for seed, action in enumerate(rollout.actions[2].tolist())]
@@ -115,7 +116,7 @@ def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
         torch.manual_seed(0)
         agent = ActorCritic(envs.observation_space, envs.action_space)
         rollout = Rollout(5, envs, CPU)
-        obs = collect_rollout(agent, envs, envs.reset(seed=0), rollout, run, 0)
+        obs = collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
     with make_vector_env("PongNoFrameskip-v4", 4, num_workers=1) as envs:
         seen = envs.reset(seed=0)
         for t in range(5):
@@ -379,7 +380,7 @@ def test_the_rollout_goes_into_the_advantages_as_it_is(monkeypatch: pytest.Monke
     rollouts: list[Rollout] = []
 
     def spy_collect(*args: Any) -> Any:
-        rollouts.append(args[3])
+        rollouts.append(args[4])
         return collect_rollout(*args)
 
     def spy_gae(*args: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.runtime import AdamStep, keep_freed_memory, threads_beside, threads_for
+from minirl.runtime import FEW, AdamStep, SmallProducts, keep_freed_memory, threads_beside, threads_for
 
 ROOT = Path(__file__).parent.parent
 KEPT = """
@@ -57,6 +57,27 @@ def test_a_gradient_that_is_lost_shows_in_the_update_itself(compiled: bool) -> N
     logged = AdamStep(network, loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
     assert logged[0].item() == 0.0
     assert not logged[1].isfinite()
+
+
+@pytest.mark.parametrize(("batch_size", "bias", "products"), [(32, True, True), (35, True, False), (32, False, False)])
+def test_a_small_linear_layer_is_products_and_sums_and_gives_the_same(
+    batch_size: int, bias: bool, products: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 24, bias=bias, dtype=torch.float64)
+    assert 32 * 24 * 24 <= FEW < 35 * 24 * 24
+    inputs = torch.randn(batch_size, 24, dtype=torch.float64, requires_grad=True)
+    weights = [inputs, *layer.parameters()]
+    expected = layer(inputs)
+    with SmallProducts():
+        outputs = layer(inputs)
+    matrix_product = "Addmm" if bias else "Mm"
+    assert type(expected.grad_fn).__name__.startswith(matrix_product)
+    assert type(outputs.grad_fn).__name__.startswith("Add" if products else matrix_product)
+    assert type(outputs.grad_fn).__name__.startswith(matrix_product) != products
+    torch.testing.assert_close(outputs, expected)
+    gradients = [torch.autograd.grad(outcome.square().sum(), weights) for outcome in (outputs, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:

@@ -191,9 +191,12 @@ class EnvGroup:
         rows = slice(part.start, part.stop)
         columns = {"an observation": arrays.observations, "a last observation": arrays.final_observations}
         for what, array in {**columns, "a reward": arrays.rewards}.items():
-            if array.dtype.kind == "f" and not np.isfinite(array[rows]).all():
-                bad = next(row for row in part if not np.isfinite(array[row]).all())
-                raise EnvError(f"{self._name(bad)} gave {what} that is not finite")
+            # A sum of squares is finite if all of them are, but for the largest, and takes a third of the time.
+            if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
+                continue
+            for row in part:
+                if not np.isfinite(array[row]).all():
+                    raise EnvError(f"{self._name(row)} gave {what} that is not finite")
 
     def capture(self) -> dict[int, Any]:
         """Return the state of each environment, by row."""
