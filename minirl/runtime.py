@@ -21,7 +21,7 @@ GIGABYTE = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
 SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 million
 
-FEW = 20_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
+FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
 # No Python between the kernels, and no second look at the shapes there: half the time of a network like CartPole's.
 # A tanh by way of exp takes a fourth of the time.

@@ -545,7 +545,7 @@ def test_two_updates_on_the_real_pong(tmp_path: Path) -> None:
 
 
 def test_learns_cartpole(tmp_path: Path) -> None:
-    config = DQNConfig(seed=1, total_timesteps=40_000, checkpoint_frequency=1_000_000)
+    config = DQNConfig(seed=1, total_timesteps=40_000, checkpoint_frequency=1_000_000, compile=True)
     train(config, run_dir=tmp_path / "run", device="cpu")
     result = evaluate(tmp_path / "run", episodes=40)
     assert result["mean_return"] >= 475, result

@@ -459,10 +459,10 @@ def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:
         assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=num_workers), device="cpu")))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_learns_cartpole(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "compiled"), [(1, False), (2, True)])
+def test_learns_cartpole(tmp_path: Path, seed: int, compiled: bool) -> None:
     started = time.monotonic()
-    train(dataclasses.replace(CARTPOLE, seed=seed), run_dir=tmp_path / "run", device="cpu")
+    train(dataclasses.replace(CARTPOLE, seed=seed, compile=compiled), run_dir=tmp_path / "run", device="cpu")
     result = evaluate(tmp_path / "run", episodes=40)
     assert result["mean_return"] >= 475, result
     assert time.monotonic() - started < 120
