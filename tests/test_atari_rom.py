@@ -109,6 +109,13 @@ def test_the_fast_path_keeps_the_frames_of_the_step_before_where_a_game_is_cut()
     assert [False, True] in ends
 
 
+def test_what_the_fast_path_showed_stays_as_it_was() -> None:
+    env = SkipAndShrink(gym.make("PongNoFrameskip-v4"))
+    env.reset(seed=0)
+    shown = [env.step(0)[0] for _ in range(60)]
+    assert len({frame.tobytes() for frame in shown}) > 10
+
+
 def test_the_fast_path_shows_nothing_and_skips_four() -> None:
     with pytest.raises(ValueError, match="fast takes 4 frames a step and shows nothing"):
         make_atari_env("PongNoFrameskip-v4", fast=True, frame_skip=3)

@@ -121,15 +121,16 @@ def test_vectors_are_stored_as_they_are(num_envs: int) -> None:
     for step in range(20):
         value = np.full((num_envs, 3), step, np.float32) + np.arange(num_envs)[:, None] * 100
         ended = np.full(num_envs, step % 5 == 0)
-        buffer.add(value, np.full(num_envs, step), np.full(num_envs, -step), value + 0.5, ended, ~ended)
+        buffer.add(value, np.full(num_envs, step), -value[:, 0], value + 0.5, ended, ~ended)
     assert len(buffer) == 8 * num_envs
     batch = buffer.sample(8 * num_envs)
     assert batch.observations.shape == (8 * num_envs, 3)
     np.testing.assert_array_equal(batch.next_observations, batch.observations + 0.5)
     np.testing.assert_array_equal(batch.observations[:, 0] % 100, batch.actions)
-    np.testing.assert_array_equal(batch.rewards, -batch.actions)
+    np.testing.assert_array_equal(batch.rewards, -batch.observations[:, 0])
     np.testing.assert_array_equal(batch.terminated, batch.actions % 5 == 0)
     assert batch.actions.min() >= 12
+    assert {int(value) // 100 for value in batch.observations[:, 0]} == set(range(num_envs))
 
 
 def test_sampling_is_uniform_and_seeded() -> None:
