@@ -191,7 +191,7 @@ class EnvGroup:
         rows = slice(part.start, part.stop)
         columns = {"an observation": arrays.observations, "a last observation": arrays.final_observations}
         for what, array in {**columns, "a reward": arrays.rewards}.items():
-            # A sum of squares is finite if all of them are, but for the largest, and takes a third of the time.
+            # A sum of squares is finite if all of them are, but for the largest, and takes less than half the time.
             if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
                 continue
             for row in part:
