@@ -544,8 +544,9 @@ def test_two_updates_on_the_real_pong(tmp_path: Path) -> None:
     assert all(math.isfinite(value) for _, value in read_scalars(tmp_path / "run")["losses/td_loss"])
 
 
-def test_learns_cartpole(tmp_path: Path) -> None:
-    config = DQNConfig(seed=1, total_timesteps=40_000, checkpoint_frequency=1_000_000, compile=True)
+@pytest.mark.parametrize(("total_timesteps", "compiled"), [(25_000, False), (40_000, True)])
+def test_learns_cartpole(tmp_path: Path, total_timesteps: int, compiled: bool) -> None:
+    config = DQNConfig(seed=1, total_timesteps=total_timesteps, checkpoint_frequency=1_000_000, compile=compiled)
     train(config, run_dir=tmp_path / "run", device="cpu")
     result = evaluate(tmp_path / "run", episodes=40)
     assert result["mean_return"] >= 475, result

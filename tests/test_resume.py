@@ -151,7 +151,7 @@ def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     arguments = [*settings, "--run-dir", str(run_dir)]
     rng = random.Random(0)
-    for _ in range(2):
+    for _ in range(3):
         process = subprocess.Popen([*command, *arguments], cwd=ROOT)
         while not (run_dir / "checkpoint.pt").exists() and process.poll() is None:
             time.sleep(0.01)
