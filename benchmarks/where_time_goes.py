@@ -21,7 +21,7 @@ import torch
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
-from minirl.networks import ActingCopy, set_precision, training_input
+from minirl.networks import RoundedCopy, set_precision, training_input
 from minirl.ppo import (
     ADAM_EPS,
     ActorCritic,
@@ -97,23 +97,22 @@ def parts() -> dict[str, float]:
     with envs, Run("ppo", CONFIG, None, total=1) as run:
         agent = ActorCritic(envs.observation_space, envs.action_space)
         set_precision(agent, select_precision(CONFIG.precision, CPU))
-        actor = ActingCopy(agent)
-        loss = functools.partial(minibatch_loss, agent, CONFIG)
-        step = AdamStep(agent, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
+        rounded = RoundedCopy(agent)
+        loss = functools.partial(minibatch_loss, rounded.network, CONFIG)
+        step = AdamStep(rounded, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
         rollout = Rollout(CONFIG.num_steps, envs, CPU)
         obs = envs.reset(seed=0).copy()
 
         @torch.no_grad()
         def act() -> None:
             for half in envs.halves:
-                distribution, _ = actor.network(training_input(obs[half], CPU))
+                distribution, _ = rounded.network(training_input(obs[half], CPU))
                 distribution.log_prob(distribution.sample())
 
         advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        collect = functools.partial(
-            collect_rollout, actor.network, policy_of(actor.network), envs, obs, rollout, run, 0
-        )
+        policy = policy_of(rounded.network)
+        collect = functools.partial(collect_rollout, rounded.network, policy, envs, obs, rollout, run, 0)
         update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
         with threads_beside(envs.num_workers):
             milliseconds = {

@@ -35,8 +35,8 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.in_numpy import q_function_in_numpy
 from minirl.networks import (
-    ActingCopy,
     NatureCNN,
+    RoundedCopy,
     is_image,
     mlp,
     observation_tensor,
@@ -327,33 +327,37 @@ class Learner:
         self.device = device
         self.online, self.target = (make_q_network(config, envs, device) for _ in range(2))
         self.target.load_state_dict(self.online.state_dict())
-        self.acting = ActingCopy(self.online)
-        self.q_values = q_function(self.acting.network)
-        self.adam_step = AdamStep(self.online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles)
+        self.rounded_online, self.rounded_target = RoundedCopy(self.online), RoundedCopy(self.target)
+        self.q_values = q_function(self.rounded_online.network)
+        self.adam_step = AdamStep(
+            self.rounded_online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles
+        )
 
     def state(self) -> State:
         """Return what a checkpoint holds of it."""
         return {
             "model": self.online.state_dict(),
             "target": self.target.state_dict(),
-            "optimizer": self.adam_step.optimizer.state_dict(),
+            "optimizer": self.adam_step.state_dict(),
         }
 
     def load(self, saved: State) -> None:
         """Put back what `state` returned."""
         load_weights(self.online, saved)
-        self.acting.refresh()
         load_weights(self.target, saved, "target")
+        self.rounded_online.refresh()
+        self.rounded_target.refresh()
         self.adam_step.load(saved["optimizer"])
 
     def loss(
         self, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and what is logged of it (2,): the loss and the mean of Q(s, a)."""
+        online, target = self.rounded_online.network, self.rounded_target.network
         with torch.no_grad():
-            next_q_online, next_q_target = self.online(next_obs), self.target(next_obs)
+            next_q_online, next_q_target = online(next_obs), target(next_obs)
         targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, self.config.gamma)
-        q_values = self.online(obs)
+        q_values = online(obs)
         loss = dqn_loss(q_values, actions, targets, huber=self.config.huber)
         return loss, torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()])
 
@@ -367,15 +371,14 @@ class Learner:
             training_input(array, self.device) if array.ndim == 4 else torch.from_numpy(array).to(self.device)
             for array in batch
         )
-        logged = self.adam_step(learning_rate, *tensors)
-        self.acting.refresh()
-        return logged
+        return self.adam_step(learning_rate, *tensors)
 
     @torch.no_grad()
     def update_target(self) -> None:
         """Move the target network towards the online one, w_target += tau (w - w_target); tau = 1 copies."""
         for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             target.lerp_(online, self.config.tau)
+        self.rounded_target.refresh()
 
 
 def means(losses: list[Tensor], last_update: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ class NatureCNN(nn.Module):
         pixels = images.to(self.precision) / 255 if images.dtype == torch.uint8 else images
         if self.precision == torch.float32:
             return self._features(pixels)
-        if self.dense[0].weight.dtype == self.precision:  # an `ActingCopy`: nothing is left to be rounded
+        if self.dense[0].weight.dtype == self.precision:  # a `RoundedCopy`: nothing is left to be rounded
             return self._features(pixels.to(self.precision)).float()
         with torch.autocast(images.device.type, self.precision):
             return self._features(pixels).float()
@@ -129,13 +129,16 @@ def set_precision(network: nn.Module, precision: torch.dtype) -> None:
             module.precision = precision
 
 
-class ActingCopy(Generic[Network]):
-    """A network to act with, its CNN's weights rounded once to the precision of its products, not at every call.
+class RoundedCopy(Generic[Network]):
+    """A network to compute with, its CNN's weights rounded once to the precision of its products, not at every call.
 
-    What it returns is the same, bit for bit. Where there is nothing to round, it is the network itself.
+    What it returns is the same, bit for bit, and so is its gradient, with which the original is trained: the mixed
+    precision of Micikevicius et al. (2018, https://arxiv.org/abs/1710.03740). Where there is nothing to round, it is
+    the network itself.
 
     Attributes:
         network: what to call; `refresh` it after each change of the original.
+        original: what is trained and saved.
     """
 
     def __init__(self, network: Network) -> None:

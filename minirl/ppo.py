@@ -32,8 +32,8 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.in_numpy import Policy, draw, policy_in_numpy
 from minirl.networks import (
-    ActingCopy,
     NatureCNN,
+    RoundedCopy,
     is_image,
     mlp,
     observation_tensor,
@@ -477,11 +477,11 @@ def train(
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         set_precision(agent, select_precision(config.precision, torch_device))
-        actor = ActingCopy(agent)
-        policy = policy_of(actor.network)
+        rounded = RoundedCopy(agent)
+        policy = policy_of(rounded.network)
         adam_step = AdamStep(
-            agent,
-            functools.partial(minibatch_loss, agent, config),
+            rounded,
+            functools.partial(minibatch_loss, rounded.network, config),
             eps=ADAM_EPS,
             max_grad_norm=config.max_grad_norm,
             compiled=config.compiles(is_image(envs.observation_space)),
@@ -490,6 +490,7 @@ def train(
         if saved is not None:
             with reading(saved):
                 load_weights(agent, saved)
+                rounded.refresh()
                 adam_step.load(saved["optimizer"])
         obs = start_envs(envs, config.seed, saved)
         if saved is not None:
@@ -498,7 +499,7 @@ def train(
         def state() -> State:
             return {
                 "model": agent.state_dict(),
-                "optimizer": adam_step.optimizer.state_dict(),
+                "optimizer": adam_step.state_dict(),
                 **env_state(envs, obs),
             }
 
@@ -512,9 +513,8 @@ def train(
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
 
-                actor.refresh()
                 with threads_beside(envs.num_workers):
-                    obs = collect_rollout(actor.network, policy, envs, obs, rollout, run, update * config.batch_size)
+                    obs = collect_rollout(rounded.network, policy, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
                     rollout.rewards,
                     rollout.values,

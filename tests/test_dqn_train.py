@@ -215,7 +215,7 @@ def test_gradients_do_not_add_up_over_updates() -> None:
     learner.update(random_batch(), 0.01)
     first = [parameter.grad.clone() for parameter in learner.online.parameters() if parameter.grad is not None]
     assert len(first) == 6
-    learner.load({**cartpole_learner().state(), "optimizer": learner.adam_step.optimizer.state_dict()})
+    learner.load({**cartpole_learner().state(), "optimizer": learner.adam_step.state_dict()})
     learner.update(random_batch(), 0.01)
     for parameter, gradient in zip(learner.online.parameters(), first, strict=True):
         assert parameter.grad is not None

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from minirl.config import ConfigError
 from minirl.dqn import QNetwork
 from minirl.networks import (
-    ActingCopy,
     BlockConv2d,
     NatureCNN,
+    RoundedCopy,
     channels_last,
     in_blocks,
     is_image,
@@ -227,11 +227,11 @@ def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         select_precision("half", cpu)
 
 
-def test_acting_with_rounded_weights_changes_no_bit() -> None:
+def test_rounded_weights_change_no_bit() -> None:
     torch.manual_seed(0)
     network = QNetwork(PIXELS, 6)
     set_precision(network, torch.bfloat16)
-    acting = ActingCopy(network)
+    acting = RoundedCopy(network)
     images = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
     with torch.no_grad():
         first = acting.network(images)
@@ -243,9 +243,16 @@ def test_acting_with_rounded_weights_changes_no_bit() -> None:
         assert torch.equal(acting.network(images), network(images))
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
+    gradients = [
+        torch.autograd.grad(computed(images).square().sum(), list(computed.parameters()))
+        for computed in (network, acting.network)
+    ]
+    for full, rounded in zip(*gradients, strict=True):
+        assert torch.equal(full, rounded.float())
 
-def test_without_rounding_the_network_acts_itself() -> None:
+
+def test_without_rounding_the_network_is_its_own_copy() -> None:
     for network in (QNetwork(PIXELS, 6), QNetwork(VECTOR, 2)):
-        acting = ActingCopy(network)
+        acting = RoundedCopy(network)
         acting.refresh()
         assert acting.network is network

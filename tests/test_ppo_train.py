@@ -19,7 +19,7 @@ from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.networks import set_precision, training_input
+from minirl.networks import RoundedCopy, set_precision, training_input
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
@@ -154,8 +154,9 @@ def made_up_rollout(config: PPOConfig) -> tuple[ActorCritic, Rollout, Tensor, Te
 
 
 def adam_step(agent: ActorCritic, config: PPOConfig, *, compiled: bool = False) -> AdamStep:
-    loss = functools.partial(minibatch_loss, agent, config)
-    return AdamStep(agent, loss, eps=1e-5, max_grad_norm=config.max_grad_norm, compiled=compiled)
+    rounded = RoundedCopy(agent)
+    loss = functools.partial(minibatch_loss, rounded.network, config)
+    return AdamStep(rounded, loss, eps=1e-5, max_grad_norm=config.max_grad_norm, compiled=compiled)
 
 
 def plain_descent(agent: ActorCritic, config: PPOConfig) -> Any:

@@ -1,5 +1,7 @@
 """The gradient step: what it returns beside the new weights."""
 
+import copy
+import math
 import platform
 import subprocess
 import sys
@@ -9,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.runtime import FEW, AdamStep, SmallProducts, keep_freed_memory, threads_beside, threads_for
+from minirl.networks import NatureCNN, RoundedCopy, set_precision
+from minirl.runtime import (
+    FEW,
+    AdamStep,
+    SmallProducts,
+    adam_,
+    adam_rates,
+    keep_freed_memory,
+    threads_beside,
+    threads_for,
+)
 
 ROOT = Path(__file__).parent.parent
 KEPT = """
@@ -35,7 +47,7 @@ def test_the_norm_of_the_gradient_comes_with_what_the_loss_logs(compiled: bool, 
     def loss(weights: Tensor) -> tuple[Tensor, Tensor]:
         return (torch.cat([network.weight[0], network.bias]) * weights).sum(), weights[:2]
 
-    step = AdamStep(network, loss, max_grad_norm=max_grad_norm, compiled=compiled)
+    step = AdamStep(RoundedCopy(network), loss, max_grad_norm=max_grad_norm, compiled=compiled)
     logged = step(0.1, torch.tensor([3.0, -4.0, 12.0]))
     assert logged.tolist() == pytest.approx([3.0, -4.0, 13.0])
     assert not logged.requires_grad
@@ -43,6 +55,77 @@ def test_the_norm_of_the_gradient_comes_with_what_the_loss_logs(compiled: bool, 
     first_moment = torch.cat([step.optimizer.state[p]["exp_avg"].flatten() for p in network.parameters()])
     clipped = 13.0 if max_grad_norm is None else min(13.0, max_grad_norm)
     assert first_moment.norm().item() == pytest.approx(0.1 * clipped, rel=1e-4)
+
+
+def test_adams_steps_are_those_of_the_paper() -> None:
+    """Algorithm 1 of Kingma and Ba (2015), number by number in Python's floats."""
+    gradients = [[0.5, -2.0, 0.0], [1.0, 0.25, -3.0], [-4.0, 0.0, 1e-9]]
+    weights, mean, square = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), *torch.zeros(2, 3, dtype=torch.float64)
+    expected, m, v = weights.tolist(), [0.0] * 3, [0.0] * 3
+    for t, gradient in enumerate(gradients, start=1):
+        learning_rate = 0.1 / t
+        for i, g in enumerate(gradient):
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.999 * v[i] + 0.001 * g**2
+            expected[i] -= learning_rate * (m[i] / (1 - 0.9**t)) / (math.sqrt(v[i] / (1 - 0.999**t)) + 1e-3)
+        step_size, correction = adam_rates(learning_rate, t)
+        adam_(weights, torch.tensor(gradient).double(), mean, square, step_size, correction, eps=1e-3)
+        assert weights.tolist() == pytest.approx(expected, rel=1e-6)
+        assert mean.tolist() == pytest.approx(m)
+        assert square.tolist() == pytest.approx(v)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rounded_copy_gives_the_gradient_and_follows_the_weights(compiled: bool) -> None:
+    torch.manual_seed(0)
+    network = NatureCNN((1, 36, 36))
+    set_precision(network, torch.bfloat16)
+    rounded = RoundedCopy(network)
+
+    def loss(images: Tensor) -> tuple[Tensor, Tensor]:
+        value = rounded.network(images).square().mean()
+        return value, value[None]
+
+    step = AdamStep(rounded, loss, compiled=compiled)
+    images = torch.randint(256, (2, 1, 36, 36), dtype=torch.uint8)
+    twin = copy.deepcopy(network)  # its weights are rounded anew at each call, by autocast
+    adam = torch.optim.Adam(twin.parameters(), lr=0.01)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for _ in range(3):
+        value: Tensor = twin(images).square().mean()
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        assert step(0.01, images)[0].item() == pytest.approx(value.item(), rel=1e-2)
+    assert step.step.enabled == compiled, "it fell back"
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    for old, new in zip(before, network.parameters(), strict=True):
+        assert (new - old).abs().mean() > 0.001
+    for original, copied in zip(network.parameters(), rounded.network.parameters(), strict=True):
+        assert copied.dtype == torch.bfloat16
+        assert torch.equal(original.to(torch.bfloat16), copied)
+    for mine, other in zip(network.parameters(), twin.parameters(), strict=True):
+        # Adam's first steps go by the sign: where a gradient is rounded to another, so does the weight.
+        assert (mine - other).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_saved_of_adam_is_what_torch_saves(compiled: bool) -> None:
+    network = nn.Linear(2, 1)
+    step = AdamStep(RoundedCopy(network), lambda batch: ((x := network(batch).sum()), x[None]), compiled=compiled)
+    for _ in range(3):
+        step(0.5, torch.ones(4, 2))
+    saved = step.state_dict()
+    assert set(saved) == {"state", "param_groups"}
+    assert [set(state) for state in saved["state"].values()] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
+    assert [state["step"].item() for state in saved["state"].values()] == [3.0, 3.0] == [step.steps] * 2
+    # The gradient is 4 at each step: 4 (1 - 0.9^3), and 16 (1 - 0.999^3).
+    assert saved["state"][1]["exp_avg"].item() == pytest.approx(4 * 0.271)
+    assert saved["state"][1]["exp_avg_sq"].item() == pytest.approx(16 * 0.002997001)
+    other = AdamStep(RoundedCopy(nn.Linear(2, 1)), lambda batch: (batch, batch), compiled=compiled)
+    other.load(copy.deepcopy(saved))
+    assert other.steps == 3
+    assert other.moments[1][0].item() == pytest.approx(4 * 0.271)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -54,7 +137,7 @@ def test_a_gradient_that_is_lost_shows_in_the_update_itself(compiled: bool) -> N
         value = (scale * network.weight).sqrt().sum()  # 0, and its slope is infinite
         return value, value[None]
 
-    logged = AdamStep(network, loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
+    logged = AdamStep(RoundedCopy(network), loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
     assert logged[0].item() == 0.0
     assert not logged[1].isfinite()
 
@@ -126,7 +209,7 @@ def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes()
             value = ((network.weight - target) * batch).square().mean()
             return value, value[None]
 
-        return network, AdamStep(network, loss, compiled=True)
+        return network, AdamStep(RoundedCopy(network), loss, compiled=True)
 
     (first, first_step), (second, second_step) = make(2.0), make(-3.0)
     for size in (2, 5):
