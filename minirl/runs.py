@@ -20,7 +20,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from minirl.checkpoints import (
@@ -45,13 +43,13 @@ from minirl.checkpoints import (
 )
 from minirl.config import MAX_SEED, ConfigError
 from minirl.envs.vector import Episode
+from minirl.events import Events
 from minirl.progress import Progress
 
 if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
-EVENTS_WAITING = 10_000  # for TensorBoard's thread; by its own 10, training would wait for it at most episodes
 
 
 def seed_everything(seed: int) -> None:
@@ -125,7 +123,7 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def log_settings(writer: SummaryWriter, algorithm: str, config: Any) -> None:
+def log_settings(events: Events, algorithm: str, config: Any) -> None:
     """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
 
     `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
@@ -138,8 +136,7 @@ def log_settings(writer: SummaryWriter, algorithm: str, config: Any) -> None:
         if value is not None
     }
     _, session_start, _ = hparams(shown, {})
-    file_writer: Any = writer.file_writer
-    file_writer.add_summary(session_start)
+    events.add(session_start)
 
 
 def load_settings(run_dir: Path) -> dict[str, Any]:
@@ -223,7 +220,7 @@ class Run:
         self.first_step: int = resumed["global_step"] if resumed else 0
         self.last_saved = self.first_step
         self.stop_signal: int | None = None
-        self.writer: SummaryWriter | None = None
+        self.events: Events | None = None
         self.lock: int | None = None
         if run_dir is not None:
             if resumed is None:
@@ -234,9 +231,9 @@ class Run:
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
                 purge_step = self.first_step + 1 if resumed else None
-                self.writer = SummaryWriter(str(run_dir), purge_step=purge_step, max_queue=EVENTS_WAITING)
+                self.events = Events(run_dir, purge_step)
                 if resumed is None:
-                    log_settings(self.writer, algorithm, config)
+                    log_settings(self.events, algorithm, config)
             except OSError as error:
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
@@ -251,7 +248,6 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
-        self._old_hook, threading.excepthook = threading.excepthook, self._on_thread_error
         return self
 
     def __exit__(
@@ -259,15 +255,14 @@ class Run:
     ) -> None:
         self.progress.close()
         try:
-            if self.writer is not None:
-                self.writer.close()
+            if self.events is not None:
+                self.events.close()
         except OSError as close_error:
             if error is None:  # otherwise it is told already
                 raise self._cant_log(close_error) from close_error
         finally:
             if self.lock is not None:
                 os.close(self.lock)
-            threading.excepthook = self._old_hook
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
 
@@ -276,11 +271,6 @@ class Run:
             raise SystemExit(128 + number)
         self.stop_signal = number
         print("saving before it stops; once more stops at once", file=sys.stderr)
-
-    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
-        """Keep TensorBoard's thread from printing that it can't write: its next call here raises the same."""
-        if not isinstance(arguments.exc_value, OSError):
-            self._old_hook(arguments)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -309,13 +299,12 @@ class Run:
             self._write(scalars, global_step)
 
     def _write(self, scalars: dict[str, float], global_step: int) -> None:
-        if self.writer is None:
+        if self.events is None:
             return
         # In one record: each has a checksum, in Python. `add_scalar` writes one for each value.
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        file_writer: Any = self.writer.file_writer
         try:
-            file_writer.add_summary(summary, global_step)
+            self.events.add(summary, global_step)
         except OSError as error:
             raise self._cant_log(error) from error
 
@@ -352,7 +341,7 @@ class Run:
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
         assert self.run_dir is not None
-        assert self.writer is not None
+        assert self.events is not None
         common = {
             "algorithm": self.algorithm,
             "global_step": global_step,
@@ -362,7 +351,7 @@ class Run:
             "random_state": random_state(),
         }
         try:
-            self.writer.flush()  # or a killed run would go on from here without the events of the last minutes
+            self.events.flush()  # or a killed run would go on from here without the events of the last minutes
             learned = state()
             require_finite(learned, global_step)
             save_checkpoint(self.run_dir / file, {**common, **learned})

@@ -240,9 +240,9 @@ def untouched_random_state() -> Iterator[None]:
 
 def log_gif(run: Run, global_step: int, path: Path) -> None:
     """Show a GIF among TensorBoard's images. `SummaryWriter.add_video` would need moviepy."""
-    assert run.writer is not None
+    assert run.events is not None
     with Image.open(path) as gif:
         width, height = gif.size
     image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
     summary = Summary(value=[Summary.Value(tag="videos/game", image=image)])
-    run.writer._get_file_writer().add_summary(summary, global_step)
+    run.events.add(summary, global_step)

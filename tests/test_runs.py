@@ -326,7 +326,7 @@ def test_a_disk_that_fills_up_at_the_very_end_is_told_and_hides_no_other_error(
     def full(writer: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minirl.runs.SummaryWriter.close", full)
+    monkeypatch.setattr("minirl.runs.Events.close", full)
     run = Run("ppo", CONFIG, tmp_path / "one", total=100)
     with pytest.raises(ConfigError, match=r"one can't be written any more.*No space"), run:
         pass
