@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -186,7 +187,8 @@ class Compiled:
 
 def adam_rates(learning_rate: float, steps: int) -> Tensor:
     """`step_size` and `correction` of `adam_` at step t = 1, 2, ...: lr / (1 - b1^t) and 1 / sqrt(1 - b2^t) (2,)."""
-    return torch.tensor([learning_rate / (1 - BETAS[0] ** steps), 1 / math.sqrt(1 - BETAS[1] ** steps)])
+    rates = learning_rate / (1 - BETAS[0] ** steps), 1 / math.sqrt(1 - BETAS[1] ** steps)
+    return torch.from_numpy(np.array(rates, np.float32))  # half as long as `torch.tensor`
 
 
 def adam_(
