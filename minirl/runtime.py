@@ -206,8 +206,8 @@ def adam_(
         v <- b2 v + (1 - b2) g^2
         w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    The same as `torch.optim.Adam`, to rounding. Compiled, PyTorch's own computes the powers of b1 and b2 again for
-    every sixteen weights, which takes as long as all the rest of it.
+    The same as `torch.optim.Adam`, to rounding. PyTorch's own, compiled, computes the powers of b1 and b2 again for
+    every sixteen weights, which takes a third of its time.
 
     Args:
         weights: w, and of the same shape
