@@ -102,6 +102,7 @@ class DQNConfig:
         1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1, group="greedy games"
     )
     eval_episodes: int = setting(20, "greedy games each time", at_least=1)
+    confirm_episodes: int = setting(200, "more games of a network that seems to be the best so far", at_least=0)
     compile: bool | None = setting(
         None,
         "compile the update into one function; unless said, if 50,000 updates pay for it",
@@ -426,7 +427,14 @@ def train(
     eval_frequency = None if run_dir is None else config.eval_frequency
     with (
         make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
-        Judge(config.env_id, config.eval_episodes, config.seed, eval_frequency, config.num_workers) as judge,
+        Judge(
+            config.env_id,
+            config.eval_episodes,
+            config.confirm_episodes,
+            config.seed,
+            eval_frequency,
+            config.num_workers,
+        ) as judge,
     ):
         learner = Learner(config, envs, torch_device)
         greedy = functools.partial(greedy_actions, learner.online)
@@ -480,7 +488,8 @@ def train(
                     run.log(now.steps, {**schedules, **means(losses, learner.adam_step.steps)})
                     losses.clear()
                 if judged:
-                    run.keep_best(now.steps, judge.mean_return(greedy, now.steps), learner.state)
+                    mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)
+                    run.keep_best(now.steps, mean_return, learner.state)
                 videos.record(run, now.steps, greedy)
                 run.checkpoint(now.steps, state, finished=finished)
     return learner.online

@@ -16,7 +16,7 @@ from minirl.runs import derived_seed
 Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
 
 SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
-JUDGE = 2  # sets the judge's seeds apart from all others
+JUDGE, CONFIRM = 2, 5  # set the judge's seeds apart from all others
 
 
 def play_games(
@@ -48,23 +48,35 @@ class Judge:
     It has its own environments and changes nothing of the training. The games are new ones each time, and not those
     that `minirl.evaluate` reports: a network that is picked for its luck in them gains nothing there.
 
+    Who plays better than the best so far plays more games before it counts. Of networks that fail one game in twenty, a
+    third win twenty games in a row, and of many that are looked at, the best-looking one is likely to be such.
+
     Args:
         env_id: the environment.
         episodes: games each time.
+        confirm_episodes: more games.
         seed: of the training.
         frequency: agent steps from one time to the next; None for never.
         num_workers: processes for its environments, as for the training's.
     """
 
     def __init__(
-        self, env_id: str, episodes: int, seed: int, frequency: int | None, num_workers: int | None = None
+        self,
+        env_id: str,
+        episodes: int,
+        confirm_episodes: int,
+        seed: int,
+        frequency: int | None,
+        num_workers: int | None = None,
     ) -> None:
         self.episodes = episodes
+        self.confirm_episodes = confirm_episodes
         self.seed = seed
         self.frequency = frequency
         self.envs: VectorEnv | None = None
         if frequency is not None:
-            self.envs = make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), num_workers=num_workers)
+            side_by_side = min(max(episodes, confirm_episodes), SIDE_BY_SIDE)
+            self.envs = make_vector_env(env_id, side_by_side, num_workers=num_workers)
 
     def __enter__(self) -> "Judge":
         return self
@@ -81,8 +93,11 @@ class Judge:
             return False
         return finished or global_step // self.frequency > step_before // self.frequency
 
-    def mean_return(self, policy: Policy, global_step: int) -> float:
-        """Play, and return the mean return."""
+    def mean_return(self, policy: Policy, global_step: int, *, to_beat: float) -> float:
+        """Play, and more games if the mean return is above `to_beat`; return the mean of all of them."""
         assert self.envs is not None
-        seed = derived_seed(self.seed, JUDGE, global_step)
-        return statistics.fmean(play_games(policy, self.envs, self.episodes, seed))
+        returns = play_games(policy, self.envs, self.episodes, derived_seed(self.seed, JUDGE, global_step))
+        if statistics.fmean(returns) > to_beat:
+            seed = derived_seed(self.seed, CONFIRM, global_step)
+            returns += play_games(policy, self.envs, self.confirm_episodes, seed)
+        return statistics.fmean(returns)

@@ -331,11 +331,11 @@ class Run:
             raise SystemExit(128 + self.stop_signal)
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
-        """Log the mean return of some greedy games; if none before was better, save to `best.pt`."""
+        """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""
         if self.run_dir is None:
             return
         self._write({"eval/mean_return": mean_return}, global_step)
-        if mean_return >= self.best_return:
+        if mean_return > self.best_return:
             self.best_return = mean_return
             self._save(BEST_FILE, global_step, state)
 

@@ -38,6 +38,7 @@ TINY = DQNConfig(
     batch_size=4,
     eval_frequency=25,
     eval_episodes=2,
+    confirm_episodes=3,
     checkpoint_frequency=1000,
 )
 SMALL_PONG = DQNConfig(
@@ -374,7 +375,7 @@ def test_what_a_run_directory_holds(tmp_path: Path) -> None:
     assert torch.equal(last["model"]["head.weight"], network.state_dict()["head.weight"])
     assert (last["global_step"], last["episodes"]) == (60, 8)
     best = load_checkpoint(tmp_path / "run", "dqn", "model", file=BEST_FILE)
-    assert best["global_step"] == 60, "all games are alike: the latest of equals"
+    assert best["global_step"] == 25, "all games are alike: the first of equals"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["hidden_sizes"] == [24, 24]
     scalars = read_scalars(tmp_path / "run")
     assert scalars["eval/mean_return"] == [(25, 28.0), (50, 28.0), (60, 28.0)]
@@ -385,11 +386,11 @@ def test_what_a_run_directory_holds(tmp_path: Path) -> None:
     assert evaluate(tmp_path / "run", episodes=3)["returns"] == [28.0] * 3
 
 
-def test_best_is_the_network_of_its_step_and_only_a_worse_one_leaves_it(
+def test_best_is_the_network_of_its_step_and_only_a_better_one_replaces_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([3.0, 9.0, 5.0])
-    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step: next(scores))
+    scores = iter([3.0, 9.0, 9.0])
+    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: next(scores))
     last = train(TINY, run_dir=tmp_path / "run", device="cpu")
     best = load_checkpoint(tmp_path / "run", "dqn", "model", file=BEST_FILE)
     assert (best["global_step"], best["best_return"]) == (50, 9.0)
@@ -422,7 +423,7 @@ def test_judging_changes_nothing_of_the_training(tmp_path: Path) -> None:
 
 
 def test_the_judges_games_are_new_each_time_and_not_those_reported() -> None:
-    with Judge("CartPole-v1", 3, seed=42, frequency=10) as judge:
+    with Judge("CartPole-v1", 3, 0, seed=42, frequency=10) as judge:
         seen = []
 
         def policy(obs: NDArray[Any]) -> NDArray[np.int64]:
@@ -432,16 +433,34 @@ def test_the_judges_games_are_new_each_time_and_not_those_reported() -> None:
         starts = []
         for step in (10, 20, 10):
             seen.clear()
-            judge.mean_return(policy, step)
+            judge.mean_return(policy, step, to_beat=0.0)
             starts.append(seen[0])
     assert starts[0] == starts[2] != starts[1]
 
 
+@pytest.mark.parametrize(("to_beat", "games"), [(-math.inf, 7), (9.6, 7), (9.7, 3), (500.0, 3)])
+def test_only_who_seems_better_than_the_best_plays_more_games(
+    to_beat: float, games: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = []
+
+    def play(policy: Any, envs: VectorEnv, episodes: int, seed: int) -> list[float]:
+        played.append((episodes, seed))
+        return [9.0, 10.0, 10.0] if episodes == 3 else [1.0, 2.0, 3.0, 7.0]
+
+    monkeypatch.setattr("minirl.play.play_games", play)
+    with Judge("CartPole-v1", 3, 4, seed=42, frequency=10) as judge:
+        mean_return = judge.mean_return(lambda obs: np.zeros(len(obs), np.int64), 10, to_beat=to_beat)
+    assert mean_return == pytest.approx(29 / 3 if games == 3 else 42 / 7)
+    assert sum(episodes for episodes, _ in played) == games
+    assert len({seed for _, seed in played}) == len(played), "the same games would confirm anything"
+
+
 def test_when_the_judge_is_due() -> None:
-    with Judge("CartPole-v1", 1, seed=0, frequency=10) as judge:
+    with Judge("CartPole-v1", 1, 0, seed=0, frequency=10) as judge:
         assert [judge.is_due(a, b, finished=False) for a, b in [(8, 9), (9, 10), (10, 11), (8, 12)]] == [0, 1, 0, 1]
         assert judge.is_due(10, 11, finished=True)
-    with Judge("CartPole-v1", 1, seed=0, frequency=None) as never:
+    with Judge("CartPole-v1", 1, 0, seed=0, frequency=None) as never:
         assert not never.is_due(9, 10, finished=True)
 
 
@@ -482,7 +501,7 @@ def test_a_resumed_run_keeps_a_better_network_that_was_found_after_the_checkpoin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 9.0, 5.0, 8.0])
-    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step: next(scores))
+    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: next(scores))
     train(TINY, run_dir=tmp_path / "run", device="cpu")
     train(dataclasses.replace(TINY, total_timesteps=74), run_dir=tmp_path / "run", resume=True, device="cpu")
     assert load_checkpoint(tmp_path / "run", "dqn", file=BEST_FILE)["best_return"] == 9.0

@@ -40,6 +40,7 @@ DQN_CARTPOLE = dqn.DQNConfig(
     learning_starts=100,
     eval_frequency=400,
     eval_episodes=2,
+    confirm_episodes=4,
     checkpoint_frequency=100,
 )
 DQN_PONG = dataclasses.replace(
@@ -140,7 +141,10 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
     ("script", "flags"),
     [
         ("ppo", "--env-id CartPole-v1 --num-steps 16 --minibatch-size 64 --total-timesteps 8192"),
-        ("dqn", "--total-timesteps 6000 --buffer-size 2000 --eval-frequency 2000 --eval-episodes 2"),
+        (
+            "dqn",
+            "--total-timesteps 6000 --buffer-size 2000 --eval-frequency 2000 --eval-episodes 2 --confirm-episodes 4",
+        ),
     ],
 )
 def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
