@@ -248,6 +248,29 @@ def test_tau_1_copies() -> None:
     assert torch.equal(parameters(learner.target), parameters(learner.online))
 
 
+def test_the_rounded_copies_follow_both_networks() -> None:
+    torch.manual_seed(0)
+    config = DQNConfig(env_id="PongNoFrameskip-v4", precision="bfloat16", tau=0.5, compile=False)
+    with make_vector_env(config.env_id, 1) as envs:
+        learner, other = Learner(config, envs, CPU), Learner(config, envs, CPU)
+    images = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+
+    def require_rounded() -> None:
+        for rounded in (learner.rounded_online, learner.rounded_target):
+            assert torch.equal(rounded.network(images), rounded.original(images))
+
+    with torch.no_grad():
+        before = learner.rounded_target.network(images)
+        learner.load(other.state())
+        require_rounded()
+        for parameter in learner.online.parameters():
+            parameter.mul_(1.5)
+        learner.rounded_online.refresh()
+        learner.update_target()
+        require_rounded()
+        assert not torch.equal(learner.rounded_target.network(images), before)
+
+
 # Training
 
 
