@@ -119,7 +119,10 @@ def test_a_killed_run_ends_as_one_left_alone(
 ) -> None:
     train(config, run_dir=tmp_path / "alone", device="cpu")
     rng = np.random.default_rng(0)
-    calls = 16 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // config.num_envs
+    # The first kill must fall into the run: PPO on Pong has 10 updates.
+    calls = (
+        config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // config.num_envs
+    )
     kills = [int(rng.integers(1, calls)) for _ in range(3)] + [0]  # the last one at once
     train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
