@@ -18,6 +18,7 @@ from minirl.config import ConfigError
 from minirl.networks import RoundedCopy
 
 BETAS = (0.9, 0.999)  # of Adam
+NOTHING = 1e-30  # a moment of Adam below this is 0
 GIGABYTE = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
 SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 million
@@ -207,7 +208,9 @@ def adam_(
         w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     The same as `torch.optim.Adam`, to rounding. PyTorch's own, compiled, computes the powers of b1 and b2 again for
-    every sixteen weights, which takes a third of its time.
+    every sixteen weights, which takes a third of its time. And where a unit has stopped firing, m and v fade towards
+    numbers with which some processors take a hundred times as long (denormal, below 1e-38), and stay there: 0.9 times
+    the smallest is rounded back to it. A moment below 1e-30, which moves nothing, is 0 here.
 
     Args:
         weights: w, and of the same shape
@@ -220,6 +223,8 @@ def adam_(
     """
     mean.lerp_(gradient, 1 - BETAS[0])
     square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    for moment in (mean, square):
+        moment.masked_fill_(moment.abs() < NOTHING, 0)
     weights.sub_(step_size * mean / (square.sqrt() * correction + eps))
 
 

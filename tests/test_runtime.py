@@ -75,6 +75,17 @@ def test_adams_steps_are_those_of_the_paper() -> None:
         assert square.tolist() == pytest.approx(v)
 
 
+def test_moments_that_have_faded_away_are_zero() -> None:
+    """Without a gradient m keeps 0.9 of itself and v 0.999, until it is below 1e-30."""
+    weights, gradient, rate = torch.ones(4), torch.zeros(4), torch.tensor(0.1)
+    mean = torch.tensor([1.2e-30, 1.1e-30, -1.2e-30, -1.1e-30])
+    square = torch.tensor([2e-30, 1.0005e-30, 1.0005e-30, 2e-30])
+    adam_(weights, gradient, mean, square, rate, torch.tensor(1.0), eps=1e-8)
+    assert mean.tolist() == pytest.approx([1.08e-30, 0, -1.08e-30, 0], rel=1e-6, abs=0)
+    assert square.tolist() == pytest.approx([1.998e-30, 0, 0, 1.998e-30], rel=1e-6, abs=0)
+    assert weights.tolist() == [1, 1, 1, 1]  # to move a weight takes a billion billion times as much
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_rounded_copy_gives_the_gradient_and_follows_the_weights(compiled: bool) -> None:
     torch.manual_seed(0)
