@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-COMMITTED = Path(__file__).with_name("ratios.json")  # what the tree was measured at
+COMMITTED = Path(__file__).with_name("ratios.json")  # what the tree was measured at, by kind of processor
+KINDS = ("amx_bf16", "avx512_bf16")  # how a processor multiplies bfloat16, if it does, the faster first
 FALL = 0.15  # of a ratio, which is worth a look
 
 
@@ -97,7 +98,17 @@ def compare(name: str, script: str, peer: str, goal: float, pairs: int, argument
         )
     median = statistics.median(ratios)
     print(f"{name}: median ratio {median:.2f} (goal: {goal})")
-    committed = json.loads(COMMITTED.read_text()).get(name) if COMMITTED.exists() else None
-    if committed is not None and median < (1 - FALL) * committed:
-        print(f"{name}: fell by {1 - median / committed:.0%} from the committed {committed}")
+    kind = processor()
+    committed = json.loads(COMMITTED.read_text()).get(kind, {}).get(name)
+    if committed is None:
+        print(f"{name}: nothing committed to compare with for this processor ({kind})")
+    elif median < (1 - FALL) * committed:
+        print(f"{name}: fell by {1 - median / committed:.0%} from the committed {committed} ({kind})")
     return median >= goal
+
+
+def processor() -> str:
+    """Return which of `KINDS` this processor is, or `float32`; a ratio means something for its own kind only."""
+    flags = Path("/proc/cpuinfo")
+    found = flags.read_text().split() if flags.exists() else []
+    return next((kind for kind in KINDS if kind in found), "float32")

@@ -1,0 +1,57 @@
+"""How a speed benchmark compares with the committed ratios. The speeds are given here, not measured."""
+
+import json
+from pathlib import Path
+
+import pairs
+import pytest
+
+THEIRS = 100.0
+
+
+@pytest.fixture(autouse=True)
+def _committed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ratios = tmp_path / "ratios.json"
+    ratios.write_text(json.dumps({"amx_bf16": {"work": 4.0}, "float32": {"work": 2.0}}))
+    monkeypatch.setattr(pairs, "COMMITTED", ratios)
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, ours: list[float], *, kind: str, goal: float = 1.0) -> bool:
+    """Compare a peer's 100 steps a second with ours, pair by pair, on such a processor."""
+    speeds = iter(ours)
+
+    def sample(script: str, arguments: list[str]) -> pairs.Sample:
+        return pairs.Sample(next(speeds) if arguments == ["minirl"] else THEIRS, before=1.0, megabytes=1.0)
+
+    monkeypatch.setattr(pairs, "sample", sample)
+    monkeypatch.setattr(pairs, "processor", lambda: kind)
+    return pairs.compare("work", "script.py", "peer", goal, len(ours), lambda side: [side])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "said"),
+    [
+        ("amx_bf16", [900, 339, 100], "fell by 15% from the committed 4.0 (amx_bf16)"),  # the median is below 3.40
+        ("amx_bf16", [900, 341, 100], "median ratio 3.41 (goal: 1.0)"),
+        ("float32", [339, 339, 339], "median ratio 3.39 (goal: 1.0)"),  # measured against its own kind
+        ("float32", [169, 169, 900], "fell by 16% from the committed 2.0 (float32)"),
+        ("avx512_bf16", [1, 1, 1], "nothing committed to compare with for this processor (avx512_bf16)"),
+    ],
+)
+def test_a_fall_of_15_percent_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, ours: list[float], said: str
+) -> None:
+    outcome(monkeypatch, ours, kind=kind)
+    assert capsys.readouterr().out.splitlines()[-1] == f"work: {said}"
+
+
+@pytest.mark.parametrize(("ours", "reached"), [([299, 300, 900], True), ([0, 299, 900], False)])
+def test_the_goal_is_the_medians(monkeypatch: pytest.MonkeyPatch, ours: list[float], reached: bool) -> None:
+    assert outcome(monkeypatch, ours, kind="float32", goal=3.0) == reached
+
+
+def test_every_kind_of_processor_has_its_ratios() -> None:
+    committed = json.loads(Path(pairs.__file__).with_name("ratios.json").read_text())
+    assert tuple(committed) == pairs.KINDS
+    assert len({tuple(ratios) for ratios in committed.values()}) == 1
+    assert pairs.processor() in (*pairs.KINDS, "float32")
