@@ -209,7 +209,7 @@ def adam_(
 
     The same as `torch.optim.Adam`, to rounding. PyTorch's own, compiled, computes the powers of b1 and b2 again for
     every sixteen weights, which takes a third of its time. And where a unit has stopped firing, m and v fade towards
-    numbers with which some processors take a hundred times as long (denormal, below 1e-38), and stay there: 0.9 times
+    numbers with which some processors take thirty times as long (denormal, below 1e-38), and stay there: 0.9 times
     the smallest is rounded back to it. A moment below 1e-30, which moves nothing, is 0 here.
 
     Args:
