@@ -107,8 +107,7 @@ def compare(name: str, script: str, peer: str, goal: float, pairs: int, argument
     return median >= goal
 
 
-def processor() -> str:
+def processor(description: Path = Path("/proc/cpuinfo")) -> str:
     """Return which of `KINDS` this processor is, or `float32`; a ratio means something for its own kind only."""
-    flags = Path("/proc/cpuinfo")
-    found = flags.read_text().split() if flags.exists() else []
-    return next((kind for kind in KINDS if kind in found), "float32")
+    flags = description.read_text().split() if description.exists() else []  # there is none but on Linux
+    return next((kind for kind in KINDS if kind in flags), "float32")

@@ -54,4 +54,18 @@ def test_every_kind_of_processor_has_its_ratios() -> None:
     committed = json.loads(Path(pairs.__file__).with_name("ratios.json").read_text())
     assert tuple(committed) == pairs.KINDS
     assert len({tuple(ratios) for ratios in committed.values()}) == 1
-    assert pairs.processor() in (*pairs.KINDS, "float32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", "amx_bf16"),
+        ("fpu avx512f avx512_bf16", "avx512_bf16"),
+        ("fpu avx512f not_avx512_bf16", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_a_processor_is_known_by_its_flags(flags: str | None, kind: str, tmp_path: Path) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 5200.00\n")
+    assert pairs.processor(tmp_path / "cpuinfo") == kind
