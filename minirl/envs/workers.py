@@ -8,8 +8,12 @@ import contextlib
 import ctypes
 import math
 import multiprocessing
+import os
 import pickle
+import select
 import signal
+import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -24,6 +28,7 @@ from minirl.config import ConfigError
 from minirl.envs.state import CantCapture, CantRestore, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
+AWAKE = 300e-6  # seconds to look out for a message before going to sleep: to be woken takes a third of that
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
 
@@ -239,7 +244,7 @@ class Worker:
     def receive(self) -> Any:
         """Wait for the answer to the oldest message."""
         try:
-            failure, result = pickle.loads(self.connection.recv_bytes())
+            failure, result = _hear(self.connection)
         except (EOFError, OSError) as error:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
@@ -256,6 +261,17 @@ class Worker:
             self.process.join()
 
 
+def _hear(connection: Connection) -> Any:
+    """Wait for a message: awake for a while, giving way to whoever else wants the core, then asleep."""
+    if sys.platform != "win32":
+        inbox = select.poll()
+        inbox.register(connection.fileno(), select.POLLIN)
+        bedtime = time.perf_counter() + AWAKE
+        while not inbox.poll(0) and time.perf_counter() < bedtime:
+            os.sched_yield()
+    return pickle.loads(connection.recv_bytes())
+
+
 def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arrays: SharedArrays) -> None:
     """Run a worker: answer each message with (traceback or None, result) until the other end is closed.
 
@@ -268,7 +284,7 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
     group: EnvGroup | None = None
     with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
         while True:
-            command, argument = pickle.loads(connection.recv_bytes())
+            command, argument = _hear(connection)
             result: Any = []
             failure = None
             try:
