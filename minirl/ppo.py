@@ -15,6 +15,7 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,15 @@ from minirl.networks import (
 )
 from minirl.resume import env_state, start_envs
 from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_beside, threads_for
+from minirl.runtime import (
+    AdamStep,
+    Compiled,
+    keep_freed_memory,
+    select_device,
+    select_precision,
+    threads_beside,
+    threads_for,
+)
 from minirl.shapes import require_same_shape
 from minirl.video import Videos
 
@@ -79,7 +88,7 @@ class PPOConfig:
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     compile: bool | None = setting(
         None,
-        "compile the update into one function; unless said, if 5,000 gradient steps on images pay for it",
+        "compile acting and the update; unless said, if 5,000 gradient steps on images pay for it",
         group="machine and files",
     )
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
@@ -110,7 +119,7 @@ class PPOConfig:
         return math.ceil(self.total_timesteps / self.batch_size)
 
     def compiles(self, images: bool) -> bool:
-        """Whether the update is compiled: that takes some 20 seconds, and saves 10 ms a gradient step on images."""
+        """Whether the networks are compiled: that takes some 20 seconds, and saves 10 ms a gradient step on images."""
         gradient_steps = self.num_updates * self.update_epochs * self.batch_size // self.minibatch_size
         return gradient_steps >= COMPILED_FROM[images] if self.compile is None else self.compile
 
@@ -320,17 +329,18 @@ class Rollout:
         return torch.where(self.truncated, self.final_values, following)
 
 
-def act(agent: ActorCritic, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def act(agent: Callable[[Tensor], tuple[Categorical, Tensor]], obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
     distribution, values = agent(obs)
     actions, log_probs = draw(distribution)
     return actions, log_probs, values
 
 
-def policy_of(agent: ActorCritic) -> Policy:
-    """Return `act` of this network, in NumPy where it is small; it follows the weights as they are trained."""
+def policy_of(agent: ActorCritic, *, compiled: bool = False) -> Policy:
+    """Return `act` of this network, small ones in NumPy, others compiled if asked; it follows the weights."""
     actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
-    return policy_in_numpy(agent, actor, critic) or functools.partial(act, agent)
+    network = Compiled(lambda batch: agent(batch), enabled=compiled)
+    return policy_in_numpy(agent, actor, critic) or functools.partial(act, network)
 
 
 @torch.no_grad()
@@ -478,13 +488,14 @@ def train(
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         set_precision(agent, select_precision(config.precision, torch_device))
         rounded = RoundedCopy(agent)
-        policy = policy_of(rounded.network)
+        compiled = config.compiles(is_image(envs.observation_space))
+        policy = policy_of(rounded.network, compiled=compiled)
         adam_step = AdamStep(
             rounded,
             functools.partial(minibatch_loss, rounded.network, config),
             eps=ADAM_EPS,
             max_grad_norm=config.max_grad_norm,
-            compiled=config.compiles(is_image(envs.observation_space)),
+            compiled=compiled,
         )
         rollout = Rollout(config.num_steps, envs, torch_device)
         if saved is not None:

@@ -151,7 +151,7 @@ class Compiled:
     Where there is no compiler, or compilation fails, a warning says so and the calls go to the plain function.
 
     Args:
-        function: what to compile; the gradient may be part of it (`torch.autograd.grad`).
+        function: what to compile, its tensors named `batch` (see `batch_guards`); the gradient may be part of it.
         plain: what to call instead; by default `function` as it is.
         enabled: whether to compile at all.
     """
@@ -179,7 +179,7 @@ class Compiled:
             result = compiled(*arguments)
         except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
             reason = str(error).strip().split("\n")[0]
-            warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=2)
+            warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=1)  # once, whoever called
             self.enabled = False
             return self.plain(*arguments)
         self.compiled = compiled

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,38 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool) -> None
         results.append(parameters(agent))
     torch.testing.assert_close(results[0], results[1])
     assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
+
+
+def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights() -> None:
+    torch.manual_seed(0)
+    agent = ActorCritic(gym.spaces.Box(0, 255, (4, 40, 40), np.uint8), gym.spaces.Discrete(6))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)  # or it fell back
+        policies = [policy_of(agent, compiled=compiled) for compiled in (True, False)]
+        for batch_size in (2, 3, 3):  # halves of five environments
+            obs = torch.randint(0, 255, (batch_size, 4, 40, 40), dtype=torch.uint8)
+            results = []
+            for policy in policies:
+                torch.manual_seed(1)
+                results.append(policy(obs))
+            torch.testing.assert_close(results[0], results[1])
+            assert results[0][0].shape == results[0][2].shape == (batch_size,)
+            for parameter in agent.parameters():
+                parameter.mul_(1.3)
+
+
+def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler here")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    config = PPOConfig(num_envs=1, num_steps=4, minibatch_size=4, update_epochs=1, total_timesteps=8, compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        train(config, run_dir=tmp_path / "run", device="cpu")
+    assert [str(warning.message) for warning in caught if "compil" in str(warning.message)] == [
+        "compilation failed, going on without: no C++ compiler here"
+    ]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
