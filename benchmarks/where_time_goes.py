@@ -100,18 +100,17 @@ def parts() -> dict[str, float]:
         rounded = RoundedCopy(agent)
         loss = functools.partial(minibatch_loss, rounded.network, CONFIG)
         step = AdamStep(rounded, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
+        policy = policy_of(rounded.network, compiled=True)
         rollout = Rollout(CONFIG.num_steps, envs, CPU)
         obs = envs.reset(seed=0).copy()
 
         @torch.no_grad()
         def act() -> None:
             for half in envs.halves:
-                distribution, _ = rounded.network(training_input(obs[half], CPU))
-                distribution.log_prob(distribution.sample())
+                policy(training_input(obs[half], CPU))
 
         advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        policy = policy_of(rounded.network)
         collect = functools.partial(collect_rollout, rounded.network, policy, envs, obs, rollout, run, 0)
         update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
         with threads_beside(envs.num_workers):
