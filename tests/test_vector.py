@@ -4,9 +4,11 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +254,18 @@ def test_closing_twice_is_safe_and_stepping_then_is_not(num_workers: int) -> Non
         envs.step(np.zeros(2, np.int64))
     with pytest.raises(RuntimeError, match="closed"):
         envs.reset()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_a_message_is_heard_at_once_or_late_and_waiting_costs_no_processor(delay: float) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    threading.Timer(delay, theirs.send_bytes, [pickle.dumps("step")]).start()
+    busy = time.process_time()
+    assert workers._hear(ours) == "step"
+    assert time.process_time() - busy < 0.1
+    theirs.close()
+    with pytest.raises(EOFError):
+        workers._hear(ours)
 
 
 def test_a_worker_that_is_stuck_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
