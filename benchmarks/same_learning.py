@@ -1,8 +1,8 @@
 """PPO on Pong as it runs by default (compiled, bfloat16) and plainly (eager, float32): do they learn the same?
 
-    python train_ppo.py --seed 42 --total-timesteps 601000                                    # and --seed 1
-    python train_ppo.py --seed 42 --total-timesteps 601000 --no-compile --precision float32   # and --seed 1
-    python benchmarks/same_learning.py --plain RUN_DIR RUN_DIR --fast RUN_DIR RUN_DIR --output FILE
+    python train_ppo.py --seed 42 --total-timesteps 601000                                    # and --seed 1, 2, 3
+    python train_ppo.py --seed 42 --total-timesteps 601000 --no-compile --precision float32   # and --seed 1, 2, 3
+    python benchmarks/same_learning.py --plain RUN_DIR ... --fast RUN_DIR ... --output FILE
 
 Draws the curves, up to where the shortest of them ends, and prints the table of docs/performance.md.
 """
@@ -20,11 +20,15 @@ EVERY = 100_000  # agent steps, a row of the table
 
 def table(curves: dict[str, list[Curve]], last: int) -> str:
     """Return the mean of the last 100 games of each run, every 100,000 agent steps and at the last one."""
-    rows = [["agent steps", *(f"{kind}, seed {c.settings['seed']}" for kind, group in curves.items() for c in group)]]
+    rows = [["agent steps"]]
+    for kind, group in curves.items():
+        rows[0] += [f"{kind}: seeds {', '.join(str(curve.settings['seed']) for curve in group)}", "mean"]
     rows.append(["---"] * len(rows[0]))
     for step in [*range(EVERY, last, EVERY), last]:
-        means = [np.interp(step, c.steps, c.mean_of_last()) for group in curves.values() for c in group]
-        rows.append([f"{step:,}", *(f"{mean:.1f}" for mean in means)])
+        rows.append([f"{step:,}"])
+        for group in curves.values():
+            means = [float(np.interp(step, curve.steps, curve.mean_of_last())) for curve in group]
+            rows[-1] += [", ".join(f"{mean:.1f}" for mean in means), f"{np.mean(means):.1f}"]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
