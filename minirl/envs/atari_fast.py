@@ -92,7 +92,7 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         self.ale.getScreen(screen)
         words = _words(screen)
         changed: NDArray[np.bool_] = words != _words(self.before[frame])
-        if words[changed].tobytes().translate(None, self.known):
+        if words[changed].tobytes().translate(None, self.known):  # without the known ones, some are left
             self._learn_colours(screen)
         return changed
 
@@ -108,9 +108,11 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         if not len(changed):
             return
         colours = _words(self.now).reshape(2, -1).take(changed, axis=1).view(np.uint8)
+        # The two bytes of a pixel as one number. Which comes first makes no difference to the brighter of the two.
         pairs = np.ascontiguousarray(colours.T).view(np.uint16)
         _words(self.gray).reshape(-1)[changed] = self.gray_of_two.take(pairs).reshape(-1).view(np.uint64)
 
+        # To divide `changed` instead of looking it up takes 12 us here, where all caches are the emulator's.
         touched = np.zeros(self.grid, bool)
         touched.reshape(-1)[self.tile_of_word.take(changed)] = True
         where = touched.nonzero()
