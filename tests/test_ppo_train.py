@@ -351,7 +351,10 @@ def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights(
 
 
 def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **options: Any) -> Any:
+    asked_for = []
+
+    def fail(function: Any, **options: Any) -> Any:
+        asked_for.append(function)
         raise RuntimeError("no C++ compiler here")
 
     monkeypatch.setattr(torch, "compile", fail)
@@ -362,6 +365,7 @@ def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, mo
     assert [str(warning.message) for warning in caught if "compil" in str(warning.message)] == [
         "compilation failed, going on without: no C++ compiler here"
     ]
+    assert len(asked_for) == 2, "acting, and the update"
 
 
 @pytest.mark.parametrize("compiled", [False, True])

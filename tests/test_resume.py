@@ -65,6 +65,7 @@ RUNS: list[tuple[str, Any, Any]] = [
     ("dqn", dqn.train, DQN_PONG),
     ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, compile=True)),
     ("ppo", ppo.train, dataclasses.replace(PPO_CARTPOLE, compile=True, anneal_clip=True)),
+    ("ppo", ppo.train, dataclasses.replace(PPO_PONG, compile=True)),  # it acts compiled, too
     ("q_learning", q_learning.train, Q_GRID),
 ]
 

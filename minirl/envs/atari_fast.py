@@ -112,7 +112,7 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         pairs = np.ascontiguousarray(colours.T).view(np.uint16)
         _words(self.gray).reshape(-1)[changed] = self.gray_of_two.take(pairs).reshape(-1).view(np.uint64)
 
-        # To divide `changed` instead of looking it up takes 12 us here, where all caches are the emulator's.
+        # Looked up: to divide `changed` takes half a microsecond in a loop of its own, and 12 after the emulator.
         touched = np.zeros(self.grid, bool)
         touched.reshape(-1)[self.tile_of_word.take(changed)] = True
         where = touched.nonzero()
