@@ -339,7 +339,7 @@ def act(agent: Callable[[Tensor], tuple[Categorical, Tensor]], obs: Tensor) -> t
 def policy_of(agent: ActorCritic, *, compiled: bool = False) -> Policy:
     """Return `act` of this network, small ones in NumPy, others compiled if asked; it follows the weights."""
     actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
-    network = Compiled(lambda batch: agent(batch), enabled=compiled)
+    network = Compiled(lambda batch: agent(batch), agent.actor.weight.device, enabled=compiled)
     return policy_in_numpy(agent, actor, critic) or functools.partial(act, network)
 
 

@@ -25,14 +25,18 @@ SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 m
 
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
-# No Python between the kernels, and no second look at the shapes there: half the time of a network like CartPole's.
-# A tanh by way of exp takes half of its time; intermediate results on the stack, where all fit into 100 kB, none.
-INDUCTOR: dict[str, Any] = {
-    "cpp_wrapper": True,
-    "size_asserts": False,
-    "alignment_asserts": False,
-    "cpp.use_decompose_tanh": True,
-    "aot_inductor.allow_stack_allocation": True,
+# On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
+# like CartPole's. A tanh by way of exp takes half of its time; intermediate results on the stack, where all fit into
+# 100 kB, none. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
+INDUCTOR: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "cpp_wrapper": True,
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "cpp.use_decompose_tanh": True,
+        "aot_inductor.allow_stack_allocation": True,
+    },
+    "cuda": {},
 }
 
 Loss = Callable[..., tuple[Tensor, Tensor]]  # a batch -> the loss, and numbers to log
@@ -152,14 +156,21 @@ class Compiled:
 
     Args:
         function: what to compile, its tensors named `batch` (see `batch_guards`); the gradient may be part of it.
+        device: where its tensors are.
         plain: what to call instead; by default `function` as it is.
         enabled: whether to compile at all.
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, plain: Callable[..., Any] | None = None, enabled: bool = True
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        *,
+        plain: Callable[..., Any] | None = None,
+        enabled: bool = True,
     ) -> None:
         self.function = function
+        self.device = device
         self.plain = function if plain is None else plain
         self.enabled = enabled
         self.compiled: Callable[..., Any] | None = None  # from the first call on
@@ -174,7 +185,7 @@ class Compiled:
             torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
             # Each of several networks has a function of its own: without guards, another's would do its work.
             choices: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
-            choices["options"] = {**INDUCTOR, "guard_filter_fn": batch_guards}
+            choices["options"] = {**INDUCTOR[self.device.type], "guard_filter_fn": batch_guards}
             compiled: Callable[..., Any] = torch.compile(self.function, **choices)
             result = compiled(*arguments)
         except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
@@ -252,10 +263,11 @@ class AdamStep:
     ) -> None:
         self.rounded = rounded
         self.parameters: list[Tensor] = list(rounded.original.parameters())
+        self.device = self.parameters[0].device
         self.loss = loss
         self.eps = eps
         self.max_grad_norm = max_grad_norm
-        self.step = Compiled(self._whole_step, plain=self._eager_step, enabled=compiled)
+        self.step = Compiled(self._whole_step, self.device, plain=self._eager_step, enabled=compiled)
         self.optimizer = torch.optim.Adam(self.parameters, betas=BETAS, eps=eps, fused=True)
         for parameter in self.parameters:  # as Adam itself would at its first step
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -267,7 +279,7 @@ class AdamStep:
         """Take a step; return what the loss gave to log, and behind it the gradient's norm before clipping (K + 1,)."""
         self.steps += 1
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        rates = adam_rates(learning_rate, self.steps).to(self.parameters[0].device)
+        rates = adam_rates(learning_rate, self.steps).to(self.device)
         logged: Tensor = self.step(self.moments, rates, *batch)
         return logged
 

@@ -26,6 +26,7 @@ from minirl.evaluate import main as evaluate_main
 from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
+from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
 
@@ -71,10 +72,10 @@ def random_batch(size: int = 16, seed: int = 0) -> Batch:
     )
 
 
-def cartpole_learner(**settings: Any) -> Learner:
+def cartpole_learner(device: str = "cpu", **settings: Any) -> Learner:
     torch.manual_seed(0)
     with make_vector_env("CartPole-v1", 1) as envs:
-        return Learner(DQNConfig(**{"compile": False, **settings}), envs, CPU)
+        return Learner(DQNConfig(**{"compile": False, **settings}), envs, torch.device(device))
 
 
 # What is remembered
@@ -155,10 +156,11 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     assert not logged.requires_grad
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), (0.25, True)])
-def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool) -> None:
+def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool, device: str) -> None:
     eager, compiled = (
-        cartpole_learner(max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
+        cartpole_learner(device, max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
     )
     for i in range(6):
         if i == 3:  # Adam's state is then another one
@@ -495,9 +497,10 @@ def test_one_seed_gives_one_result(env_id: str) -> None:
     assert not torch.equal(first, parameters(train(dataclasses.replace(config, seed=43), device="cpu")))
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    train(TINY, run_dir=tmp_path / "run", device="cpu")
-    train(dataclasses.replace(TINY, total_timesteps=100), run_dir=tmp_path / "run", resume=True, device="cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path, device: str) -> None:
+    train(TINY, run_dir=tmp_path / "run", device=device)
+    train(dataclasses.replace(TINY, total_timesteps=100), run_dir=tmp_path / "run", resume=True, device=device)
     saved = load_checkpoint(tmp_path / "run", "dqn")
     assert (saved["global_step"], saved["episodes"]) == (100, 14), "an episode has 7 steps, and none was begun anew"
     # 41 updates from step 20 to 60, and 40 more
@@ -571,11 +574,12 @@ def test_nothing_is_written_without_a_run_directory(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_updates_on_the_real_pong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_updates_on_the_real_pong(tmp_path: Path, device: str) -> None:
     torch.manual_seed(SMALL_PONG.seed)
     with make_vector_env(SMALL_PONG.env_id, 1) as envs:
         before = QNetwork(envs.observation_space, 6)
-    after = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
+    after = train(SMALL_PONG, run_dir=tmp_path / "run", device=device).cpu()
     for (name, old), new in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert new[1].isfinite().all(), name
         assert not torch.equal(old, new[1]), name

@@ -36,6 +36,7 @@ from minirl.ppo import (
 )
 from minirl.runs import Run
 from minirl.runtime import AdamStep
+from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
 
@@ -137,12 +138,12 @@ def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
 # Updating
 
 
-def made_up_rollout(config: PPOConfig) -> tuple[ActorCritic, Rollout, Tensor, Tensor]:
+def made_up_rollout(config: PPOConfig, device: str = "cpu") -> tuple[ActorCritic, Rollout, Tensor, Tensor]:
     """A network and a rollout with random numbers; each observation's first number is its index."""
     torch.manual_seed(0)
     with make_vector_env("CartPole-v1", config.num_envs) as envs:
-        agent = ActorCritic(envs.observation_space, envs.action_space)
-        rollout = Rollout(config.num_steps, envs, CPU)
+        agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
+        rollout = Rollout(config.num_steps, envs, torch.device(device))
     rollout.observations = torch.randn_like(rollout.observations)
     rollout.observations[..., 0] = torch.arange(config.batch_size).reshape(config.num_steps, config.num_envs)
     rollout.actions = torch.randint_like(rollout.actions, 2)
@@ -150,7 +151,7 @@ def made_up_rollout(config: PPOConfig) -> tuple[ActorCritic, Rollout, Tensor, Te
         distribution, values = agent(rollout.observations.flatten(0, 1))
         rollout.log_probs = distribution.log_prob(rollout.actions.flatten()).reshape(rollout.log_probs.shape)
         rollout.values = values.reshape(rollout.values.shape)
-    advantages, returns = torch.randn(2, config.num_steps, config.num_envs)
+    advantages, returns = torch.randn(2, config.num_steps, config.num_envs, device=device)
     return agent, rollout, advantages, returns
 
 
@@ -307,8 +308,9 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
         assert losses[f"losses/{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm_adv", [True, False])
-def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool) -> None:
+def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool, device: str) -> None:
     config = PPOConfig(
         env_id="CartPole-v1",
         num_envs=4,
@@ -321,7 +323,7 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool) -> None
     )
     logged, results = [], []
     for compiled in (False, True):
-        agent, rollout, advantages, returns = made_up_rollout(config)
+        agent, rollout, advantages, returns = made_up_rollout(config, device)
         step = adam_step(agent, config, compiled=compiled)
         torch.manual_seed(1)
         for clip_coef in (0.2, 0.1):  # annealed: no reason to compile again
@@ -332,14 +334,15 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool) -> None
     assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
 
 
-def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights(device: str) -> None:
     torch.manual_seed(0)
-    agent = ActorCritic(gym.spaces.Box(0, 255, (4, 40, 40), np.uint8), gym.spaces.Discrete(6))
+    agent = ActorCritic(gym.spaces.Box(0, 255, (4, 40, 40), np.uint8), gym.spaces.Discrete(6)).to(device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)  # or it fell back
         policies = [policy_of(agent, compiled=compiled) for compiled in (True, False)]
         for batch_size in (2, 3, 3):  # halves of five environments
-            obs = torch.randint(0, 255, (batch_size, 4, 40, 40), dtype=torch.uint8)
+            obs = torch.randint(0, 255, (batch_size, 4, 40, 40), dtype=torch.uint8, device=device)
             results = []
             for policy in policies:
                 torch.manual_seed(1)
@@ -368,22 +371,23 @@ def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, mo
     assert len(asked_for) == 2, "acting, and the update"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool) -> None:
+def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool, device: str) -> None:
     config = PPOConfig(num_envs=2, num_steps=4, minibatch_size=8, update_epochs=1, norm_adv=False)
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     logged = []
     for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        agent = ActorCritic(space, gym.spaces.Discrete(6))
+        agent = ActorCritic(space, gym.spaces.Discrete(6)).to(device)
         set_precision(agent, precision)
-        obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
+        obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8).to(device)
         distribution, values = agent(obs)
         assert distribution.logits.dtype == values.dtype == torch.float32
         columns = (torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
-        batch = (torch.arange(8), obs, *columns)
+        batch = [tensor.to(device) for tensor in (torch.arange(8), obs, *columns, torch.tensor(0.1))]
         step = adam_step(agent, config, compiled=compiled and precision == torch.bfloat16)
-        logged.append(step(1e-3, *batch, torch.tensor(0.1)))
+        logged.append(step(1e-3, *batch))
         assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
     assert logged[1].dtype == torch.float32
     torch.testing.assert_close(logged[1], logged[0], rtol=2e-2, atol=2e-3)
@@ -449,11 +453,12 @@ def test_the_optimiser_has_the_settings_of_the_paper_and_the_annealed_rate(tmp_p
     assert (group["eps"], tuple(group["betas"]), group["weight_decay"]) == (1e-5, (0.9, 0.999), 0)
 
 
-def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(tmp_path: Path, device: str) -> None:
     with make_vector_env(SMALL_PONG.env_id, 1) as envs:
         torch.manual_seed(SMALL_PONG.seed)
         before = ActorCritic(envs.observation_space, envs.action_space)
-    after = train(SMALL_PONG, run_dir=tmp_path / "run", device="cpu")
+    after = train(SMALL_PONG, run_dir=tmp_path / "run", device=device).cpu()
     assert parameters(after).shape == (1_687_719,)
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert new.isfinite().all(), name
@@ -546,15 +551,16 @@ def test_episodes_are_logged_at_the_step_of_their_end(tmp_path: Path) -> None:
     assert {value for _, value in scalars["charts/episodic_return"]} == {28.0}
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path, device: str) -> None:
     run_dir = tmp_path / "run"
-    half = train(TINY, run_dir=run_dir, device="cpu")
+    half = train(TINY, run_dir=run_dir, device=device)
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert saved["global_step"] == 64
     assert torch.equal(saved["model"]["actor.weight"], half.state_dict()["actor.weight"])
 
     time.sleep(1.1)  # TensorBoard names its files by the second
-    train(dataclasses.replace(TINY, total_timesteps=96), run_dir=run_dir, resume=True, device="cpu")
+    train(dataclasses.replace(TINY, total_timesteps=96), run_dir=run_dir, resume=True, device=device)
     resumed = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert resumed["global_step"] == 96
     assert json.loads((run_dir / "config.json").read_text())["total_timesteps"] == 96

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from minirl.networks import NatureCNN, RoundedCopy, set_precision
 from minirl.runtime import (
     FEW,
     AdamStep,
+    Compiled,
     SmallProducts,
     adam_,
     adam_rates,
+    batch_guards,
     keep_freed_memory,
     threads_beside,
     threads_for,
 )
+from tests.devices import DEVICES
 
 ROOT = Path(__file__).parent.parent
 KEPT = """
@@ -39,16 +43,19 @@ print((resident_pages() - before) * resource.getpagesize())
 """
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 100.0])
-def test_the_norm_of_the_gradient_comes_with_what_the_loss_logs(compiled: bool, max_grad_norm: float | None) -> None:
-    network = nn.Linear(2, 1)  # loss 3 w_1 - 4 w_2 + 12 b: its gradient is (3, -4, 12) wherever the weights are
+def test_the_norm_of_the_gradient_comes_with_what_the_loss_logs(
+    compiled: bool, max_grad_norm: float | None, device: str
+) -> None:
+    network = nn.Linear(2, 1).to(device)  # loss 3 w_1 - 4 w_2 + 12 b: its gradient is (3, -4, 12) wherever those are
 
     def loss(weights: Tensor) -> tuple[Tensor, Tensor]:
         return (torch.cat([network.weight[0], network.bias]) * weights).sum(), weights[:2]
 
     step = AdamStep(RoundedCopy(network), loss, max_grad_norm=max_grad_norm, compiled=compiled)
-    logged = step(0.1, torch.tensor([3.0, -4.0, 12.0]))
+    logged = step(0.1, torch.tensor([3.0, -4.0, 12.0], device=device))
     assert logged.tolist() == pytest.approx([3.0, -4.0, 13.0])
     assert not logged.requires_grad
     assert step.step.enabled == compiled, "it fell back"
@@ -86,10 +93,11 @@ def test_moments_that_have_faded_away_are_zero() -> None:
     assert weights.tolist() == [1, 1, 1, 1]  # to move a weight takes a billion billion times as much
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_rounded_copy_gives_the_gradient_and_follows_the_weights(compiled: bool) -> None:
+def test_a_rounded_copy_gives_the_gradient_and_follows_the_weights(compiled: bool, device: str) -> None:
     torch.manual_seed(0)
-    network = NatureCNN((1, 36, 36))
+    network = NatureCNN((1, 36, 36)).to(device)
     set_precision(network, torch.bfloat16)
     rounded = RoundedCopy(network)
 
@@ -98,7 +106,7 @@ def test_a_rounded_copy_gives_the_gradient_and_follows_the_weights(compiled: boo
         return value, value[None]
 
     step = AdamStep(rounded, loss, compiled=compiled)
-    images = torch.randint(256, (2, 1, 36, 36), dtype=torch.uint8)
+    images = torch.randint(256, (2, 1, 36, 36), dtype=torch.uint8).to(device)
     twin = copy.deepcopy(network)  # its weights are rounded anew at each call, by autocast
     adam = torch.optim.Adam(twin.parameters(), lr=0.01)
     before = [parameter.detach().clone() for parameter in network.parameters()]
@@ -151,6 +159,22 @@ def test_a_gradient_that_is_lost_shows_in_the_update_itself(compiled: bool) -> N
     logged = AdamStep(RoundedCopy(network), loss, max_grad_norm=0.5, compiled=compiled)(0.1, torch.ones(1))
     assert logged[0].item() == 0.0
     assert not logged[1].isfinite()
+
+
+@pytest.mark.parametrize(("device", "in_cpp"), [("cpu", True), ("cuda", False)])
+def test_a_gpu_is_compiled_for_without_the_headers_of_cuda(
+    device: str, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(function: Any, *, options: dict[str, Any], **others: Any) -> Any:
+        seen.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", spy)
+    assert Compiled(abs, torch.device(device))(-1) == 1
+    assert seen.get("cpp_wrapper", False) == in_cpp
+    assert seen["guard_filter_fn"] is batch_guards
 
 
 @pytest.mark.parametrize(("batch_size", "bias", "products"), [(64, True, True), (70, True, False), (64, False, False)])
