@@ -1,6 +1,7 @@
-"""One line that says how far a long piece of work is."""
+"""What a long piece of work says while it lasts, on standard error: how far it is, and a line here and there."""
 
 import datetime
+import os
 import sys
 import time
 from typing import TextIO
@@ -8,8 +9,32 @@ from typing import TextIO
 from tqdm import tqdm
 
 
+def say(text: str) -> bool:
+    """Write a line to standard error, from any thread or signal handler; return whether it can still be written.
+
+    A signal may come while another line is on its way, which Python answers with "reentrant call": then it is not said.
+    """
+    try:
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: several threads may speak
+    except RuntimeError:
+        return True
+    except OSError:
+        silence()
+        return False
+    return True
+
+
+def silence() -> None:
+    """Let standard error lead nowhere from now on. It can't be written any more, and Python would try until the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stderr.fileno())
+    os.close(nowhere)
+
+
 class Progress:
     """Show progress on standard error: a bar on a terminal, a plain line every few seconds anywhere else.
+
+    `update` raises OSError where that can't be written any more; a bar on a terminal that was closed just ends.
 
     Args:
         total: when the work is done, in `unit`.

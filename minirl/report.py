@@ -7,7 +7,6 @@ what does not work is left out, and a line says so.
 import contextlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from minirl.evaluate import SEED_OFFSET, load_policy
 from minirl.play import SIDE_BY_SIDE, play_games
 from minirl.plots.figure import require_matplotlib
 from minirl.plots.of_run import draw_picture, fitting_kinds
-from minirl.progress import Progress
+from minirl.progress import Progress, say
 from minirl.runs import load_settings, seed_everything
 from minirl.runtime import select_device
 
@@ -90,7 +89,7 @@ def left_out(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # a user's environment may raise anything when it is drawn, say
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"left out of TensorBoard: {what}: {reason}", file=sys.stderr)
+        say(f"left out of TensorBoard: {what}: {reason}")
 
 
 def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patience: float, device: str) -> float:
@@ -113,9 +112,8 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         with contextlib.closing(Progress(games, unit="games")) as progress:
             returns = play_games(hurried, envs, games, seed, progress)
     mean_return = statistics.fmean(returns)
-    print(
+    say(
         f"return over {games} games, greedy actions: mean {mean_return:.2f}, "
-        f"minimum {min(returns):.2f}, maximum {max(returns):.2f}",
-        file=sys.stderr,
+        f"minimum {min(returns):.2f}, maximum {max(returns):.2f}"
     )
     return mean_return

@@ -44,12 +44,13 @@ from minirl.checkpoints import (
 from minirl.config import MAX_SEED, ConfigError
 from minirl.envs.vector import Episode
 from minirl.events import Events
-from minirl.progress import Progress
+from minirl.progress import Progress, say, silence
 
 if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
+BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
 
 
 def seed_everything(seed: int) -> None:
@@ -187,7 +188,8 @@ class Run:
     """One training run: logs it, shows its progress, saves it, and stops it when asked to.
 
     Use it as a context manager. Ctrl-C or SIGTERM is kept until the algorithm next calls `checkpoint`, which saves and
-    then raises SystemExit with status 130 or 143; a second one stops at once.
+    then raises SystemExit with status 130 or 143; a second one stops at once. The same, with status 141, when standard
+    error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
 
     Args:
         algorithm: its name, for `config.json`.
@@ -267,10 +269,10 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal is not None:
+        if self.stop_signal not in (None, BROKEN_PIPE):
             raise SystemExit(128 + number)
         self.stop_signal = number
-        print("saving before it stops; once more stops at once", file=sys.stderr)
+        say("saving before it stops; once more stops at once")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -283,7 +285,11 @@ class Run:
 
     def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
         """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
-        self.progress.update(global_step if done is None else done, self._note())
+        try:
+            self.progress.update(global_step if done is None else done, self._note())
+        except OSError:
+            silence()
+            self.stop_signal = self.stop_signal or BROKEN_PIPE
         seconds = time.monotonic() - self.started
         speed = {
             "charts/SPS": (global_step - self.first_step) / seconds,
@@ -321,7 +327,7 @@ class Run:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
         Raises:
-            SystemExit: after saving, with status 130 (Ctrl-C) or 143 (SIGTERM).
+            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM) or 141 (nobody listens).
         """
         due = global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):

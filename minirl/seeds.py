@@ -25,6 +25,7 @@ from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.config import MAX_SEED, ConfigError
 from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import available_cores
+from minirl.progress import say
 from minirl.runs import CONFIG_FILE
 
 MOST_SEEDS = 1_000
@@ -76,7 +77,7 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
         if (run_dir / CONFIG_FILE).exists():
             raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with --resume {run_dir}")
     at_once, threads = side_by_side(config, len(run_dirs))
-    _say(f"{len(run_dirs)} seeds, {at_once} at a time")
+    say(f"{len(run_dirs)} seeds, {at_once} at a time")
     commands = {
         seed: [sys.executable, sys.argv[0], *flags, f"--seed={seed}", f"--run-dir={run_dir}"]
         for seed, run_dir in run_dirs.items()
@@ -88,11 +89,11 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
     if done:
         print(summary(algorithm, {seed: run_dirs[seed] for seed in done}))
     if processes.stopped_by is not None:
-        _say(f"stopped: {len(done)} of {len(statuses)} seeds done")
+        say(f"stopped: {len(done)} of {len(statuses)} seeds done")
         _say_how_to_go_on({seed: run_dirs[seed] for seed in failed})
         return 128 + processes.stopped_by
     if failed:
-        _say(f"error: {len(failed)} of {len(statuses)} seeds failed: {', '.join(map(str, failed))}")
+        say(f"error: {len(failed)} of {len(statuses)} seeds failed: {', '.join(map(str, failed))}")
     return 0 if not failed else 2 if all(status == 2 for status in statuses.values()) else 1
 
 
@@ -143,7 +144,7 @@ class Processes:
                         rounds = (len(commands) - len(statuses)) / max(len(statuses), at_once)
                         left = (time.monotonic() - started) * rounds
                         clock = datetime.timedelta(seconds=round(left))
-                        _say(f"{len(statuses)} of {len(commands)} seeds done, {clock} left")
+                        self._say(f"{len(statuses)} of {len(commands)} seeds done, {clock} left")
         finally:
             for number, handler in old_handlers.items():
                 signal.signal(number, handler)
@@ -162,18 +163,26 @@ class Processes:
             assert process.stderr is not None
             for line in process.stderr:
                 if not self.stopped:  # or there may be tracebacks of processes that were not up yet
-                    _say(f"seed {seed}: {line.rstrip()}")
+                    self._say(f"seed {seed}: {line.rstrip()}")
         del self.running[seed]
         if process.returncode != 0 and not self.stopped:
-            _say(f"seed {seed}: failed with status {process.returncode}")
+            self._say(f"seed {seed}: failed with status {process.returncode}")
         return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.stopped:
-            print("each seed saves before it stops; once more stops at once", file=sys.stderr)
+        first = not self.stopped
+        self._stop(number)
+        if first:
+            say("each seed saves before it stops; once more stops at once")
+
+    def _stop(self, number: int) -> None:
         self.stopped_by = number
         for process in list(self.running.values()):
             process.send_signal(number)
+
+    def _say(self, text: str) -> None:
+        if not say(text) and not self.stopped:  # nobody listens any more
+            self._stop(signal.SIGTERM)
 
 
 def summary(algorithm: str, run_dirs: dict[int, Path]) -> str:
@@ -201,11 +210,6 @@ def _say_how_to_go_on(run_dirs: dict[int, Path]) -> None:
     not_begun = [seed for seed, run_dir in run_dirs.items() if not (run_dir / CHECKPOINT_FILE).exists()]
     for seed, run_dir in run_dirs.items():
         if seed not in not_begun:
-            _say(f"go on with seed {seed}: python {sys.argv[0]} --resume {run_dir}")
+            say(f"go on with seed {seed}: python {sys.argv[0]} --resume {run_dir}")
     if not_begun:
-        _say(f"not begun: --seeds {','.join(map(str, not_begun))}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")  # in one piece: several threads speak
-    sys.stderr.flush()
+        say(f"not begun: --seeds {','.join(map(str, not_begun))}")

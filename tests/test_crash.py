@@ -52,6 +52,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.parametrize(("number", "status"), [(None, 141), (signal.SIGINT, 130)])
+def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
+    number: signal.Signals | None, status: int, tmp_path: Path
+) -> None:
+    """As when `tee` is ended by the same Ctrl-C, just before, or by itself."""
+    settings = "--num-episodes 10000000 --checkpoint-frequency 1000000000"
+    script = [sys.executable, "train_q.py", *settings.split(), "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(script, cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    while b" of 10,000,000 episodes" not in process.stderr.readline():
+        assert process.poll() is None
+    process.stderr.close()
+    if number is not None:
+        process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] > 0
+
+
 def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     script = [sys.executable, "train_dqn.py", "--device", "cpu"]
     settings = [*DQN.split(), "--eval-frequency", "none"]

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,51 @@ def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status
     assert stop.value.code == status
     assert load_checkpoint(tmp_path / "run", "ppo")["episodes"] == 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+class Signalling(io.RawIOBase):
+    """A stream that is hit by a signal in the middle of a line of progress."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if b" of 100 steps" in bytes(data):
+            signal.raise_signal(signal.SIGTERM)
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_a_signal_in_the_middle_of_a_line_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Signalling()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(stream), line_buffering=True))
+    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+        run.log(100, {})  # the last line is always said
+        run.checkpoint(100, dict)
+    assert stop.value.code == 143
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 100
+    assert b"100 of 100 steps" in stream.written, "the line itself came through"
+
+
+def test_ctrl_c_after_nobody_listens_any_more_is_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        with pytest.raises(SystemExit) as stop, contextlib.ExitStack() as stack:
+            with monkeypatch.context() as patch:  # while there still was somebody
+                patch.setattr(sys, "stderr", io.StringIO())
+                run = stack.enter_context(Run("ppo", CONFIG, tmp_path / "run", total=100))
+            run.progress.stream = broken
+            run.log(100, {})
+            signal.raise_signal(signal.SIGINT)
+            run.checkpoint(100, dict)
+        print("to nowhere", file=broken, flush=True)
+    assert stop.value.code == 130
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 100
 
 
 def test_a_signal_after_the_last_update_lets_the_run_end_well(tmp_path: Path) -> None:

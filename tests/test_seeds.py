@@ -18,7 +18,7 @@ from minirl.checkpoints import load_checkpoint
 from minirl.config import ConfigError
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
-from minirl.runs import save_config
+from minirl.runs import lock, save_config
 from minirl.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +134,42 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.tmp"))
     assert load_checkpoint(tmp_path / "all" / "seed0", "ppo")["global_step"] > 0, "saved when it was stopped"
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGKILL])
+def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.Signals | None, tmp_path: Path) -> None:
+    """As when `tee` has ended, by the same Ctrl-C or by itself, or when it is this process that is killed."""
+    settings = "--num-episodes 10000000 --checkpoint-frequency 1000000000 --seeds 0-1 --run-dir all"
+    process = start("train_q.py", settings, tmp_path)
+    assert process.stderr is not None
+    heard = ""
+    while not all(f"seed {seed}: run directory" in heard for seed in (0, 1)):
+        heard += process.stderr.readline()
+        assert process.poll() is None
+    time.sleep(1)  # some episodes
+    process.stderr.close()
+    if number is not None:
+        process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode == {None: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    for seed in (0, 1):
+        run_dir = tmp_path / "all" / f"seed{seed}"
+        wait_until_stopped(run_dir)
+        assert load_checkpoint(run_dir, "q_learning")["global_step"] > 0
+
+
+def wait_until_stopped(run_dir: Path) -> None:
+    """Wait until no process writes to the run any more."""
+    for _ in range(300):
+        try:
+            directory = lock(run_dir)
+        except ConfigError:
+            time.sleep(0.1)
+        else:
+            assert directory is not None
+            os.close(directory)
+            return
+    raise AssertionError(f"{run_dir} is still being written")
 
 
 def test_a_signal_that_comes_between_two_starts_leaves_no_process_behind(tmp_path: Path) -> None:
