@@ -19,6 +19,7 @@ UPDATES = 12  # of which the first two don't count
 
 def steps_per_second(num_envs: int) -> float:
     """Train for a few updates and return the speed."""
+    torch.compiler.reset()  # or the next sizes are compiled for all sizes, which no training of its own would do
     batch = num_envs * PPOConfig.num_steps
     config = PPOConfig(num_envs=num_envs, minibatch_size=batch // 4, total_timesteps=UPDATES * batch, compile=True)
     with tempfile.TemporaryDirectory() as parent:

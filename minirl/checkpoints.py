@@ -200,5 +200,5 @@ def set_random_state(saved: State) -> None:
         torch.set_rng_state(state["cpu"])
         np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
         random.setstate(decode(state["python"]))
-        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(cuda, device)

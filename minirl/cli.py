@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import torch
+
 from minirl.checkpoints import DivergedError, brief
 from minirl.config import ConfigError, Sizes, field_types, flag_name
 from minirl.runs import CONFIG_FILE, default_run_dir, load_settings
@@ -115,7 +117,8 @@ def run_training(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's MemoryError
+        # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
     except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet

@@ -369,7 +369,9 @@ class Learner:
     def update(self, batch: Batch, learning_rate: float) -> Tensor:
         """Take one gradient step on a batch; return what `loss` logs and the gradient's norm, on the device (3,)."""
         tensors = (
-            training_input(array, self.device) if array.ndim == 4 else torch.from_numpy(array).to(self.device)
+            training_input(array, self.device)
+            if array.ndim == 4
+            else torch.from_numpy(array).to(self.device, non_blocking=True)
             for array in batch
         )
         return self.adam_step(learning_rate, *tensors)

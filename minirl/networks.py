@@ -191,7 +191,7 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
     dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
-    return torch.as_tensor(obs, dtype=dtype, device=device)
+    return torch.as_tensor(obs, dtype=dtype).to(device, non_blocking=True)  # a GPU need not be done with all before
 
 
 def training_input(obs: NDArray[Any], device: torch.device) -> Tensor:

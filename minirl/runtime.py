@@ -187,7 +187,9 @@ class Compiled:
             choices: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
             choices["options"] = {**INDUCTOR[self.device.type], "guard_filter_fn": batch_guards}
             compiled: Callable[..., Any] = torch.compile(self.function, **choices)
-            result = compiled(*arguments)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
+                result = compiled(*arguments)
         except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
             reason = str(error).strip().split("\n")[0]
             warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=1)  # once, whoever called
@@ -279,7 +281,7 @@ class AdamStep:
         """Take a step; return what the loss gave to log, and behind it the gradient's norm before clipping (K + 1,)."""
         self.steps += 1
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        rates = adam_rates(learning_rate, self.steps).to(self.device)
+        rates = adam_rates(learning_rate, self.steps).to(self.device, non_blocking=True)
         logged: Tensor = self.step(self.moments, rates, *batch)
         return logged
 

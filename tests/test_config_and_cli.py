@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+import torch
 
 from minirl import dqn
 from minirl.cli import make_parser, run_training
@@ -307,3 +308,32 @@ def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
     mistake = script("--gamma 7")
     assert (mistake.returncode, mistake.stdout) == (2, "")
     assert mistake.stderr == "error: --gamma must be a number from 0 to 1, not 7.0\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+    ],
+)
+def test_settings_that_do_not_fit_into_memory_are_a_mistake_on_a_gpu_too(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Any, **options: Any) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_training("ppo", PPOConfig, train, "", ["--num-envs", "8"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the settings must fit into this machine's memory, --num-envs or --num-steps say: ")
+    assert str(error) in line
+
+
+def test_other_errors_are_not_hidden() -> None:
+    def train(config: Any, **options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_training("ppo", PPOConfig, train, "", [])

@@ -54,6 +54,17 @@ def test_one_function_seeds_every_generator() -> None:
     assert draw() == first
     seed_everything(2)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.allow_tf32, "float32 is float32 on a GPU, too"
+
+
+@pytest.mark.parametrize("saved", [0, 1, 2, 3])
+def test_random_states_of_as_many_gpus_as_there_are_come_back(saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_back: dict[int, str] = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.update({device: state}))
+    set_random_state({"random_state": {**random_state(), "cuda": ["a", "b", "c"][:saved]}})
+    assert put_back == dict(zip(range(2), ["a", "b", "c"][:saved], strict=False))
 
 
 def test_random_states_are_put_back() -> None:

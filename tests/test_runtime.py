@@ -5,6 +5,7 @@ import math
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_a_gpu_is_compiled_for_without_the_headers_of_cuda(
     assert Compiled(abs, torch.device(device))(-1) == 1
     assert seen.get("cpp_wrapper", False) == in_cpp
     assert seen["guard_filter_fn"] is batch_guards
+
+
+def test_compilation_does_not_warn_that_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_as_for_a_gpu(function: Any, **choices: Any) -> Any:
+        def first_call(*arguments: Any) -> Any:
+            warnings.warn("TensorFloat32 tensor cores available but not enabled", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+            return function(*arguments)
+
+        return first_call
+
+    monkeypatch.setattr(torch, "compile", compile_as_for_a_gpu)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert Compiled(abs, torch.device("cuda"))(-1) == 1
+    assert [str(warning.message) for warning in seen] == ["another"]
 
 
 @pytest.mark.parametrize(("batch_size", "bias", "products"), [(64, True, True), (70, True, False), (64, False, False)])
