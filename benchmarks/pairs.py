@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMMITTED = Path(__file__).with_name("ratios.json")  # what the tree was measured at, by kind of processor
-KINDS = ("amx_bf16", "avx512_bf16")  # how a processor multiplies bfloat16, if it does, the faster first
+KINDS = ("amx_bf16", "avx512_bf16", "float32")  # how a processor multiplies fastest
 FALL = 0.15  # of a ratio, which is worth a look
 
 
@@ -108,6 +108,11 @@ def compare(name: str, script: str, peer: str, goal: float, pairs: int, argument
 
 
 def processor(description: Path = Path("/proc/cpuinfo")) -> str:
-    """Return which of `KINDS` this processor is, or `float32`; a ratio means something for its own kind only."""
-    flags = description.read_text().split() if description.exists() else []  # there is none but on Linux
-    return next((kind for kind in KINDS if kind in flags), "float32")
+    """Return which of `KINDS` this processor is; a ratio means something for its own kind only.
+
+    As `minirl.runtime.has_fast_bfloat16`: Intel's without AMX multiply float32 faster.
+    """
+    words = description.read_text().split() if description.exists() else []  # there is none but on Linux
+    if "amx_bf16" in words:
+        return "amx_bf16"
+    return "avx512_bf16" if "avx512_bf16" in words and "GenuineIntel" not in words else "float32"

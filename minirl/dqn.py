@@ -108,7 +108,7 @@ class DQNConfig:
         "compile the update into one function; unless said, if 50,000 updates pay for it",
         group="machine and files",
     )
-    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where the processor has it")
+    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
     num_workers: int | None = setting(
         None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
     )

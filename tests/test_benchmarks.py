@@ -57,15 +57,19 @@ def test_every_kind_of_processor_has_its_ratios() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "kind"),
+    ("vendor", "flags", "kind"),
     [
-        ("fpu avx512_bf16 amx_bf16 amx_tile", "amx_bf16"),
-        ("fpu avx512f avx512_bf16", "avx512_bf16"),
-        ("fpu avx512f not_avx512_bf16", "float32"),
-        (None, "float32"),
+        ("GenuineIntel", "fpu avx512_bf16 amx_bf16 amx_tile", "amx_bf16"),
+        ("GenuineIntel", "fpu avx512f avx512_bf16", "float32"),
+        ("AuthenticAMD", "fpu avx512f avx512_bf16", "avx512_bf16"),
+        ("AuthenticAMD", "fpu avx512f not_avx512_bf16", "float32"),
     ],
 )
-def test_a_processor_is_known_by_its_flags(flags: str | None, kind: str, tmp_path: Path) -> None:
-    if flags is not None:
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 5200.00\n")
+def test_a_processor_is_known_by_its_description(vendor: str, flags: str, kind: str, tmp_path: Path) -> None:
+    description = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\nbogomips\t: 5200.00\n"
+    (tmp_path / "cpuinfo").write_text(description)
     assert pairs.processor(tmp_path / "cpuinfo") == kind
+
+
+def test_a_processor_without_a_description_multiplies_float32(tmp_path: Path) -> None:
+    assert pairs.processor(tmp_path / "cpuinfo") == "float32"

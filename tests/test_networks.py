@@ -28,7 +28,7 @@ from minirl.networks import (
     training_input,
 )
 from minirl.ppo import ActorCritic
-from minirl.runtime import has_native_bfloat16, select_device, select_precision
+from minirl.runtime import has_fast_bfloat16, select_device, select_precision
 
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
@@ -214,17 +214,35 @@ def test_bfloat16_changes_the_features_to_rounding_and_leaves_weights_and_gradie
     assert torch.equal(network(images), exact)
 
 
-def test_precisions_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precisions_by_name() -> None:
     cpu = torch.device("cpu")
     assert select_precision("float32", cpu) == torch.float32
     assert select_precision("bfloat16", cpu) == torch.bfloat16
-    for native, expected in [(True, torch.bfloat16), (False, torch.float32)]:
-        for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-            monkeypatch.setattr(torch.cpu, check, lambda: native, raising=False)  # noqa: B023
-        assert has_native_bfloat16(cpu) == native
-        assert select_precision("auto", cpu) == expected
     with pytest.raises(ConfigError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
         select_precision("half", cpu)
+
+
+@pytest.mark.parametrize(
+    ("processor", "fast"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),  # slower than float32
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"bf16": True}, False),  # ARM: not measured
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(
+    processor: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor, raising=False)
+    assert has_fast_bfloat16(torch.device("cpu")) == fast
+    assert select_precision("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_a_pytorch_that_does_not_say_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert select_precision("auto", torch.device("cpu")) == torch.float32
 
 
 def test_rounded_weights_change_no_bit() -> None:
