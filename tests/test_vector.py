@@ -77,12 +77,11 @@ def rollout(envs: VectorEnv, num_steps: int) -> list[Any]:
     return record
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_workers_give_the_same_games_as_this_process(start_method: str) -> None:
+def test_workers_give_the_same_games_as_this_process() -> None:
     make = functools.partial(make_env, "BreakoutNoFrameskip-v4")
     with VectorEnv(make, 3, num_workers=1) as envs:
         expected = rollout(envs, 150)
-    with VectorEnv(make, 3, num_workers=2, start_method=start_method) as envs:
+    with VectorEnv(make, 3, num_workers=2) as envs:
         assert multiprocessing.active_children(), "there must be workers"
         actual = rollout(envs, 150)
     assert any(record.any() for record in expected[3::6]), "lives must be lost on the way"
@@ -91,10 +90,9 @@ def test_workers_give_the_same_games_as_this_process(start_method: str) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_workers_hold_several_environments_and_no_torch(start_method: str) -> None:
+def test_workers_hold_several_environments_and_no_torch() -> None:
     assert sys.modules["torch"] is torch, "the training process has it"
-    with VectorEnv(TorchDetector, 6, num_workers=3, start_method=start_method) as envs:
+    with VectorEnv(TorchDetector, 6, num_workers=3) as envs:
         obs = envs.reset()
     assert obs[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
     processes = obs[:, 1].tolist()
@@ -339,9 +337,9 @@ import sys, time
 from minirl.envs.vector import VectorEnv
 from tests.fake_envs import counter
 if __name__ == "__main__":
-    envs = VectorEnv(counter, 2, num_workers=2, start_method=sys.argv[1])
+    envs = VectorEnv(counter, 2, num_workers=2)
     print("ready", flush=True)
-    time.sleep(float(sys.argv[2]))
+    time.sleep(float(sys.argv[1]))
 """
 
 
@@ -360,17 +358,15 @@ def start_script(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_workers_leave_when_the_training_process_is_killed(start_method: str, tmp_path: Path) -> None:
-    process = start_script(tmp_path, start_method, "60")
+def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> None:
+    process = start_script(tmp_path, "60")
     process.kill()
     process.communicate(timeout=30)
     assert_no_process_left(process.pid)
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_workers_leave_when_a_script_ends_without_closing(start_method: str, tmp_path: Path) -> None:
-    process = start_script(tmp_path, start_method, "0")
+def test_workers_leave_when_a_script_ends_without_closing(tmp_path: Path) -> None:
+    process = start_script(tmp_path, "0")
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert_no_process_left(process.pid)

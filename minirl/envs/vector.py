@@ -16,7 +16,6 @@ plays none then, thinks about the other.
 
 import atexit
 import itertools
-import multiprocessing
 import os
 from types import TracebackType
 from typing import Any
@@ -52,8 +51,6 @@ class VectorEnv:
         num_workers: processes, this one among them; None for one per core this process may use, never more than have
             something to play.
         in_halves: whether they play in two halves. With a single process it plays them itself.
-        start_method: `"forkserver"` or `"spawn"`; None for the first of them that the platform has. (Never `"fork"`:
-            it copies torch's locked threads.)
 
     Raises:
         ConfigError: if the observations are not arrays.
@@ -68,7 +65,6 @@ class VectorEnv:
         *,
         num_workers: int | None = None,
         in_halves: bool = False,
-        start_method: str | None = None,
     ) -> None:
         self.num_envs = num_envs
         middle = num_envs // 2
@@ -86,13 +82,10 @@ class VectorEnv:
         self.action_space = self._mine.action_space
         self._arrays = SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
 
-        if start_method is None:
-            methods = multiprocessing.get_all_start_methods()
-            start_method = "forkserver" if "forkserver" in methods else "spawn"
         atexit.register(self.close)
         try:
             for parts in theirs:
-                self._workers.append(Worker(start_method, make_env, parts, self._arrays))
+                self._workers.append(Worker(make_env, parts, self._arrays))
             self._ask_workers("make")
             self._hear_workers()
         except BaseException:
