@@ -4,7 +4,6 @@ These machines are shared and their speed drifts by a third within an hour: only
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -60,19 +59,20 @@ def sample(script: str, arguments: list[str]) -> Sample:
     return Sample(result["speed"], result["before"], peak[0])
 
 
-def megabytes(pid: int) -> float:
+def megabytes(pid: int, parents: tuple[str, str] | None = None, processes: Path = Path("/proc")) -> float:
     """Return the memory that a process and its descendants hold, pages that they share counted once (Linux's PSS)."""
-    total, pids = 0.0, [pid]
-    while pids:
-        one = pids.pop()
-        try:
-            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
-            for task in os.listdir(f"/proc/{one}/task"):
-                pids += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
-        except (OSError, StopIteration):  # it is gone, or this is no Linux
-            continue
-    return total
+    process = processes / str(pid)
+    try:
+        addresses, *lines = (process / "smaps_rollup").read_text().splitlines()
+        sizes = dict(line.split(":") for line in lines)
+        children = " ".join(task.read_text() for task in process.glob("task/*/children")).split()
+        mine = addresses, sizes["Pss_Anon"]
+        if mine == parents:  # it has yet to start its own program, and runs in its parent's memory until then
+            return 0.0
+        total = int(sizes["Pss"].split()[0]) / 1024
+    except (OSError, ValueError, KeyError):  # it is gone, or this is no Linux
+        return 0.0
+    return total + sum(megabytes(int(child), mine, processes) for child in children)
 
 
 def compare(name: str, script: str, peer: str, goal: float, pairs: int, arguments: Callable[[str], list[str]]) -> bool:
