@@ -90,11 +90,20 @@ def policy_in_numpy(
 
 
 def draw(distribution: Categorical) -> tuple[Tensor, Tensor]:
-    """Draw actions (B,), and return their log-probabilities (B,) with them; on the CPU in a third of torch's time."""
-    if distribution.logits.device.type == "cpu":
-        return _draw(distribution.logits.detach().numpy())
-    actions = distribution.sample()
+    """Draw actions (B,), and return their log-probabilities (B,) with them, the same as `Categorical.sample` does.
+
+    On the CPU it takes a third of torch's time; on a GPU nothing waits for it.
+    """
+    logits = distribution.logits.detach()
+    if logits.device.type == "cpu":
+        return _draw(logits.numpy())
+    actions = first_to_ring(logits)
     return actions, distribution.log_prob(actions)
+
+
+def first_to_ring(log_probs: Tensor) -> Tensor:
+    """Draw as `torch.multinomial` does, but for its checks, two, each of which waits for a GPU: (B, A) -> (B,)."""
+    return (log_probs.exp() / torch.empty_like(log_probs).exponential_()).argmax(dim=-1)
 
 
 def _draw(logits: NDArray[np.float32]) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributions import Categorical
 
 from minirl.dqn import QNetwork, q_function
-from minirl.in_numpy import Policy, in_numpy, policy_in_numpy, sample_in_numpy
+from minirl.in_numpy import Policy, draw, first_to_ring, in_numpy, policy_in_numpy, sample_in_numpy
 from minirl.networks import mlp
 from minirl.ppo import ActorCritic, act
+from tests.devices import DEVICES
 
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
 
@@ -105,9 +106,9 @@ def test_a_policy_in_numpy_is_the_networks() -> None:
     with torch.no_grad():
         agent.actor.weight.mul_(300)  # actions that differ in likelihood
     obs = torch.randn(4, 4).repeat(5_000, 1)
-    draw = fast(agent)
-    assert draw is not None
-    actions, log_probs, values = draw(obs)
+    policy = fast(agent)
+    assert policy is not None
+    actions, log_probs, values = policy(obs)
     distribution, expected_values = agent(obs)
     torch.testing.assert_close(log_probs, distribution.log_prob(actions).detach())
     torch.testing.assert_close(values, expected_values.detach())
@@ -115,7 +116,7 @@ def test_a_policy_in_numpy_is_the_networks() -> None:
         shares = np.bincount(actions[row::4].numpy(), minlength=3) / 5_000
         np.testing.assert_allclose(shares, distribution.probs[row].detach().numpy(), atol=0.03)
     torch.manual_seed(0)
-    first = draw(obs)[0]
+    first = policy(obs)[0]
     torch.manual_seed(0)
     assert torch.equal(first, act(agent, obs)[0]), "torch's own draws"
 
@@ -133,6 +134,21 @@ def test_a_draw_is_the_first_clock_to_ring_and_torchs_own_draw() -> None:
     torch.manual_seed(3)
     drawn, _ = sample_in_numpy(many.numpy(), torch.empty(1_000, 6).exponential_().numpy())
     assert drawn.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draws_on_a_gpu_are_torchs_own_without_its_checks(device: str) -> None:
+    distribution = Categorical(logits=torch.tensor([2.0, 0.5, -1.0, -torch.inf]).to(device).expand(4_000, 4))
+    torch.manual_seed(0)
+    expected = distribution.sample()
+    torch.manual_seed(0)
+    assert torch.equal(first_to_ring(distribution.logits), expected)
+    shares = expected.bincount(minlength=4) / 4_000
+    torch.testing.assert_close(shares, distribution.probs[0], atol=0.03, rtol=0)
+    torch.manual_seed(0)
+    actions, log_probs = draw(distribution)
+    assert torch.equal(actions, expected)
+    torch.testing.assert_close(log_probs, distribution.log_prob(expected))
 
 
 def test_an_impossible_action_is_never_drawn_and_large_logits_overflow_nothing() -> None:
