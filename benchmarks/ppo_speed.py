@@ -1,6 +1,6 @@
 """PPO's agent steps per second against Stable-Baselines3's, whole training with the same settings.
 
-    python benchmarks/ppo_speed.py pong            the source notebook's settings; bfloat16 where the processor has it
+    python benchmarks/ppo_speed.py pong            the source notebook's settings; bfloat16 where that is faster
     python benchmarks/ppo_speed.py pong-float32    the same in float32
     python benchmarks/ppo_speed.py cartpole        8 environments
 

@@ -1,4 +1,4 @@
-"""PPO on Pong as it runs by default (compiled, bfloat16) and plainly (eager, float32): do they learn the same?
+"""PPO on Pong by default (compiled, bfloat16 where faster) and plainly (eager, float32): do they learn the same?
 
     python train_ppo.py --seed 42 --total-timesteps 601000                                    # and --seed 1, 2, 3
     python train_ppo.py --seed 42 --total-timesteps 601000 --no-compile --precision float32   # and --seed 1, 2, 3

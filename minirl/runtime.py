@@ -75,8 +75,8 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32: a GPU in hardware, a processor by AMX or AVX-512.
 
-    Where Intel's have AVX-512 with bfloat16 and no AMX, as in virtual machines that hide it, bfloat16 takes twice as
-    long as float32 (Emerald Rapids: 95 and 172 GFLOP/s a core); on AMD's it takes less than half as long.
+    Where Intel's have AVX-512 with bfloat16 and no AMX, as in virtual machines that hide it, bfloat16 takes nearly
+    twice as long as float32 (Emerald Rapids: 95 and 172 GFLOP/s a core); on AMD's it takes less than half as long.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
