@@ -46,8 +46,6 @@ WORKS = {
 
 def train_minirl(work: Work) -> Timing:
     """Train with this project."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     from minirl.ppo import PPOConfig, train
 
     started = time.perf_counter()
@@ -56,6 +54,9 @@ def train_minirl(work: Work) -> Timing:
         config = PPOConfig(total_timesteps=work.clock_to, compile=True, **work.settings)
         train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started
+        # Only now: the memory of a training is measured, too, and this reader of its events is no part of it.
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
         events = EventAccumulator(f"{parent}/run")
         events.Reload()
         minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}

@@ -14,7 +14,6 @@ Nothing follows a terminal state, so y = r there; a cut episode goes on in princ
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -301,10 +300,10 @@ def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32
     return q_values
 
 
-def greedy_actions(network: QNetwork, obs: NDArray[Any]) -> NDArray[np.int64]:
-    """The first of the best actions: observations (N, ...) -> (N,)."""
-    best: NDArray[np.int64] = q_function(network)(obs).argmax(axis=-1)
-    return best
+def greedy_policy(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
+    """Return the first of the best actions as a function of observations: (N, ...) -> (N,). It follows the weights."""
+    q_values = q_function(network)
+    return lambda obs: q_values(obs).argmax(axis=-1)
 
 
 def make_memory(config: DQNConfig, envs: VectorEnv, rng: np.random.Generator) -> ReplayBuffer:
@@ -439,7 +438,7 @@ def train(
         ) as judge,
     ):
         learner = Learner(config, envs, torch_device)
-        greedy = functools.partial(greedy_actions, learner.online)
+        greedy = greedy_policy(learner.online)
         memory = make_memory(config, envs, rng)
         memory_files = MemoryFiles(run_dir)
         if saved is not None:

@@ -78,14 +78,14 @@ def shown_at(path: Path, seconds: list[float]) -> list[Picture]:
 
 
 def greedy_game(algorithm: str, learned: Any, config: Any, global_step: int) -> list[Picture]:
-    choose: Any = {
-        "ppo": ppo.choose_actions,
-        "dqn": dqn.greedy_actions,
-        "q_learning": q_learning.greedy_actions,
+    policy: Any = {
+        "ppo": lambda obs: ppo.choose_actions(learned, obs),
+        "dqn": lambda obs: dqn.greedy_policy(learned)(obs),
+        "q_learning": lambda obs: q_learning.greedy_actions(learned, obs),
     }[algorithm]
     env = make_drawn_env(config.env_id, "--video")
     seed = derived_seed(config.seed, video.VIDEO, global_step)
-    return list(play_and_draw(lambda obs: choose(learned, obs), env, seed, "--video", lambda: False))
+    return list(play_and_draw(policy, env, seed, "--video", lambda: False))
 
 
 def assert_same_end(tmp_path: Path, algorithm: str, one: str, other: str) -> State:

@@ -19,7 +19,7 @@ from minirl import q_learning
 from minirl.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.cli import Parser, fail, reader, saved_config
 from minirl.config import MAX_SEED, ConfigError
-from minirl.dqn import DQNConfig, greedy_actions, make_q_network
+from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.play import SIDE_BY_SIDE, Policy, play_games
@@ -154,7 +154,7 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     network = make_q_network(saved_config(DQNConfig, run_dir, settings), envs, device)
     load_weights(network, saved)
     print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
-    return functools.partial(greedy_actions, network)
+    return greedy_policy(network)
 
 
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
