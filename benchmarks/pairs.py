@@ -60,19 +60,24 @@ def sample(script: str, arguments: list[str]) -> Sample:
 
 
 def megabytes(pid: int, parents: tuple[str, str] | None = None, processes: Path = Path("/proc")) -> float:
-    """Return the memory that a process and its descendants hold, pages that they share counted once (Linux's PSS)."""
+    """Return the most that a process and its living descendants have held so far, each, shared pages counted once.
+
+    The most is Linux's own record (VmHWM): Stable-Baselines3 gives memory back after each minibatch, and holds its most
+    for moments that a look once a second misses. What others share of a process's pages is Rss - Pss.
+    """
     process = processes / str(pid)
     try:
         addresses, *lines = (process / "smaps_rollup").read_text().splitlines()
-        sizes = dict(line.split(":") for line in lines)
+        lines += (process / "status").read_text().splitlines()
+        said = dict(line.split(":", maxsplit=1) for line in lines)
         children = " ".join(task.read_text() for task in process.glob("task/*/children")).split()
-        mine = addresses, sizes["Pss_Anon"]
+        mine = addresses, said["Pss_Anon"]
         if mine == parents:  # it has yet to start its own program, and runs in its parent's memory until then
             return 0.0
-        total = int(sizes["Pss"].split()[0]) / 1024
+        most, now, share = (int(said[name].split()[0]) / 1024 for name in ("VmHWM", "Rss", "Pss"))
     except (OSError, ValueError, KeyError):  # it is gone, or this is no Linux
         return 0.0
-    return total + sum(megabytes(int(child), mine, processes) for child in children)
+    return most - (now - share) + sum(megabytes(int(child), mine, processes) for child in children)
 
 
 def compare(name: str, script: str, peer: str, goal: float, pairs: int, arguments: Callable[[str], list[str]]) -> bool:

@@ -75,19 +75,22 @@ def test_a_processor_without_a_description_multiplies_float32(tmp_path: Path) ->
     assert pairs.processor(tmp_path / "cpuinfo") == "float32"
 
 
-def describe_process(folder: Path, pid: int, *, addresses: str, anonymous: int, pss: int, children: str = "") -> None:
-    """Write what Linux says of a process, memory in kB."""
+def describe_process(
+    folder: Path, pid: int, *, addresses: str, anonymous: int, pss: int, once: int = 0, children: str = ""
+) -> None:
+    """Write what Linux says of a process, memory in kB; it has held `once` more than now."""
     (folder / f"{pid}/task/{pid}").mkdir(parents=True)
     (folder / f"{pid}/task/{pid}/children").write_text(children)
     sizes = f"Rss: {2 * pss} kB\nPss: {pss} kB\nPss_Anon: {anonymous} kB\n"
     (folder / f"{pid}/smaps_rollup").write_text(f"{addresses} ---p 00000000 00:00 0 [rollup]\n{sizes}")
+    (folder / f"{pid}/status").write_text(f"Name:\ta: b\nVmHWM:\t{2 * pss + once} kB\nVmRSS:\t{2 * pss} kB\n")
 
 
 def test_memory_is_that_of_all_processes_each_once(tmp_path: Path) -> None:
-    describe_process(tmp_path, 1, addresses="a-f", anonymous=5000, pss=4 * 1024, children="2 3 5 ")
+    describe_process(tmp_path, 1, addresses="a-f", anonymous=5000, pss=4 * 1024, once=8 * 1024, children="2 3 5 ")
     # Started by the first, and still in its memory, though its files' pages are shared otherwise by now.
     describe_process(tmp_path, 2, addresses="a-f", anonymous=5000, pss=4 * 1024 - 7)
     describe_process(tmp_path, 3, addresses="b-f", anonymous=5000, pss=2 * 1024, children="4 ")
     describe_process(tmp_path, 4, addresses="b-f", anonymous=600, pss=1024)  # a fork, with memory of its own
-    assert pairs.megabytes(1, processes=tmp_path) == 4 + 2 + 1
+    assert pairs.megabytes(1, processes=tmp_path) == (4 + 8) + 2 + 1
     assert pairs.megabytes(5, processes=tmp_path) == 0, "it is gone"
