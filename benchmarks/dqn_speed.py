@@ -11,9 +11,10 @@ status 1 if the median ratio is below the goal.
 import argparse
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
-from pairs import Timing, compare, report
+from pairs import Timing, compare, report, seconds_between
 
 
 class Work(NamedTuple):
@@ -40,8 +41,6 @@ EPSILON = 0.05
 
 def train_minirl(work: Work) -> Timing:
     """Train with this project; no games are played beside the training."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     from minirl.dqn import DQNConfig, train
 
     started = time.perf_counter()
@@ -65,12 +64,9 @@ def train_minirl(work: Work) -> Timing:
             checkpoint_frequency=work.clock_to,
             compile=True,  # as a long run would; these are too short for it to be chosen
         )
-        train(config, run_dir=f"{parent}/run")
+        train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started
-        events = EventAccumulator(f"{parent}/run")
-        events.Reload()
-        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
-    seconds = 60 * (minutes[work.clock_to] - minutes[work.clock_from])
+        seconds = seconds_between(Path(parent) / "run", work.clock_from, work.clock_to)
     return Timing(seconds, total - seconds)
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from pairs import seconds_between
 
 from minirl.ppo import PPOConfig, train
 
@@ -24,10 +24,7 @@ def steps_per_second(num_envs: int) -> float:
     config = PPOConfig(num_envs=num_envs, minibatch_size=batch // 4, total_timesteps=UPDATES * batch, compile=True)
     with tempfile.TemporaryDirectory() as parent:
         train(config, run_dir=Path(parent) / "run", device="cuda")
-        events = EventAccumulator(f"{parent}/run")
-        events.Reload()
-        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
-    return (UPDATES - 2) * batch / (60 * (minutes[UPDATES * batch] - minutes[2 * batch]))
+        return (UPDATES - 2) * batch / seconds_between(Path(parent) / "run", 2 * batch, UPDATES * batch)
 
 
 def main() -> None:

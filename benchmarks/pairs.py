@@ -80,6 +80,17 @@ def megabytes(pid: int, parents: tuple[str, str] | None = None, processes: Path 
     return most - (now - share) + sum(megabytes(int(child), mine, processes) for child in children)
 
 
+def seconds_between(run_dir: Path, first: int, last: int) -> float:
+    """Return how long a training took from one agent step to a later one, at which its run logged `charts/minutes`."""
+    # Loaded only now: the memory of a training is measured, too, and this reader is no part of it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
+    return 60 * (minutes[last] - minutes[first])
+
+
 def compare(name: str, script: str, peer: str, goal: float, pairs: int, arguments: Callable[[str], list[str]]) -> bool:
     """Measure pairs in turn, print them, and compare with the committed ratio; return whether the goal is reached.
 

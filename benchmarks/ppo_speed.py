@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pairs import Timing, compare, report
+from pairs import Timing, compare, report, seconds_between
 
 
 class Work(NamedTuple):
@@ -54,13 +54,7 @@ def train_minirl(work: Work) -> Timing:
         config = PPOConfig(total_timesteps=work.clock_to, compile=True, **work.settings)
         train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started
-        # Only now: the memory of a training is measured, too, and this reader of its events is no part of it.
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(f"{parent}/run")
-        events.Reload()
-        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
-    seconds = 60 * (minutes[work.clock_to] - minutes[work.clock_from])
+        seconds = seconds_between(Path(parent) / "run", work.clock_from, work.clock_to)
     return Timing(seconds, total - seconds)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import ale_py
 import numpy as np
 import torch
+from pairs import seconds_between
 
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
@@ -124,15 +125,10 @@ def parts() -> dict[str, float]:
 
 def training_speed() -> float:
     """Agent steps a second of the whole training, compilation left out."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     first, last = 2 * CONFIG.batch_size, 14 * CONFIG.batch_size
     with tempfile.TemporaryDirectory() as parent:
         train(PPOConfig(total_timesteps=last, compile=True), run_dir=Path(parent) / "run", device="cpu")
-        events = EventAccumulator(f"{parent}/run")
-        events.Reload()
-        minutes: dict[int, float] = {point.step: point.value for point in events.Scalars("charts/minutes")}
-    return (last - first) / (60 * (minutes[last] - minutes[first]))
+        return (last - first) / seconds_between(Path(parent) / "run", first, last)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pairs
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 THEIRS = 100.0
 
@@ -94,3 +95,11 @@ def test_memory_is_that_of_all_processes_each_once(tmp_path: Path) -> None:
     describe_process(tmp_path, 4, addresses="b-f", anonymous=600, pss=1024)  # a fork, with memory of its own
     assert pairs.megabytes(1, processes=tmp_path) == (4 + 8) + 2 + 1
     assert pairs.megabytes(5, processes=tmp_path) == 0, "it is gone"
+
+
+def test_the_clock_runs_from_one_logged_step_to_a_later_one(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, minutes in [(10, 0.5), (20, 0.75), (30, 2.0)]:
+            writer.add_scalar("charts/minutes", minutes, step)
+    assert pairs.seconds_between(tmp_path, 10, 30) == 90.0
+    assert pairs.seconds_between(tmp_path, 20, 30) == 75.0
