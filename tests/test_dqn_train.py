@@ -1,11 +1,10 @@
-"""Training Double DQN as a whole: what is remembered, what an update does, and that it learns."""
+"""Training Double DQN as a whole: what is remembered, when it is updated, and that it learns."""
 
 import copy
 import dataclasses
 import functools
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from minirl.checkpoints import BEST_FILE, load_checkpoint
 from minirl.cli import run_training
 from minirl.config import ConfigError
-from minirl.dqn import DQNConfig, Learner, QNetwork, double_dqn_target, dqn_loss, make_memory, means, train
+from minirl.dqn import DQNConfig, Learner, QNetwork, make_memory, means, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
@@ -29,6 +28,7 @@ from minirl.replay import Batch, ReplayBuffer
 from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
+from tests.weights import parameters
 
 CPU = torch.device("cpu")
 TINY = DQNConfig(
@@ -55,27 +55,6 @@ SMALL_PONG = DQNConfig(
     tau=1.0,
     eval_frequency=None,
 )
-
-
-def parameters(network: QNetwork) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-
-
-def random_batch(size: int = 16, seed: int = 0) -> Batch:
-    rng = np.random.default_rng(seed)
-    return Batch(
-        rng.normal(size=(size, 4)).astype(np.float32),
-        rng.integers(2, size=size),
-        rng.normal(size=size).astype(np.float32),
-        rng.normal(size=(size, 4)).astype(np.float32),
-        rng.random(size) < 0.4,
-    )
-
-
-def cartpole_learner(device: str = "cpu", **settings: Any) -> Learner:
-    torch.manual_seed(0)
-    with make_vector_env("CartPole-v1", 1) as envs:
-        return Learner(DQNConfig(**{"compile": False, **settings}), envs, torch.device(device))
 
 
 # What is remembered
@@ -123,154 +102,6 @@ def test_training_remembers_what_happened(env_id: str, num_envs: int, monkeypatc
             assert rewards[env] == count + 1
             ended = count + 1 == ends_at
             assert (terminated[env], truncated[env]) == (ended and terminates, ended and not terminates)
-
-
-# An update
-
-
-@pytest.mark.parametrize("huber", [False, True])
-def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
-    learner = cartpole_learner(huber=huber, gamma=0.9, learning_rate=0.01, max_grad_norm=None)
-    other = cartpole_learner()
-    with torch.no_grad():
-        for parameter in other.online.parameters():
-            parameter.mul_(-1.5)
-    learner.target.load_state_dict(other.online.state_dict())
-    reference = cartpole_learner().online
-    batch = random_batch()
-    obs, actions, rewards, next_obs, terminated = map(torch.from_numpy, batch)
-    targets = double_dqn_target(rewards, terminated, reference(next_obs), other.online(next_obs), 0.9)
-    q_values = reference(obs)
-    loss = dqn_loss(q_values, actions, targets, huber=huber)
-    adam = torch.optim.Adam(reference.parameters(), lr=0.01)
-    loss.backward()
-    adam.step()
-
-    target_before = parameters(learner.target)
-    logged = learner.update(batch, 0.01)
-    torch.testing.assert_close(parameters(learner.online), parameters(reference))
-    assert torch.equal(parameters(learner.target), target_before)
-    gradient = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
-    expected = [loss.item(), q_values[range(16), actions].mean().item(), gradient.norm().item()]
-    assert logged.tolist() == pytest.approx(expected)
-    assert not logged.requires_grad
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), (0.25, True)])
-def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool, device: str) -> None:
-    eager, compiled = (
-        cartpole_learner(device, max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
-    )
-    for i in range(6):
-        if i == 3:  # Adam's state is then another one
-            for learner in (eager, compiled):
-                learner.load(copy.deepcopy(learner.state()))
-        batch = random_batch(seed=i)
-        logged = [learner.update(batch, 0.01 / (i + 1)) for learner in (eager, compiled)]
-        torch.testing.assert_close(logged[0], logged[1])
-        for learner in (eager, compiled):
-            learner.update_target()
-    assert compiled.adam_step.step.enabled, "it fell back"
-    torch.testing.assert_close(parameters(eager.online), parameters(compiled.online))
-    for old, new in zip(
-        eager.state()["optimizer"]["state"].values(), compiled.state()["optimizer"]["state"].values(), strict=True
-    ):
-        torch.testing.assert_close(old, new)
-
-
-@pytest.mark.parametrize("at", ["once", "the first call"])
-def test_a_compilation_that_fails_is_one_warning_and_then_eager(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **options: Any) -> Any:
-        raise RuntimeError("no C++ compiler here\nand a long trace")
-
-    monkeypatch.setattr(torch, "compile", fail if at == "once" else lambda function, **options: fail)
-    learner, eager = cartpole_learner(compile=True), cartpole_learner(compile=False)
-    with pytest.warns(UserWarning, match="compilation failed, going on without: no C.. compiler here$"):
-        learner.update(random_batch(), 0.01)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learner.update(random_batch(), 0.01)
-    for _ in range(2):
-        eager.update(random_batch(), 0.01)
-    assert torch.equal(parameters(learner.online), parameters(eager.online))
-
-
-def test_every_network_of_a_process_is_compiled() -> None:
-    """Each has a function of its own: PyTorch would take the first one's for all, or give up after a few of them."""
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=1):
-        warnings.simplefilter("error", UserWarning)
-        for gamma in (0.9, 0.1):
-            eager, compiled = (cartpole_learner(gamma=gamma, compile=choice) for choice in (False, True))
-            torch.testing.assert_close(*(learner.update(random_batch(), 0.01) for learner in (eager, compiled)))
-            assert compiled.adam_step.step.enabled
-
-
-def test_only_long_runs_are_compiled() -> None:
-    assert DQNConfig(total_timesteps=100_000, train_frequency=2).compiles
-    assert not DQNConfig(total_timesteps=100_000, train_frequency=4).compiles
-    assert DQNConfig(total_timesteps=2_000, compile=True).compiles
-    assert not DQNConfig(compile=False).compiles
-
-
-def test_gradients_do_not_add_up_over_updates() -> None:
-    learner = cartpole_learner(max_grad_norm=None)
-    learner.update(random_batch(), 0.01)
-    first = [parameter.grad.clone() for parameter in learner.online.parameters() if parameter.grad is not None]
-    assert len(first) == 6
-    learner.load({**cartpole_learner().state(), "optimizer": learner.adam_step.state_dict()})
-    learner.update(random_batch(), 0.01)
-    for parameter, gradient in zip(learner.online.parameters(), first, strict=True):
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, gradient)
-
-
-def test_the_norm_of_the_gradient_is_clipped() -> None:
-    learner = cartpole_learner(max_grad_norm=0.25)
-    learner.update(random_batch(), 0.01)
-    gradient = torch.cat([p.grad.flatten() for p in learner.online.parameters() if p.grad is not None])
-    assert gradient.norm().item() == pytest.approx(0.25, rel=1e-4)
-
-
-def test_the_target_moves_by_tau() -> None:
-    learner = cartpole_learner(tau=0.25)
-    assert torch.equal(parameters(learner.target), parameters(learner.online)), "they start as the same"
-    before = parameters(learner.target)
-    learner.update(random_batch(), 0.01)
-    online = parameters(learner.online)
-    learner.update_target()
-    torch.testing.assert_close(parameters(learner.target), 0.75 * before + 0.25 * online)
-    assert torch.equal(parameters(learner.online), online)
-
-
-def test_tau_1_copies() -> None:
-    learner = cartpole_learner(tau=1.0)
-    learner.update(random_batch(), 0.01)
-    learner.update_target()
-    assert torch.equal(parameters(learner.target), parameters(learner.online))
-
-
-def test_the_rounded_copies_follow_both_networks() -> None:
-    torch.manual_seed(0)
-    config = DQNConfig(env_id="PongNoFrameskip-v4", precision="bfloat16", tau=0.5, compile=False)
-    with make_vector_env(config.env_id, 1) as envs:
-        learner, other = Learner(config, envs, CPU), Learner(config, envs, CPU)
-    images = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
-
-    def require_rounded() -> None:
-        for rounded in (learner.rounded_online, learner.rounded_target):
-            assert torch.equal(rounded.network(images), rounded.original(images))
-
-    with torch.no_grad():
-        before = learner.rounded_target.network(images)
-        learner.load(other.state())
-        require_rounded()
-        for parameter in learner.online.parameters():
-            parameter.mul_(1.5)
-        learner.rounded_online.refresh()
-        learner.update_target()
-        require_rounded()
-        assert not torch.equal(learner.rounded_target.network(images), before)
 
 
 # Training
@@ -447,48 +278,6 @@ def test_judging_changes_nothing_of_the_training(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / BEST_FILE).exists()
 
 
-def test_the_judges_games_are_new_each_time_and_not_those_reported() -> None:
-    with Judge("CartPole-v1", 3, 0, seed=42, frequency=10) as judge:
-        seen = []
-
-        def policy(obs: NDArray[Any]) -> NDArray[np.int64]:
-            seen.append(obs[0].tolist())
-            return np.zeros(len(obs), np.int64)
-
-        starts = []
-        for step in (10, 20, 10):
-            seen.clear()
-            judge.mean_return(policy, step, to_beat=0.0)
-            starts.append(seen[0])
-    assert starts[0] == starts[2] != starts[1]
-
-
-@pytest.mark.parametrize(("to_beat", "games"), [(-math.inf, 7), (9.6, 7), (9.7, 3), (500.0, 3)])
-def test_only_who_seems_better_than_the_best_plays_more_games(
-    to_beat: float, games: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    played = []
-
-    def play(policy: Any, envs: VectorEnv, episodes: int, seed: int) -> list[float]:
-        played.append((episodes, seed))
-        return [9.0, 10.0, 10.0] if episodes == 3 else [1.0, 2.0, 3.0, 7.0]
-
-    monkeypatch.setattr("minirl.play.play_games", play)
-    with Judge("CartPole-v1", 3, 4, seed=42, frequency=10) as judge:
-        mean_return = judge.mean_return(lambda obs: np.zeros(len(obs), np.int64), 10, to_beat=to_beat)
-    assert mean_return == pytest.approx(29 / 3 if games == 3 else 42 / 7)
-    assert sum(episodes for episodes, _ in played) == games
-    assert len({seed for _, seed in played}) == len(played), "the same games would confirm anything"
-
-
-def test_when_the_judge_is_due() -> None:
-    with Judge("CartPole-v1", 1, 0, seed=0, frequency=10) as judge:
-        assert [judge.is_due(a, b, finished=False) for a, b in [(8, 9), (9, 10), (10, 11), (8, 12)]] == [0, 1, 0, 1]
-        assert judge.is_due(10, 11, finished=True)
-    with Judge("CartPole-v1", 1, 0, seed=0, frequency=None) as never:
-        assert not never.is_due(9, 10, finished=True)
-
-
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "tests.fake_envs:Counter-v0", "Acrobot-v1"])
 def test_one_seed_gives_one_result(env_id: str) -> None:
     config = dataclasses.replace(TINY, env_id=env_id, total_timesteps=200)
@@ -649,38 +438,6 @@ def test_a_total_below_what_is_done_is_refused(tmp_path: Path) -> None:
 
 
 SMALL = "--total-timesteps 60 --learning-starts 20 --buffer-size 50 --batch-size 4 --eval-episodes 2"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--env-id Pendulum-v1", "--env-id must have Discrete actions for DQN"),
-        ("--env-id FrozenLake-v1", "--env-id must have Box observations"),
-        (f"{SMALL} --batch-size 51", "--batch-size must be at most buffer_size = 50"),
-        (f"{SMALL} --learning-starts 60", "--learning-starts must be below total_timesteps = 60"),
-        ("--train-frequency 0", "--train-frequency must be a whole number of at least 1, not 0"),
-        ("--target-network-frequency 0", "--target-network-frequency must be a whole number of at least 1, not 0"),
-        ("--target-network-episodes 0", "--target-network-episodes must be a whole number of at least 1 or none"),
-        ("--eval-frequency 0", "--eval-frequency must be a whole number of at least 1 or none"),
-        ("--hidden-sizes 24,x", "--hidden-sizes: must be whole numbers as in 24,24, not '24,x'"),
-        ("--hidden-sizes 24,0", "--hidden-sizes must be whole numbers with commas between them, each of at least 1"),
-        ("--precision half", "--precision must be auto, float32 or bfloat16"),
-        ("--epsilon-decay 0", "--epsilon-decay must be a number above 0 and of at most 1 or none"),
-        ("--resume nowhere", "nowhere must be a run directory"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
-    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run_training("dqn", DQNConfig, train, "", flags.split())
-    output = capsys.readouterr()
-    assert (stop.value.code, output.out) == (2, "")
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    assert message in output.err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_trains_resumes_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

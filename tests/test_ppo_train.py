@@ -1,15 +1,13 @@
-"""Training as a whole: what is collected, what an update does, and that it learns."""
+"""Training PPO as a whole: what is collected, and that it learns."""
 
 import dataclasses
 import functools
 import json
 import math
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,25 +18,22 @@ from minirl.config import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.networks import RoundedCopy, set_precision, training_input
+from minirl.networks import training_input
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
     Rollout,
     collect_rollout,
     compute_gae,
-    explained_variance,
-    minibatch_loss,
     policy_of,
-    ppo_loss,
     train,
     update_policy,
 )
 from minirl.runs import Run
-from minirl.runtime import AdamStep
 from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
+from tests.weights import parameters
 
 CPU = torch.device("cpu")
 CARTPOLE = PPOConfig(
@@ -56,10 +51,6 @@ CARTPOLE = PPOConfig(
 )
 TINY = PPOConfig(env_id="tests.fake_envs:Counter-v0", total_timesteps=64, num_envs=2, num_steps=8, minibatch_size=8)
 SMALL_PONG = PPOConfig(num_envs=4, num_steps=16, minibatch_size=32, total_timesteps=2 * 64)
-
-
-def parameters(agent: ActorCritic) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
 
 
 # Collecting
@@ -133,285 +124,6 @@ def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
         np.testing.assert_array_equal(obs, seen)
         torch.testing.assert_close(rollout.last_values, agent(torch.from_numpy(seen))[1].detach(), rtol=1e-4, atol=1e-5)
     assert rollout.actions.unique().numel() > 2, "an agent that always does the same would hide a mix-up"
-
-
-# Updating
-
-
-def made_up_rollout(config: PPOConfig, device: str = "cpu") -> tuple[ActorCritic, Rollout, Tensor, Tensor]:
-    """A network and a rollout with random numbers; each observation's first number is its index."""
-    torch.manual_seed(0)
-    with make_vector_env("CartPole-v1", config.num_envs) as envs:
-        agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
-        rollout = Rollout(config.num_steps, envs, torch.device(device))
-    rollout.observations = torch.randn_like(rollout.observations)
-    rollout.observations[..., 0] = torch.arange(config.batch_size).reshape(config.num_steps, config.num_envs)
-    rollout.actions = torch.randint_like(rollout.actions, 2)
-    with torch.no_grad():
-        distribution, values = agent(rollout.observations.flatten(0, 1))
-        rollout.log_probs = distribution.log_prob(rollout.actions.flatten()).reshape(rollout.log_probs.shape)
-        rollout.values = values.reshape(rollout.values.shape)
-    advantages, returns = torch.randn(2, config.num_steps, config.num_envs, device=device)
-    return agent, rollout, advantages, returns
-
-
-def adam_step(agent: ActorCritic, config: PPOConfig, *, compiled: bool = False) -> AdamStep:
-    rounded = RoundedCopy(agent)
-    loss = functools.partial(minibatch_loss, rounded.network, config)
-    return AdamStep(rounded, loss, eps=1e-5, max_grad_norm=config.max_grad_norm, compiled=compiled)
-
-
-def plain_descent(agent: ActorCritic, config: PPOConfig) -> Any:
-    """Steps of plain gradient descent, which unlike Adam's tell the size of a gradient."""
-
-    def step(learning_rate: float, *batch: Tensor) -> Tensor:
-        loss, logged = minibatch_loss(agent, config, *batch)
-        gradients = torch.autograd.grad(loss, list(agent.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
-                parameter.sub_(gradient, alpha=learning_rate)
-        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-        return torch.cat([logged.detach(), norm[None]])
-
-    return step
-
-
-def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environments() -> None:
-    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=3)
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    seen: list[int] = []
-    agent.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].int().tolist()))
-    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 1e-3, 0.1)
-    epochs = [seen[:32], seen[32:64], seen[64:]]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(32))
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert len({index % 4 for index in epochs[0][:8]}) > 1, "a minibatch mixes environments"
-    assert len({index // 8 for index in epochs[0][:8]}) > 1, "and times"
-
-
-def test_logged_losses_are_means_over_all_minibatches() -> None:
-    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=2, norm_adv=False)
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    losses = update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.0, 0.1)
-    # A network that stands still has the same loss in each epoch, and equal minibatches average to the whole.
-    assert losses["losses/policy_loss"] == pytest.approx(-advantages.mean().item(), abs=1e-6)
-    assert losses["losses/value_loss"] == pytest.approx((rollout.values - returns).square().mean().item(), rel=1e-5)
-    assert losses["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
-    assert losses["losses/clipfrac"] == 0.0
-
-
-def test_advantages_are_normalised_in_each_minibatch() -> None:
-    config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1)
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    before = parameters(agent)
-
-    def updated(advantages: Tensor, config: PPOConfig) -> Tensor:
-        twin, *_ = made_up_rollout(config)
-        torch.manual_seed(1)
-        update_policy(plain_descent(twin, config), rollout, advantages, returns, config, 0.1, 0.1)
-        return parameters(twin)
-
-    assert not torch.equal(updated(advantages, config), before)
-    torch.testing.assert_close(updated(advantages, config), updated(100 * advantages + 7, config), rtol=1e-4, atol=1e-6)
-    raw = dataclasses.replace(config, norm_adv=False)
-    assert not torch.allclose(updated(advantages, raw), updated(100 * advantages + 7, raw), atol=1e-3)
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.01, 0.5])
-def test_the_norm_of_the_gradient_is_clipped(max_grad_norm: float) -> None:
-    config = PPOConfig(
-        env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1, max_grad_norm=max_grad_norm
-    )
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    losses = update_policy(adam_step(agent, config), rollout, advantages, 100 * returns, config, 1e-3, 0.1)
-    gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
-    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-    assert norm.item() == pytest.approx(max_grad_norm, rel=1e-3)
-    assert losses["losses/grad_norm"] > 1.0, "logged as it was before"
-
-
-@pytest.mark.parametrize(("target_kl", "epochs"), [(None, 5), (1e-9, 1), (1e9, 5)])
-def test_target_kl_ends_the_update(target_kl: float | None, epochs: int) -> None:
-    config = PPOConfig(
-        env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=5, target_kl=target_kl
-    )
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    calls: list[int] = []
-    agent.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.01, 0.1)
-    assert len(calls) == epochs * 4
-
-
-@pytest.mark.parametrize(("value_clip_coef", "moves"), [(None, True), (20.0, True), (0.2, False)])
-def test_value_clipping_holds_values_that_have_moved_far_enough(value_clip_coef: float | None, moves: bool) -> None:
-    config = PPOConfig(
-        env_id="CartPole-v1",
-        num_envs=4,
-        num_steps=8,
-        minibatch_size=32,
-        update_epochs=1,
-        value_clip_coef=value_clip_coef,
-    )
-    agent, rollout, advantages, _ = made_up_rollout(config)
-    returns = rollout.values + 100
-    rollout.values = rollout.values - 10  # as if the values had risen by 10 since, towards the returns
-    before = agent.critic.weight.detach().clone()
-    update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, 0.1)
-    assert torch.equal(agent.critic.weight, before) != moves
-
-
-def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() -> None:
-    """Two epochs of one minibatch, against two steps of plain descent on `ppo_loss` written out here."""
-    config = PPOConfig(
-        env_id="CartPole-v1",
-        num_envs=4,
-        num_steps=8,
-        minibatch_size=32,
-        update_epochs=2,
-        clip_coef=0.9,  # not the one to use: it is annealed
-        vf_coef=0.3,
-        ent_coef=0.2,
-        value_clip_coef=0.4,
-        norm_adv=False,
-        max_grad_norm=1e9,
-    )
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    rollout.log_probs -= 0.05  # ratios around 1.05: with a clip range of 0.03 they are outside
-    losses = update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, clip_coef=0.03)
-
-    twin, *_ = made_up_rollout(config)
-    logged = []
-    for _ in range(2):
-        distribution, values = twin(rollout.observations.flatten(0, 1))
-        loss, stats = ppo_loss(
-            distribution.log_prob(rollout.actions.flatten()),
-            rollout.log_probs.flatten(),
-            advantages.flatten(),
-            values,
-            returns.flatten(),
-            distribution.entropy(),
-            clip_coef=0.03,
-            vf_coef=0.3,
-            ent_coef=0.2,
-            old_values=rollout.values.flatten(),
-            value_clip_coef=0.4,
-        )
-        logged.append(stats)
-        gradients = torch.autograd.grad(loss, list(twin.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
-                parameter.sub_(gradient, alpha=0.1)
-    torch.testing.assert_close(parameters(agent), parameters(twin), rtol=1e-5, atol=1e-6)
-    for name in logged[0]:
-        expected = (logged[0][name] + logged[1][name]).item() / 2
-        assert losses[f"losses/{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("norm_adv", [True, False])
-def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool, device: str) -> None:
-    config = PPOConfig(
-        env_id="CartPole-v1",
-        num_envs=4,
-        num_steps=8,
-        minibatch_size=16,
-        update_epochs=2,
-        norm_adv=norm_adv,
-        value_clip_coef=0.3,
-        max_grad_norm=0.05,
-    )
-    logged, results = [], []
-    for compiled in (False, True):
-        agent, rollout, advantages, returns = made_up_rollout(config, device)
-        step = adam_step(agent, config, compiled=compiled)
-        torch.manual_seed(1)
-        for clip_coef in (0.2, 0.1):  # annealed: no reason to compile again
-            logged.append(update_policy(step, rollout, advantages, returns, config, 0.01, clip_coef))
-        assert step.step.enabled == compiled, "it fell back"
-        results.append(parameters(agent))
-    torch.testing.assert_close(results[0], results[1])
-    assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights(device: str) -> None:
-    torch.manual_seed(0)
-    agent = ActorCritic(gym.spaces.Box(0, 255, (4, 40, 40), np.uint8), gym.spaces.Discrete(6)).to(device)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", UserWarning)  # or it fell back
-        policies = [policy_of(agent, compiled=compiled) for compiled in (True, False)]
-        for batch_size in (2, 3, 3):  # halves of five environments
-            obs = torch.randint(0, 255, (batch_size, 4, 40, 40), dtype=torch.uint8, device=device)
-            results = []
-            for policy in policies:
-                torch.manual_seed(1)
-                results.append(policy(obs))
-            torch.testing.assert_close(results[0], results[1])
-            assert results[0][0].shape == results[0][2].shape == (batch_size,)
-            for parameter in agent.parameters():
-                parameter.mul_(1.3)
-
-
-def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for = []
-
-    def fail(function: Any, **options: Any) -> Any:
-        asked_for.append(function)
-        raise RuntimeError("no C++ compiler here")
-
-    monkeypatch.setattr(torch, "compile", fail)
-    config = PPOConfig(num_envs=1, num_steps=4, minibatch_size=4, update_epochs=1, total_timesteps=8, compile=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        train(config, run_dir=tmp_path / "run", device="cpu")
-    assert [str(warning.message) for warning in caught if "compil" in str(warning.message)] == [
-        "compilation failed, going on without: no C++ compiler here"
-    ]
-    assert len(asked_for) == 2, "acting, and the update"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool, device: str) -> None:
-    config = PPOConfig(num_envs=2, num_steps=4, minibatch_size=8, update_epochs=1, norm_adv=False)
-    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    logged = []
-    for precision in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        agent = ActorCritic(space, gym.spaces.Discrete(6)).to(device)
-        set_precision(agent, precision)
-        obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8).to(device)
-        distribution, values = agent(obs)
-        assert distribution.logits.dtype == values.dtype == torch.float32
-        columns = (torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
-        batch = [tensor.to(device) for tensor in (torch.arange(8), obs, *columns, torch.tensor(0.1))]
-        step = adam_step(agent, config, compiled=compiled and precision == torch.bfloat16)
-        logged.append(step(1e-3, *batch))
-        assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
-    assert logged[1].dtype == torch.float32
-    torch.testing.assert_close(logged[1], logged[0], rtol=2e-2, atol=2e-3)
-    assert not torch.equal(logged[0], logged[1])
-
-
-def test_only_long_runs_are_compiled() -> None:
-    assert PPOConfig().compiles(images=True)
-    steps = 5_000 // (4 * 4) * 1024
-    assert not PPOConfig(total_timesteps=steps).compiles(images=True)
-    assert PPOConfig(total_timesteps=steps + 1).compiles(images=True)
-    assert not PPOConfig(total_timesteps=1_000_000).compiles(images=False)
-    assert PPOConfig().compiles(images=False)
-    assert not PPOConfig(compile=False).compiles(images=True)
-    assert PPOConfig(compile=True, total_timesteps=1).compiles(images=False)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"), [([1.0, 2.0, 6.0], 1.0), ([3.0, 3.0, 3.0], 0.0), ([-1.0, -2.0, -6.0], -3.0)]
-)
-def test_explained_variance(values: list[float], expected: float) -> None:
-    returns = torch.tensor([1.0, 2.0, 6.0])
-    assert explained_variance(torch.tensor(values), returns) == pytest.approx(expected)
-    assert math.isnan(explained_variance(torch.tensor(values), torch.ones(3)))
 
 
 # Whole runs
