@@ -138,7 +138,7 @@ class ReplayBuffer:
             "actions": self.actions[:, slots],
             "rewards": self.rewards[:, slots],
             "terminated": self.terminated[:, slots],
-            **self.observations.since(slots),
+            **self.observations.since(slots, first),
         }
 
     def put(self, first: int, arrays: dict[str, NDArray[Any]]) -> None:
@@ -186,7 +186,7 @@ class _Pairs:
     def available(self, added: int) -> NDArray[np.int64]:
         return np.full(len(self.current), added)
 
-    def since(self, slots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def since(self, slots: NDArray[np.int64], first: int) -> dict[str, NDArray[Any]]:
         return {"current": self.current[:, slots], "following": self.following[:, slots]}
 
     def put(self, slots: NDArray[np.int64], arrays: dict[str, NDArray[Any]]) -> None:
@@ -265,10 +265,10 @@ class _Frames:
     def available(self, added: int) -> NDArray[np.int64]:
         return added - self.oldest
 
-    def since(self, slots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def since(self, slots: NDArray[np.int64], first: int) -> dict[str, NDArray[Any]]:
         arrays = {"row_of": self.row_of[:, slots]}
         for env in range(len(self.envs)) if len(slots) else ():
-            rows = self._rows(env, int(self.row_of[env, slots[0]]))
+            rows = self._rows_since(env, first)
             arrays[f"frames-{env}"], arrays[f"age-{env}"] = self.frames[env, rows], self.age[env, rows]
             arrays[f"rows-{env}"] = rows
         return arrays
@@ -279,9 +279,18 @@ class _Frames:
             rows = arrays[f"rows-{env}"]
             self.frames[env, rows], self.age[env, rows] = arrays[f"frames-{env}"], arrays[f"age-{env}"]
 
-    def _rows(self, env: int, first: int) -> NDArray[np.int64]:
-        """Return where the rows from number `first` up to the current observation's lie."""
-        return np.arange(first, self.row[env] + 1) % self.num_rows
+    def _rows_since(self, env: int, first: int) -> NDArray[np.int64]:
+        """Return where the rows of the transitions from number `first` on lie, up to the current observation's.
+
+        The frames of the first stack that come before its own row are among them: what is saved stands alone.
+        """
+        oldest = max(first, int(self.oldest[env]))
+        if oldest == self.added:  # all of them are forgotten: only the current observation's stack is left
+            row = int(self.row[env])
+        else:
+            row = int(self.row_of[env, oldest % self.row_of.shape[1]])
+        row -= int(self.age[env, row % self.num_rows])
+        return np.arange(row, self.row[env] + 1) % self.num_rows
 
     def counters(self) -> dict[str, list[int]]:
         return {"row": self.row.tolist(), "oldest": self.oldest.tolist(), "frames_added": [self.added]}

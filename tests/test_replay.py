@@ -1,5 +1,6 @@
 """The replay memory against a naive one that stores every pair."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from minirl.replay import ReplayBuffer
+from minirl.resume import MemoryFiles
 
 SIDE = 36
 PIXELS = gym.spaces.Box(0, 255, (4, SIDE, SIDE), np.uint8)
@@ -84,6 +86,46 @@ def test_every_sampled_transition_is_what_a_naive_memory_holds(num_envs: int, me
     newest = {players.count - 1 - i for i in range(num_envs)}
     assert newest <= held, "the newest transitions are among them"
     assert min(held) >= players.count - num_envs * length, "and nothing older than the capacity"
+
+
+def everything(buffer: ReplayBuffer) -> list[NDArray[Any]]:
+    """What each transition that can be sampled would be sampled as, environment by environment."""
+    kept: list[NDArray[Any]] = []
+    for env, size in enumerate(buffer._sizes().tolist()):
+        slot = np.arange(buffer.added - size, buffer.added) % buffer.length
+        columns = (buffer.actions, buffer.rewards, buffer.terminated)
+        kept += [*buffer.observations.read(np.full(size, env), slot), *(column[env, slot] for column in columns)]
+    return kept
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("seed", range(24))
+def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_size(
+    seed: int, stacked: bool, tmp_path: Path
+) -> None:
+    """Sizes that divide and sizes that do not, files that end before, at and after the oldest transition, and gaps."""
+    rng = np.random.default_rng(seed)
+    num_envs, length, every = int(rng.integers(1, 4)), int(rng.integers(2, 40)), int(rng.integers(1, 60))
+    players = Players(num_envs, mean_length=float(rng.choice([1, 3, 8, 60])), seed=seed)
+
+    def new(seed: int) -> ReplayBuffer:
+        return ReplayBuffer(num_envs * length, PIXELS, num_envs, stacked=stacked, seed=seed)
+
+    buffer, files = new(0), MemoryFiles(tmp_path)
+    for step in range(1, 5 * length + 2 * every):
+        players.step(buffer)
+        if step % every:
+            continue
+        saved = files.save(buffer)
+        loaded, files = new(1), MemoryFiles(tmp_path)
+        loaded.rng.bit_generator.state = buffer.rng.bit_generator.state
+        files.load(loaded, saved)
+        assert len(loaded) == len(buffer)
+        for mine, other in zip(everything(buffer), everything(loaded), strict=True):
+            np.testing.assert_array_equal(mine, other)
+        buffer = loaded  # and it goes on as the one before: see below
+        if len(buffer):
+            check(buffer, players, min(64, len(buffer)))
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
