@@ -85,6 +85,17 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | 
         torch.testing.assert_close(old, new)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_an_update_returns_stays_what_it_was(compiled: bool) -> None:
+    """`train` keeps the numbers of many updates and takes their mean: each must have memory of its own."""
+    learner = cartpole_learner(compile=compiled)
+    kept = [learner.update(random_batch(seed=i), 0.01) for i in range(6)]
+    other = cartpole_learner(compile=compiled)
+    at_once = [other.update(random_batch(seed=i), 0.01).tolist() for i in range(6)]
+    assert [numbers.tolist() for numbers in kept] == at_once
+    assert len({numbers[0] for numbers in at_once}) == 6
+
+
 @pytest.mark.parametrize("at", ["once", "the first call"])
 def test_a_compilation_that_fails_is_one_warning_and_then_eager(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> Any:
