@@ -285,10 +285,8 @@ class _Frames:
         The frames of the first stack that come before its own row are among them: what is saved stands alone.
         """
         oldest = max(first, int(self.oldest[env]))
-        if oldest == self.added:  # all of them are forgotten: only the current observation's stack is left
-            row = int(self.row[env])
-        else:
-            row = int(self.row_of[env, oldest % self.row_of.shape[1]])
+        kept = oldest < self.added  # or all are forgotten, and only the current observation's stack is left
+        row = int(self.row_of[env, oldest % self.row_of.shape[1]] if kept else self.row[env])
         row -= int(self.age[env, row % self.num_rows])
         return np.arange(row, self.row[env] + 1) % self.num_rows
 
