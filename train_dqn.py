@@ -4,8 +4,8 @@
 def main() -> None:
     """Parse the flags and train."""
     # Imported here, not above: environment workers load this file too, and must not load torch.
-    from minirl.cli import run_training
     from minirl.dqn import DQNConfig, train
+    from minirl.scripts.train import run_training
 
     run_training("dqn", DQNConfig, train, "Train Double DQN; without flags, on CartPole.")
 

@@ -3,9 +3,9 @@
 
 def main() -> None:
     """Parse the flags, train and print the table."""
-    from minirl.cli import run_training
     from minirl.q_learning import QLearningConfig, train
-    from minirl.tables import describe
+    from minirl.results.tables import describe
+    from minirl.scripts.train import run_training
 
     about = "Train tabular Q-learning; without flags, on the source notebook's 3x3 grid with its settings."
     config, q_table = run_training("q_learning", QLearningConfig, train, about)

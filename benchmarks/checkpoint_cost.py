@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from minirl.ppo import PPOConfig, train
-from minirl.runs import Run
+from minirl.runs.run import Run
 
 FREQUENCY = 10_000  # agent steps
 GOAL = 0.02

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minirl.checkpoints import BEST_FILE, load_checkpoint
-from minirl.cli import fail, reader
-from minirl.config import ConfigError, field_types
+from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, train
 from minirl.envs.vector import available_cores
 from minirl.evaluate import evaluate
+from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
+from minirl.runs.flags import fail, reader
+from minirl.runs.settings import field_types
 
 SOLVED = 495.0
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.checkpoints import load_checkpoint
 from minirl.q_learning import QLearningConfig, train
+from minirl.runs.checkpoints import load_checkpoint
 
 PAIRS = 7
 GOAL = 4.0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minirl.plots.curves import LAST_EPISODES, Curve, read_curve
-from minirl.plots.figure import COLOURS, DASHES, new_figure, save_figure
+from minirl.results.curves import LAST_EPISODES, Curve, read_curve
+from minirl.results.figure import COLOURS, DASHES, new_figure, save_figure
 
 EVERY = 100_000  # agent steps, a row of the table
 

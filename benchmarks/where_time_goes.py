@@ -22,6 +22,7 @@ from pairs import seconds_between
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
+from minirl.fast.runtime import AdamStep, keep_freed_memory, select_precision, threads_beside
 from minirl.networks import RoundedCopy, set_precision, training_input
 from minirl.ppo import (
     ADAM_EPS,
@@ -34,8 +35,7 @@ from minirl.ppo import (
     train,
     update_policy,
 )
-from minirl.runs import Run
-from minirl.runtime import AdamStep, keep_freed_memory, select_precision, threads_beside
+from minirl.runs.run import Run
 
 CONFIG = PPOConfig()
 CPU = torch.device("cpu")

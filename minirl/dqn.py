@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, reading, require_finite_losses, set_random_state
-from minirl.config import MAX_SEED, ConfigError, check_settings, setting
+from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import q_function_in_numpy
+from minirl.fast.in_numpy import q_function_in_numpy
+from minirl.fast.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_for
 from minirl.networks import (
     NatureCNN,
     RoundedCopy,
@@ -43,14 +43,21 @@ from minirl.networks import (
     set_precision,
     training_input,
 )
-from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
-from minirl.resume import MemoryFiles, env_state, start_envs
-from minirl.runs import Run, seed_everything
-from minirl.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_for
-from minirl.shapes import require_same_shape
-from minirl.video import Videos
+from minirl.results.play import Judge
+from minirl.results.video import Videos
+from minirl.runs.checkpoints import (
+    State,
+    load_checkpoint,
+    load_weights,
+    reading,
+    require_finite_losses,
+    set_random_state,
+)
+from minirl.runs.resume import MemoryFiles, env_state, start_envs
+from minirl.runs.run import Run, seed_everything
+from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps

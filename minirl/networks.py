@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -27,11 +27,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from minirl.checkpoints import State, load_checkpoint, load_weights, reading, require_finite_losses, set_random_state
-from minirl.config import MAX_SEED, ConfigError, check_settings, setting
+from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.in_numpy import Policy, draw, policy_in_numpy
+from minirl.fast.in_numpy import Policy, draw, policy_in_numpy
+from minirl.fast.runtime import (
+    AdamStep,
+    Compiled,
+    keep_freed_memory,
+    select_device,
+    select_precision,
+    threads_beside,
+    threads_for,
+)
 from minirl.networks import (
     NatureCNN,
     RoundedCopy,
@@ -42,19 +50,18 @@ from minirl.networks import (
     set_precision,
     training_input,
 )
-from minirl.resume import env_state, start_envs
-from minirl.runs import Run, seed_everything
-from minirl.runtime import (
-    AdamStep,
-    Compiled,
-    keep_freed_memory,
-    select_device,
-    select_precision,
-    threads_beside,
-    threads_for,
+from minirl.results.video import Videos
+from minirl.runs.checkpoints import (
+    State,
+    load_checkpoint,
+    load_weights,
+    reading,
+    require_finite_losses,
+    set_random_state,
 )
-from minirl.shapes import require_same_shape
-from minirl.video import Videos
+from minirl.runs.resume import env_state, start_envs
+from minirl.runs.run import Run, seed_everything
+from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 ADAM_EPS = 1e-5  # as all implementations since OpenAI's baselines, not Adam's own 1e-8

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checkpoints import State, load_checkpoint, reading
-from minirl.config import MAX_SEED, ConfigError, check_settings, setting
+from minirl.checks import ConfigError
 from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
-from minirl.runs import Run, seed_everything
-from minirl.runtime import select_device
-from minirl.video import Videos
+from minirl.fast.runtime import select_device
+from minirl.results.video import Videos
+from minirl.runs.checkpoints import State, load_checkpoint, reading
+from minirl.runs.run import Run, seed_everything
+from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.atari import Frame, make_atari_env
 from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.ids import is_atari, registered_id

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from minirl import dqn
-from minirl.cli import make_parser, run_training
-from minirl.config import ConfigError, check_settings, flag_name, setting
+from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
-from minirl.runs import new_schedules, save_config
+from minirl.runs.flags import make_parser
+from minirl.runs.run import new_schedules, save_config
+from minirl.runs.settings import check_settings, flag_name, setting
+from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
 

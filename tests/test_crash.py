@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from minirl.checkpoints import load_checkpoint
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.q_learning import QLearningConfig, train
-from minirl.runs import Run
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import Run
 from tests.test_resume import ROOT, assert_same
 
 DQN = "--total-timesteps 2000 --buffer-size 400 --batch-size 16 --learning-starts 100 --checkpoint-frequency 100"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.dqn import Clock, DQNConfig, QNetwork, double_dqn_target, dqn_loss, epsilon_at, passed, target_updates_due
 
 CARTPOLE = gym.make("CartPole-v1").observation_space

@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minirl.checkpoints import BEST_FILE, load_checkpoint
-from minirl.cli import run_training
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, Learner, QNetwork, make_memory, means, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.evaluate import main as evaluate_main
-from minirl.play import Judge
 from minirl.q_learning import epsilon_greedy
 from minirl.replay import Batch, ReplayBuffer
+from minirl.results.play import Judge
+from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
+from minirl.scripts.train import run_training
 from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars

@@ -14,9 +14,9 @@ from minirl import evaluate as evaluation
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.play import play_games
 from minirl.ppo import PPOConfig, train
-from minirl.runs import save_config
+from minirl.results.play import play_games
+from minirl.runs.run import save_config
 from tests.fake_envs import Counter
 
 

@@ -8,10 +8,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.vector import Episode
-from minirl.events import FLUSH_EVERY, Events
-from minirl.runs import Run
+from minirl.runs.events import FLUSH_EVERY, Events
+from minirl.runs.run import Run
 from tests.test_runs import CONFIG
 
 
@@ -61,7 +61,7 @@ def test_what_was_flushed_is_there_while_the_run_goes_on(tmp_path: Path, monkeyp
     events.add(scalar(2), 2)
     assert seen(tmp_path) == [(1, 1)]
     now = time.time()
-    monkeypatch.setattr("minirl.events.time.time", lambda: now + FLUSH_EVERY)
+    monkeypatch.setattr("minirl.runs.events.time.time", lambda: now + FLUSH_EVERY)
     events.add(scalar(3), 3)
     assert seen(tmp_path) == [(1, 1), (2, 2), (3, 3)]
     events.close()
@@ -72,7 +72,7 @@ def test_a_run_that_cant_log_any_more_says_so(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
-        monkeypatch.setattr("minirl.events.RecordWriter.write", full)
+        monkeypatch.setattr("minirl.runs.events.RecordWriter.write", full)
         with pytest.raises(
             ConfigError, match=r"run can't be written any more, and its last checkpoint is kept.*No space"
         ):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from minirl.dqn import QNetwork, greedy_policy, q_function
-from minirl.in_numpy import Policy, draw, first_to_ring, in_numpy, policy_in_numpy, sample_in_numpy
+from minirl.fast.in_numpy import Policy, draw, first_to_ring, in_numpy, policy_in_numpy, sample_in_numpy
 from minirl.networks import mlp
 from minirl.ppo import ActorCritic, act
 from tests.devices import DEVICES

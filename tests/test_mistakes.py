@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from minirl import cli, dqn, ppo, q_learning
-from minirl.config import flag_name
-from minirl.runs import load_settings, save_config
+from minirl.runs.run import load_settings, save_config
+from minirl.runs.settings import flag_name
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {

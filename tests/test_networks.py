@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.dqn import QNetwork
+from minirl.fast.runtime import has_fast_bfloat16, select_device, select_precision
 from minirl.networks import (
     BlockConv2d,
     NatureCNN,
@@ -28,7 +29,6 @@ from minirl.networks import (
     training_input,
 )
 from minirl.ppo import ActorCritic
-from minirl.runtime import has_fast_bfloat16, select_device, select_precision
 
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)

@@ -13,15 +13,15 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver
 
-from minirl.checkpoints import load_checkpoint
 from minirl.dqn import QNetwork
 from minirl.envs.gridworld import GridWorld
 from minirl.envs.make import make_env
 from minirl.plots.of_run import draw_picture, grid_of, preprocessing
-from minirl.plots.pictures import Moment, action_probabilities_figure, policy_map_figure, q_values_figure
 from minirl.ppo import ActorCritic
 from minirl.q_learning import value_iteration
-from minirl.runs import load_settings
+from minirl.results.pictures import Moment, action_probabilities_figure, policy_map_figure, q_values_figure
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import load_settings
 
 # Q-values
 

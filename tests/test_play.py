@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from minirl.envs.vector import VectorEnv
-from minirl.play import Judge
+from minirl.results.play import Judge
 
 
 def test_the_judges_games_are_new_each_time_and_not_those_reported() -> None:
@@ -37,7 +37,7 @@ def test_only_who_seems_better_than_the_best_plays_more_games(
         played.append((episodes, seed))
         return [9.0, 10.0, 10.0] if episodes == 3 else [1.0, 2.0, 3.0, 7.0]
 
-    monkeypatch.setattr("minirl.play.play_games", play)
+    monkeypatch.setattr("minirl.results.play.play_games", play)
     with Judge("CartPole-v1", 3, 4, seed=42, frequency=10) as judge:
         mean_return = judge.mean_return(lambda obs: np.zeros(len(obs), np.int64), 10, to_beat=to_beat)
     assert mean_return == pytest.approx(29 / 3 if games == 3 else 42 / 7)

@@ -12,13 +12,13 @@ import torch
 from matplotlib.collections import PolyCollection
 
 from minirl import plots
-from minirl.checkpoints import load_checkpoint
 from minirl.envs.vector import Episode
 from minirl.plots import Curve, curves_figure, read_curve
-from minirl.plots.curves import group_by_seed, labels, mean_and_range
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
-from minirl.runs import Run, save_config
+from minirl.results.curves import group_by_seed, labels, mean_and_range
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import Run, save_config
 from tests.test_runs import Bomb
 
 PICTURES = ("q-values", "policy-map", "action-probabilities", "preprocessing")
@@ -29,7 +29,7 @@ PICTURES = ("q-values", "policy-map", "action-probabilities", "preprocessing")
 
 def test_a_curve_joins_the_sessions_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("minirl.runs.run.time.monotonic", lambda: now[0])
     config = PPOConfig(checkpoint_frequency=20)
 
     def play(run: Run, steps: list[int], value: float) -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirl.checkpoints import load_checkpoint
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
@@ -29,7 +28,8 @@ from minirl.ppo import (
     train,
     update_policy,
 )
-from minirl.runs import Run
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import Run
 from tests.devices import DEVICES
 from tests.fake_envs import counter
 from tests.scalars import read_scalars

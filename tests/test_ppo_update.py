@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minirl.envs.make import make_vector_env
+from minirl.fast.runtime import AdamStep
 from minirl.networks import RoundedCopy, set_precision
 from minirl.ppo import (
     ActorCritic,
@@ -26,7 +27,6 @@ from minirl.ppo import (
     train,
     update_policy,
 )
-from minirl.runtime import AdamStep
 from tests.devices import DEVICES
 from tests.weights import parameters
 

@@ -18,9 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minirl import evaluate as evaluation
 from minirl import q_learning
-from minirl.checkpoints import load_checkpoint
-from minirl.cli import run_training
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
@@ -35,8 +33,10 @@ from minirl.q_learning import (
     train,
     value_iteration,
 )
-from minirl.runs import save_config
-from minirl.tables import best_actions_grid, detailed_grid, summary
+from minirl.results.tables import best_actions_grid, detailed_grid, summary
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import save_config
+from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = QLearningConfig()
@@ -396,7 +396,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path, monkeypatch: pytes
     def spy(path: Path, state: dict[str, Any]) -> None:
         saves.append(state["global_step"])
 
-    monkeypatch.setattr("minirl.runs.save_checkpoint", spy)
+    monkeypatch.setattr("minirl.runs.run.save_checkpoint", spy)
     train(dataclasses.replace(SHORT, checkpoint_frequency=400), run_dir=tmp_path / "run")
     assert saves[0] == 0
     assert len(saves) >= 4

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from minirl.replay import ReplayBuffer
-from minirl.resume import MemoryFiles
+from minirl.runs.resume import MemoryFiles
 
 SIDE = 36
 PIXELS = gym.spaces.Box(0, 255, (4, SIDE, SIDE), np.uint8)

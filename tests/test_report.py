@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from minirl import report
-from minirl.cli import run_training
 from minirl.dqn import DQNConfig
 from minirl.dqn import train as train_dqn
 from minirl.evaluate import evaluate
@@ -19,6 +18,7 @@ from minirl.ppo import PPOConfig
 from minirl.ppo import train as train_ppo
 from minirl.q_learning import QLearningConfig
 from minirl.q_learning import train as train_q
+from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
 
 SHORT = "--num-episodes 200 --seed 3"

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from minirl import dqn, ppo, q_learning
-from minirl.checkpoints import BEST_FILE, DivergedError, load_checkpoint
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
-from minirl.runs import Run
+from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
+from minirl.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 NOT_COMPARED = {"seconds", "memory", "path"}  # the clock, and which files these are

@@ -16,7 +16,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minirl.checkpoints import (
+from minirl.checks import ConfigError
+from minirl.envs.vector import Episode
+from minirl.ppo import PPOConfig
+from minirl.runs.checkpoints import (
     DivergedError,
     atomic_file,
     load_checkpoint,
@@ -24,11 +27,8 @@ from minirl.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
-from minirl.config import ConfigError
-from minirl.envs.vector import Episode
-from minirl.ppo import PPOConfig
-from minirl.progress import Progress
-from minirl.runs import Run, claim, default_run_dir, seed_everything
+from minirl.runs.progress import Progress
+from minirl.runs.run import Run, claim, default_run_dir, seed_everything
 
 CONFIG = PPOConfig(checkpoint_frequency=30)
 COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "best_return": 0.0, "seconds": 0.0, "random_state": {}}
@@ -236,7 +236,7 @@ def test_a_directory_that_cannot_be_looked_into_is_a_users_mistake(monkeypatch: 
 
 def test_speed_and_minutes_are_logged_and_pauses_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("minirl.runs.run.time.monotonic", lambda: now[0])
     with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         now[0] = 120.0
         run.log(60, {})
@@ -263,7 +263,7 @@ def test_one_directory_is_one_runs(tmp_path: Path) -> None:
 
 def test_a_default_directory_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minirl.runs.time.strftime", lambda format: "20260102-030405")
+    monkeypatch.setattr("minirl.runs.run.time.strftime", lambda format: "20260102-030405")
     for name in ("seed42", "seed42-2", "seed42-3"):
         run_dir = default_run_dir("ppo", PPOConfig(env_id="ALE/Pong-v5"))
         assert run_dir == Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}"
@@ -277,7 +277,7 @@ def test_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatc
         return len(events.Scalars("charts/minutes"))
 
     seen: list[int] = []
-    monkeypatch.setattr("minirl.runs.save_checkpoint", lambda path, state: seen.append(logged()))
+    monkeypatch.setattr("minirl.runs.run.save_checkpoint", lambda path, state: seen.append(logged()))
     with Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         run.log(40, {})
         run.checkpoint(40, dict)
@@ -314,7 +314,7 @@ class Terminal(io.StringIO):
 
 def test_progress_in_a_file_is_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("minirl.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("minirl.runs.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
     with contextlib.closing(Progress(20_000, done=5_000, stream=stream)) as progress:
         for done in range(6_000, 20_001, 1_000):
@@ -383,7 +383,7 @@ def test_a_disk_that_fills_up_at_the_very_end_is_told_and_hides_no_other_error(
     def full(writer: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minirl.runs.Events.close", full)
+    monkeypatch.setattr("minirl.runs.run.Events.close", full)
     run = Run("ppo", CONFIG, tmp_path / "one", total=100)
     with pytest.raises(ConfigError, match=r"one can't be written any more.*No space"), run:
         pass

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.networks import NatureCNN, RoundedCopy, set_precision
-from minirl.runtime import (
+from minirl.fast.runtime import (
     FEW,
     AdamStep,
     Compiled,
@@ -26,6 +25,7 @@ from minirl.runtime import (
     threads_beside,
     threads_for,
 )
+from minirl.networks import NatureCNN, RoundedCopy, set_precision
 from tests.devices import DEVICES
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ KEPT = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from minirl.runtime import keep_freed_memory
+from minirl.fast.runtime import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def resident_pages():

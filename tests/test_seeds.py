@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from minirl import cli, ppo, q_learning
-from minirl.checkpoints import load_checkpoint
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
-from minirl.runs import lock, save_config
-from minirl.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import lock, save_config
+from minirl.runs.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,7 +179,7 @@ def test_a_signal_that_comes_between_two_starts_leaves_no_process_behind(tmp_pat
 
 
 def test_atari_is_trained_one_seed_after_the_other_and_others_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minirl.seeds.available_cores", lambda: 6)
+    monkeypatch.setattr("minirl.runs.seeds.available_cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cartpole = PPOConfig(env_id="CartPole-v1")
     assert side_by_side(PPOConfig(), 9) == (1, None)
@@ -206,7 +206,7 @@ def test_the_table_has_greedy_returns_where_there_are_any(monkeypatch: pytest.Mo
         Path("a"): {"global_step": 1000, "returns": [1.0, 2.0], "best_return": 9.5, "seconds": 90.0},
         Path("b"): {"global_step": 1200, "returns": [], "best_return": 11.5, "seconds": 30.0},
     }
-    monkeypatch.setattr("minirl.seeds.load_checkpoint", lambda run_dir, algorithm: runs[run_dir])
+    monkeypatch.setattr("minirl.runs.seeds.load_checkpoint", lambda run_dir, algorithm: runs[run_dir])
     assert summary("dqn", {3: Path("a"), 14: Path("b")}).splitlines() == [
         "seed  steps  mean of the last 100 returns  best greedy return  minutes  directory",
         "   3  1,000                          1.50                9.50     1.50  a",

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from minirl import dqn, ppo, q_learning, video, window
-from minirl.checkpoints import State, load_checkpoint
-from minirl.cli import resumed_config, run_training
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.evaluate import evaluate
-from minirl.runs import Run, derived_seed, save_config
-from minirl.video import Picture, make_drawn_env, play_and_draw, record_game, write_gif, write_mp4
-from minirl.window import at_game_speed, open_window
+from minirl.results.video import Picture, make_drawn_env, play_and_draw, record_game, write_gif, write_mp4
+from minirl.results.window import at_game_speed, open_window
+from minirl.runs.checkpoints import State, load_checkpoint
+from minirl.runs.run import Run, derived_seed, save_config
+from minirl.scripts.train import resumed_config, run_training
 from tests.fake_envs import Drawn
 from tests.scalars import read_scalars
 from tests.test_resume import DQN_CARTPOLE, PPO_CARTPOLE, PPO_PONG, assert_same, train_with_kills
@@ -291,7 +291,7 @@ def test_without_a_run_directory_nothing_is_recorded_or_asked_for() -> None:
 
 def test_recording_is_left_out_of_the_minutes_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("minirl.runs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("minirl.runs.run.time.monotonic", lambda: now[0])
     with Run("ppo", PPO, tmp_path / "run", total=10) as run:
         now[0] += 60
         with run.paused():
@@ -393,7 +393,7 @@ def test_games_are_played_in_a_window_one_after_the_other(
 ) -> None:
     q_learning.train(dataclasses.replace(Q, video_frequency=None), run_dir=tmp_path / "run")
     waited: list[float] = []
-    monkeypatch.setattr("minirl.window.time.sleep", waited.append)
+    monkeypatch.setattr("minirl.results.window.time.sleep", waited.append)
     result = evaluate(tmp_path / "run", episodes=2, render=True)
     assert result == evaluate(tmp_path / "run", episodes=2)
     at_start, *_, at_goal = evaluate_pictures(tmp_path)
@@ -413,8 +413,8 @@ def evaluate_pictures(tmp_path: Path) -> list[Picture]:
 
 def test_a_policy_waits_for_the_game(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("minirl.window.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("minirl.window.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("minirl.results.window.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("minirl.results.window.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     times = []
 
     def policy(obs: NDArray[Any]) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import is_atari, registered_id

@@ -8,7 +8,7 @@ import ale_py
 import gymnasium as gym
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 
 gym.register_envs(ale_py)
 gym.logger.colorize = lambda text, *style, **more: text  # type: ignore[attr-defined]  # warnings may go to a file

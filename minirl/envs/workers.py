@@ -24,7 +24,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.state import CantCapture, CantRestore, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed

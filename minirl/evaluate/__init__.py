@@ -16,21 +16,23 @@ import gymnasium as gym
 import torch
 
 from minirl import q_learning
-from minirl.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
-from minirl.cli import Parser, fail, reader, saved_config
-from minirl.config import MAX_SEED, ConfigError
+from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.play import SIDE_BY_SIDE, Policy, play_games
-from minirl.ppo import ActorCritic, choose_actions
-from minirl.progress import Progress
-from minirl.q_learning import load_table
-from minirl.runs import load_settings, seed_everything
-from minirl.runtime import select_device
-from minirl.video import LONGEST_VIDEO, record_game, steps_per_second
-from minirl.window import at_game_speed, open_window
+from minirl.fast.runtime import select_device
+from minirl.ppo import ActorCritic, PPOConfig, choose_actions
+from minirl.q_learning import QLearningConfig, load_table
+from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
+from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
+from minirl.results.window import at_game_speed, open_window
+from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
+from minirl.runs.flags import Parser, fail, reader, saved_config
+from minirl.runs.progress import Progress
+from minirl.runs.run import load_settings, seed_everything
+from minirl.runs.settings import MAX_SEED
 
+TRAINING_SCRIPTS = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
 SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
 
 
@@ -165,7 +167,11 @@ def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, play and print."""
-    parser = Parser(prog="python -m minirl.evaluate", description="Play full games with what a run has learned.")
+    parser = Parser(
+        scripts=TRAINING_SCRIPTS,
+        prog="python -m minirl.evaluate",
+        description="Play full games with what a run has learned.",
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
     parser.add_argument("--episodes", type=reader(int), default=100, metavar="N", help="games to play (default: 100)")
     parser.add_argument("--seed", type=reader(int), metavar="S", help="seed (default: that of the training + 10,000)")

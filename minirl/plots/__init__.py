@@ -8,12 +8,14 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirl.cli import Parser, fail
-from minirl.config import ConfigError
-from minirl.plots.curves import Curve, curves_figure, read_curve
-from minirl.plots.figure import check_output, save_figure
+from minirl.checks import ConfigError
+from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.plots.of_run import KINDS, draw_picture
-from minirl.progress import Progress
+from minirl.q_learning import LOG_EVERY
+from minirl.results.curves import Curve, curves_figure, read_curve
+from minirl.results.figure import check_output, save_figure
+from minirl.runs.flags import Parser, fail
+from minirl.runs.progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,18 +31,18 @@ def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
     """
     different = list({run_dir.resolve(): run_dir for run_dir in run_dirs}.values())
     if len(different) == 1:
-        return curves_figure([read_curve(different[0])], x)
+        return curves_figure([read_curve(different[0], LOG_EVERY)], x)
     curves = []
     with contextlib.closing(Progress(len(different), unit="runs")) as progress:
         for run_dir in different:
-            curves.append(read_curve(run_dir))
+            curves.append(read_curve(run_dir, LOG_EVERY))
             progress.update(len(curves))
     return curves_figure(curves, x)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and draw."""
-    parser = Parser(prog="python -m minirl.plots", description="Draw pictures of runs.")
+    parser = Parser(scripts=TRAINING_SCRIPTS, prog="python -m minirl.plots", description="Draw pictures of runs.")
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
     kinds = ["curves", *KINDS]
     about = f"what to draw: {', '.join(kinds)} (default: curves)"

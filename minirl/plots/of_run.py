@@ -14,15 +14,16 @@ from gymnasium.envs.toy_text.cliffwalking import CliffWalkingEnv
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from numpy.typing import NDArray
 
-from minirl.checkpoints import load_checkpoint
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.atari import FrameStack, Grayscale, MaxAndSkip, Resize
 from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.evaluate import load_policy, ppo_agent
-from minirl.plots.figure import require_matplotlib
-from minirl.plots.pictures import (
+from minirl.fast.runtime import select_device
+from minirl.q_learning import load_table
+from minirl.results.figure import require_matplotlib
+from minirl.results.pictures import (
     Grid,
     Moment,
     Stages,
@@ -31,9 +32,8 @@ from minirl.plots.pictures import (
     preprocessing_figure,
     q_values_figure,
 )
-from minirl.q_learning import load_table
-from minirl.runs import load_settings
-from minirl.runtime import select_device
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.run import load_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

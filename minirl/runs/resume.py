@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checkpoints import State, atomic_file, reading
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
-from minirl.runs import derived_seed
+from minirl.runs.checkpoints import State, atomic_file, reading
+from minirl.runs.run import derived_seed
 
 RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all others
 

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minirl.config import ConfigError
-from minirl.plots.figure import COLOURS, DASHES, new_figure
-from minirl.q_learning import LOG_EVERY
-from minirl.runs import load_settings
+from minirl.checks import ConfigError
+from minirl.results.figure import COLOURS, DASHES, new_figure
+from minirl.runs.run import load_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,8 +53,12 @@ class Curve:
         return self.minutes if x == "minutes" else self.steps
 
 
-def read_curve(run_dir: Path) -> Curve:
+def read_curve(run_dir: Path, q_learning_episodes: int) -> Curve:
     """Read the episodes of a run; what an interrupted session did after its last checkpoint is left out.
+
+    Args:
+        run_dir: the directory of a run.
+        q_learning_episodes: how many of Q-learning's a point is the mean of.
 
     Raises:
         ConfigError: if the directory holds no run, or no episode has finished in it.
@@ -70,7 +73,7 @@ def read_curve(run_dir: Path) -> Curve:
     steps = np.array([event.step for event in episodes])
     # Episodes end between two readings of the clock.
     minutes = np.interp(steps, [0] + [event.step for event in clock], [0.0] + [event.value for event in clock])
-    per_point = LOG_EVERY if settings["algorithm"] == "q_learning" else 1
+    per_point = q_learning_episodes if settings["algorithm"] == "q_learning" else 1
     return Curve(settings, steps, minutes, np.array([event.value for event in episodes]), per_point)
 
 

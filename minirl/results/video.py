@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from minirl.checkpoints import atomic_file, random_state, set_random_state
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env
-from minirl.play import Policy
-from minirl.runs import Run, derived_seed
+from minirl.results.play import Policy
+from minirl.runs.checkpoints import atomic_file, random_state, set_random_state
+from minirl.runs.run import Run, derived_seed
 
 LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end one
 ATARI_STEPS_PER_SECOND = 15.0  # 60 frames, 4 of them an agent step

@@ -14,6 +14,8 @@ import types
 import typing
 from typing import Any
 
+from minirl.checks import ConfigError
+
 MAX_SEED = 2**31 - 1
 MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
@@ -24,10 +26,6 @@ NOUNS: dict[Any, str] = {
     str: "text",
     Sizes: "whole numbers with commas between them, each",
 }
-
-
-class ConfigError(ValueError):
-    """A setting, flag or file that the user can put right. The message names it and says what would be right."""
 
 
 def setting(

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.progress import Progress
-from minirl.runs import derived_seed
+from minirl.runs.progress import Progress
+from minirl.runs.run import derived_seed
 
 Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.state import decode, encode
 
 CHECKPOINT_FILE = "checkpoint.pt"

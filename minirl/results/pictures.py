@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.plots.figure import new_figure
+from minirl.results.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,12 +21,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
-from minirl.config import MAX_SEED, ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import available_cores
-from minirl.progress import say
-from minirl.runs import CONFIG_FILE
+from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.runs.progress import say
+from minirl.runs.run import CONFIG_FILE
+from minirl.runs.settings import MAX_SEED
 
 MOST_SEEDS = 1_000
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

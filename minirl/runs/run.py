@@ -32,7 +32,9 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
-from minirl.checkpoints import (
+from minirl.checks import ConfigError
+from minirl.envs.vector import Episode
+from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
     State,
@@ -41,10 +43,9 @@ from minirl.checkpoints import (
     require_finite,
     save_checkpoint,
 )
-from minirl.config import MAX_SEED, ConfigError
-from minirl.envs.vector import Episode
-from minirl.events import Events
-from minirl.progress import Progress, say, silence
+from minirl.runs.events import Events
+from minirl.runs.progress import Progress, say, silence
+from minirl.runs.settings import MAX_SEED
 
 if sys.platform != "win32":
     import fcntl

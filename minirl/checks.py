@@ -1,9 +1,16 @@
-"""Shape checks for the pure functions of the algorithms."""
+"""What is refused, and how: an error of the user's, and tensors that do not fit. Imports nothing at run time."""
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def require_same_shape(**tensors: Tensor) -> None:
+class ConfigError(ValueError):
+    """A setting, flag or file that the user can put right. The message names it and says what would be right."""
+
+
+def require_same_shape(**tensors: "Tensor") -> None:
     """Raise ValueError unless all tensors have one shape.
 
     PyTorch would broadcast (B,) against (B, 1) to (B, B) without a word, and the loss would still look sane.

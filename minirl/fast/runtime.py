@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.networks import RoundedCopy
 
 BETAS = (0.9, 0.999)  # of Adam

@@ -10,10 +10,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.make import make_env
-from minirl.play import Policy
-from minirl.video import require_render_mode
+from minirl.results.play import Policy
+from minirl.results.video import require_render_mode
 
 DISPLAY_VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "SDL_VIDEO_DRIVER")
 

@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from minirl.checkpoints import CHECKPOINT_FILE, load_checkpoint
-from minirl.config import MAX_SEED, ConfigError
+from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.evaluate import SEED_OFFSET, load_policy
-from minirl.play import SIDE_BY_SIDE, play_games
-from minirl.plots.figure import require_matplotlib
+from minirl.fast.runtime import select_device
 from minirl.plots.of_run import draw_picture, fitting_kinds
-from minirl.progress import Progress, say
-from minirl.runs import load_settings, seed_everything
-from minirl.runtime import select_device
+from minirl.results.figure import require_matplotlib
+from minirl.results.play import SIDE_BY_SIDE, play_games
+from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.runs.progress import Progress, say
+from minirl.runs.run import load_settings, seed_everything
+from minirl.runs.settings import MAX_SEED
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
 # Seconds for games that nobody asked for: a tenth of the training, and never less or more than this.

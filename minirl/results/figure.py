@@ -7,7 +7,7 @@ without pyplot, which keeps every figure alive and wants a display.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minirl.config import ConfigError
+from minirl.checks import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

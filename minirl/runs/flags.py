@@ -8,33 +8,26 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-import torch
-
-from minirl.checkpoints import DivergedError, brief
-from minirl.config import ConfigError, Sizes, field_types, flag_name
-from minirl.runs import CONFIG_FILE, default_run_dir, load_settings
-from minirl.seeds import read_seeds, train_seeds
-
-# What may be given with --resume: how far to go on, and what changes no result.
-MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency", "video_frequency")
-
-
-class Train(Protocol):
-    """The `train` function of an algorithm."""
-
-    def __call__(self, config: Any, *, run_dir: Path | None, resume: bool, device: str) -> Any:
-        """Train as `config` says."""
+from minirl.checks import ConfigError
+from minirl.runs.run import CONFIG_FILE
+from minirl.runs.seeds import read_seeds
+from minirl.runs.settings import Sizes, field_types, flag_name
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that fails with one line on standard error and status 2, and suggests the flag that was meant.
 
     Flags are written out: a prefix that is taken for a flag today is another's tomorrow.
+
+    Args:
+        scripts: the training scripts and their configs; a flag of another one gets a hint.
+        options: of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, scripts: dict[str, type], **options: Any) -> None:
+        self.scripts = scripts
         layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a number, too
@@ -57,114 +50,18 @@ class Parser(argparse.ArgumentParser):
         ]
         if meant:
             return f"; did you mean {meant[0]}?"
-        scripts = scripts_with(flag)
-        return f"; {flag} belongs to {' and '.join(scripts)}" if scripts else "; --help shows all flags"
-
-
-def scripts_with(flag: str) -> list[str]:
-    """Return the training scripts that have this flag."""
-    from minirl.dqn import DQNConfig
-    from minirl.ppo import PPOConfig
-    from minirl.q_learning import QLearningConfig
-
-    scripts = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
-    fields = {script: dataclasses.fields(config_class) for script, config_class in scripts.items()}
-    return [script for script in scripts if flag in [flag_name(field.name) for field in fields[script]]]
+        others = [
+            script
+            for script, config_class in self.scripts.items()
+            if flag in [flag_name(field.name) for field in dataclasses.fields(config_class)]
+        ]
+        return f"; {flag} belongs to {' and '.join(others)}" if others else "; --help shows all flags"
 
 
 def fail(message: object) -> NoReturn:
     """Print `error: message` on standard error, in one line, and exit with status 2."""
     print("error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(2)
-
-
-def run_training(
-    algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
-) -> tuple[Any, Any]:
-    """Parse flags into a config and train: what `train_ppo.py` and its like do.
-
-    Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
-    written.
-    """
-    arguments = vars(make_parser(config_class, description).parse_args(argv))
-    device = arguments.pop("device")
-    run_dir: Path | None = arguments.pop("run_dir")
-    resume: Path | None = arguments.pop("resume")
-    seeds: list[int] | None = arguments.pop("seeds")
-    final_games: int | None = arguments.pop("final_games", None)
-    from minirl.report import check_final_games, report  # which imports this module
-
-    try:
-        if seeds is not None:
-            if resume is not None:
-                raise ConfigError("--seeds can't go with --resume, which goes on with one run")
-            others = {"device": device} if final_games is None else {"device": device, "final_games": final_games}
-            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, others))
-        if resume is not None:
-            if run_dir is not None:
-                raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
-            config = resumed_config(algorithm, config_class, resume, arguments)
-        else:
-            config = config_class(**arguments)
-        run_dir = resume or run_dir or default_run_dir(algorithm, config)
-        check_final_games(final_games, config)
-        result = train(config, run_dir=run_dir, resume=resume is not None, device=device)
-        report(run_dir, final_games, device)
-        return config, result
-    except ConfigError as error:
-        fail(error)
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
-    except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
-        raise SystemExit(130) from None
-
-
-def train_with_seeds(
-    algorithm: str,
-    config_class: type,
-    seeds: list[int],
-    given: dict[str, Any],
-    run_dir: Path | None,
-    others: dict[str, Any],
-) -> int:
-    """Train with each of several seeds, in processes of their own; return the status to exit with.
-
-    Raises:
-        ConfigError: if a setting or a directory will not do.
-    """
-    if "seed" in given:
-        raise ConfigError("--seeds can't go with --seed")
-    configs = [config_class(**given, seed=seed) for seed in seeds]
-    run_dirs = [
-        default_run_dir(algorithm, config) if run_dir is None else run_dir / f"seed{config.seed}" for config in configs
-    ]
-    flags = as_flags({**given, **others})
-    return train_seeds(algorithm, configs[0], flags, dict(zip(seeds, run_dirs, strict=True)))
-
-
-def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
-    """Return the settings of a saved run; only those of `MAY_CHANGE` may be given anew.
-
-    Raises:
-        ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
-    """
-    settings = load_settings(run_dir)
-    saved_algorithm = settings["algorithm"]
-    if saved_algorithm != algorithm:
-        raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
-    config = saved_config(config_class, run_dir, settings)
-    for name, value in given.items():
-        if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
-            raise ConfigError(
-                f"{flag_name(name)} {shown(value)} can't go with --resume: the run has {shown(saved)}; leave it out"
-            )
-    return dataclasses.replace(config, **given)
 
 
 def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:
@@ -184,12 +81,12 @@ def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) ->
         raise ConfigError(f"{run_dir / CONFIG_FILE}: {error}") from error
 
 
-def make_parser(config_class: type, description: str) -> Parser:
+def make_parser(config_class: type, description: str, scripts: dict[str, type]) -> Parser:
     """Return a parser with a flag for each field of a config, and the flags that all algorithms share.
 
     Flags that are not given are absent from the result, so that a resumed run can tell.
     """
-    parser = Parser(usage="%(prog)s [--flag value ...]", description=description, add_help=False)
+    parser = Parser(scripts=scripts, usage="%(prog)s [--flag value ...]", description=description, add_help=False)
     kinds = field_types(config_class)
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(config_class):

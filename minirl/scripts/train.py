@@ -1,0 +1,115 @@
+"""What `train_ppo.py` and its like do: flags into a config, training, and the report at the end."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minirl.checks import ConfigError
+from minirl.evaluate import TRAINING_SCRIPTS
+from minirl.runs.checkpoints import DivergedError, brief
+from minirl.runs.flags import as_flags, fail, make_parser, saved_config, shown
+from minirl.runs.run import default_run_dir, load_settings
+from minirl.runs.seeds import train_seeds
+from minirl.runs.settings import flag_name
+from minirl.scripts.report import check_final_games, report
+
+# What may be given with --resume: how far to go on, and what changes no result.
+MAY_CHANGE = ("total_timesteps", "num_episodes", "num_workers", "checkpoint_frequency", "video_frequency")
+
+
+class Train(Protocol):
+    """The `train` function of an algorithm."""
+
+    def __call__(self, config: Any, *, run_dir: Path | None, resume: bool, device: str) -> Any:
+        """Train as `config` says."""
+
+
+def run_training(
+    algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
+) -> tuple[Any, Any]:
+    """Parse flags into a config and train: what `train_ppo.py` and its like do.
+
+    Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
+    written.
+    """
+    arguments = vars(make_parser(config_class, description, TRAINING_SCRIPTS).parse_args(argv))
+    device = arguments.pop("device")
+    run_dir: Path | None = arguments.pop("run_dir")
+    resume: Path | None = arguments.pop("resume")
+    seeds: list[int] | None = arguments.pop("seeds")
+    final_games: int | None = arguments.pop("final_games", None)
+
+    try:
+        if seeds is not None:
+            if resume is not None:
+                raise ConfigError("--seeds can't go with --resume, which goes on with one run")
+            others = {"device": device} if final_games is None else {"device": device, "final_games": final_games}
+            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, others))
+        if resume is not None:
+            if run_dir is not None:
+                raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
+            config = resumed_config(algorithm, config_class, resume, arguments)
+        else:
+            config = config_class(**arguments)
+        run_dir = resume or run_dir or default_run_dir(algorithm, config)
+        check_final_games(final_games, config)
+        result = train(config, run_dir=run_dir, resume=resume is not None, device=device)
+        report(run_dir, final_games, device)
+        return config, result
+    except ConfigError as error:
+        fail(error)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
+    except KeyboardInterrupt:  # while the run was being set up: there is nothing to save yet
+        raise SystemExit(130) from None
+
+
+def train_with_seeds(
+    algorithm: str,
+    config_class: type,
+    seeds: list[int],
+    given: dict[str, Any],
+    run_dir: Path | None,
+    others: dict[str, Any],
+) -> int:
+    """Train with each of several seeds, in processes of their own; return the status to exit with.
+
+    Raises:
+        ConfigError: if a setting or a directory will not do.
+    """
+    if "seed" in given:
+        raise ConfigError("--seeds can't go with --seed")
+    configs = [config_class(**given, seed=seed) for seed in seeds]
+    run_dirs = [
+        default_run_dir(algorithm, config) if run_dir is None else run_dir / f"seed{config.seed}" for config in configs
+    ]
+    flags = as_flags({**given, **others})
+    return train_seeds(algorithm, configs[0], flags, dict(zip(seeds, run_dirs, strict=True)))
+
+
+def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
+    """Return the settings of a saved run; only those of `MAY_CHANGE` may be given anew.
+
+    Raises:
+        ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
+    """
+    settings = load_settings(run_dir)
+    saved_algorithm = settings["algorithm"]
+    if saved_algorithm != algorithm:
+        raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
+    config = saved_config(config_class, run_dir, settings)
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
+            raise ConfigError(
+                f"{flag_name(name)} {shown(value)} can't go with --resume: the run has {shown(saved)}; leave it out"
+            )
+    return dataclasses.replace(config, **given)
