@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from minirl.q_learning import QLearningConfig, train
 from minirl.runs.checkpoints import load_checkpoint
 
-PAIRS = 7
-GOAL = 4.0
+PAIRS = 5
+GOAL = 2.5
 Cell = tuple[int, int]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minirl.q_learning import LOG_EVERY
 from minirl.results.curves import LAST_EPISODES, Curve, read_curve
 from minirl.results.figure import COLOURS, DASHES, new_figure, save_figure
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     arguments = parser.parse_args()
     kinds = {"eager, float32": arguments.plain, "default": arguments.fast}
-    curves = {kind: [read_curve(run_dir) for run_dir in run_dirs] for kind, run_dirs in kinds.items()}
+    curves = {kind: [read_curve(run_dir, LOG_EVERY) for run_dir in run_dirs] for kind, run_dirs in kinds.items()}
     last = min(int(curve.steps[-1]) for group in curves.values() for curve in group)
 
     figure = new_figure(6.5, 4.0)

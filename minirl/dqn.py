@@ -3,7 +3,7 @@
     repeat for each step:
         a  <- a random action with probability epsilon, else argmax_a Q(s, a)        epsilon_greedy
         take a, see r and s'; remember (s, a, r, s')                                 ReplayBuffer
-        draw a batch from the memory:                                                update
+        draw a batch from the memory:                                                gradient_step
             a* = argmax_a Q(s', a)                      the online network chooses,
             y  = r + gamma Q_target(s', a*)             the target network judges    double_dqn_target
             loss = mean((Q(s, a) - y)^2), one step of Adam                           dqn_loss
@@ -28,29 +28,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
-from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.fast.in_numpy import q_function_in_numpy
-from minirl.fast.runtime import AdamStep, keep_freed_memory, select_device, select_precision, threads_for
-from minirl.networks import (
-    NatureCNN,
-    RoundedCopy,
-    is_image,
-    mlp,
-    observation_tensor,
-    orthogonal,
-    set_precision,
-    training_input,
-)
-from minirl.q_learning import epsilon_greedy
-from minirl.replay import Batch, ReplayBuffer
+from minirl.fast.compiled import compiled
+from minirl.fast.machine import keep_freed_memory, products_in, select_device, select_precision, threads_for
+from minirl.networks import Head, NatureCNN, is_image, mlp, observation_tensor, orthogonal
+from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import (
+    Part,
     State,
     load_checkpoint,
-    load_weights,
+    load_parts,
     reading,
     require_finite_losses,
     set_random_state,
@@ -61,7 +51,7 @@ from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
-CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "rng", "memory", "envs", "obs")
+CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "updates", "rng", "memory", "envs", "obs")
 
 
 @dataclass(frozen=True)
@@ -186,7 +176,7 @@ class QNetwork(nn.Module):
             sizes = (*observation_space.shape, *hidden_sizes)
             self.body = mlp(sizes, nn.ReLU)
             num_features = sizes[-1]
-        self.head = orthogonal(nn.Linear(num_features, num_actions), gain=0.01)
+        self.head = orthogonal(Head(num_features, num_actions), gain=0.01)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Observations (B, ...) -> values (B, A)."""
@@ -241,7 +231,9 @@ def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool 
     """
     require_same_shape(actions=actions, targets=targets, q_values_of_an_action=q_values[..., 0])
     chosen = q_values.gather(-1, actions[..., None]).squeeze(-1)
-    return F.smooth_l1_loss(chosen, targets) if huber else F.mse_loss(chosen, targets)
+    dtype = torch.promote_types(chosen.dtype, targets.dtype)
+    loss = F.smooth_l1_loss if huber else F.mse_loss
+    return loss(chosen.to(dtype), targets.to(dtype))
 
 
 class Clock(NamedTuple):
@@ -280,118 +272,104 @@ def is_finished(config: DQNConfig, now: Clock) -> bool:
 
 
 def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> QNetwork:
-    """Make a network for these environments, its convolutions computed as `config.precision` says.
+    """Make a network for these environments.
 
     Raises:
         ConfigError: if the actions are not Discrete, or the observations no vectors or images.
     """
     if not isinstance(envs.action_space, gym.spaces.Discrete):
         raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
-    network = QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)
-    set_precision(network, select_precision(config.precision, device))
-    return network
+    return QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)
 
 
-def q_function(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """Return Q(s, .) as a function of what environments show: observations (N, ...) -> (N, A)."""
-    device = network.head.weight.device
-    small = q_function_in_numpy(network, network.body, network.head)
-    if small is not None:
-        return lambda obs: small(np.asarray(obs, np.float32))
-
-    @torch.no_grad()
-    def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
-        return values
-
-    return q_values
+@torch.no_grad()
+def q_values_of(network: nn.Module, device: torch.device, obs: NDArray[Any]) -> NDArray[np.float32]:
+    """Return Q(s, .) of what environments show: observations (N, ...) -> (N, A)."""
+    values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
+    return values
 
 
-def greedy_policy(network: QNetwork) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
+def greedy_policy(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
     """Return the first of the best actions as a function of observations: (N, ...) -> (N,). It follows the weights."""
-    q_values = q_function(network)
-    return lambda obs: q_values(obs).argmax(axis=-1)
+
+    def policy(obs: NDArray[Any]) -> NDArray[np.int64]:
+        actions: NDArray[np.int64] = q_values_of(network, device, obs).argmax(axis=-1)
+        return actions
+
+    return policy
+
+
+def epsilon_greedy(q_values: NDArray[np.float32], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return for each state a random action with probability epsilon, else the first of the best: (N, A) -> (N,)."""
+    actions: NDArray[np.int64] = q_values.argmax(axis=-1)
+    explores = rng.random(len(actions)) < epsilon
+    if explores.any():
+        actions[explores] = rng.integers(q_values.shape[-1], size=int(explores.sum()))
+    return actions
 
 
 def make_memory(config: DQNConfig, envs: VectorEnv, rng: np.random.Generator) -> ReplayBuffer:
-    """Make the replay memory; Atari's stacks of frames are stored frame by frame.
+    """Make the replay memory; what `FrameStack` shows is stored frame by frame.
 
     Raises:
         ConfigError: if it is larger than the machine's memory.
     """
-    size, space, stacked = config.buffer_size, envs.observation_space, is_atari(config.env_id)
+    size, space = config.buffer_size, envs.observation_space
     try:
-        return ReplayBuffer(size, space, config.num_envs, stacked=stacked, seed=rng)
+        return ReplayBuffer(size, space, config.num_envs, stacked=envs.stacked, seed=rng)
     except MemoryError as error:
         raise ConfigError(f"--buffer-size must fit into this machine's memory, and {size} does not: {error}") from error
 
 
-class Learner:
-    """The online network, the target network and the optimiser."""
-
-    def __init__(self, config: DQNConfig, envs: VectorEnv, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.online, self.target = (make_q_network(config, envs, device) for _ in range(2))
-        self.target.load_state_dict(self.online.state_dict())
-        self.rounded_online, self.rounded_target = RoundedCopy(self.online), RoundedCopy(self.target)
-        self.q_values = q_function(self.rounded_online.network)
-        self.adam_step = AdamStep(
-            self.rounded_online, self.loss, max_grad_norm=config.max_grad_norm, compiled=config.compiles
-        )
-
-    def state(self) -> State:
-        """Return what a checkpoint holds of it."""
-        return {
-            "model": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "optimizer": self.adam_step.state_dict(),
-        }
-
-    def load(self, saved: State) -> None:
-        """Put back what `state` returned."""
-        load_weights(self.online, saved)
-        load_weights(self.target, saved, "target")
-        self.rounded_online.refresh()
-        self.rounded_target.refresh()
-        self.adam_step.load(saved["optimizer"])
-
-    def loss(
-        self, obs: Tensor, actions: Tensor, rewards: Tensor, next_obs: Tensor, terminated: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and what is logged of it (2,): the loss and the mean of Q(s, a)."""
-        online, target = self.rounded_online.network, self.rounded_target.network
+def gradient_step(
+    online: nn.Module,
+    target: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: DQNConfig,
+    precision: torch.dtype,
+    obs: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_obs: Tensor,
+    terminated: Tensor,
+) -> Tensor:
+    """Learn from a batch; return what is logged of it (3,): loss, mean of Q(s, a), the gradient's norm unclipped."""
+    with products_in(precision, obs.device):
         with torch.no_grad():
             next_q_online, next_q_target = online(next_obs), target(next_obs)
-        targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, self.config.gamma)
         q_values = online(obs)
-        loss = dqn_loss(q_values, actions, targets, huber=self.config.huber)
-        return loss, torch.stack([loss, q_values.gather(-1, actions[:, None]).mean()])
+    targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, config.gamma)
+    loss = dqn_loss(q_values, actions, targets, huber=config.huber)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(online.parameters(), config.max_grad_norm or math.inf, foreach=False)
+    optimizer.step()
+    return torch.stack([loss.detach(), q_values.detach().gather(-1, actions[:, None]).mean(), grad_norm])
 
-    def act(self, obs: NDArray[Any], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Choose an action in each environment: observations (N, ...) -> (N,)."""
-        return np.array([epsilon_greedy(q_values, epsilon, rng) for q_values in self.q_values(obs)])
 
-    def update(self, batch: Batch, learning_rate: float) -> Tensor:
-        """Take one gradient step on a batch; return what `loss` logs and the gradient's norm, on the device (3,)."""
-        tensors = (
-            training_input(array, self.device)
-            if array.ndim == 4
-            else torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in batch
-        )
-        return self.adam_step(learning_rate, *tensors)
+class Target:
+    """Moves the target network towards the online one, w_target += tau (w - w_target); tau = 1 copies.
+
+    Buffers, running means say, are copied whatever tau is, as in Stable-Baselines3.
+    """
+
+    def __init__(self, target: nn.Module, online: nn.Module, tau: float) -> None:
+        self.tau = tau
+        # Looked up once: at every step, it would take a fifth of the time.
+        self.mine: list[Tensor] = list(target.parameters())
+        self.others: list[Tensor] = list(online.parameters())
+        self.buffers = list(zip(target.buffers(), online.buffers(), strict=True))
 
     @torch.no_grad()
-    def update_target(self) -> None:
-        """Move the target network towards the online one, w_target += tau (w - w_target); tau = 1 copies."""
-        for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
-            target.lerp_(online, self.config.tau)
-        self.rounded_target.refresh()
+    def update(self) -> None:
+        """Take one step of it."""
+        torch._foreach_lerp_(self.mine, self.others, self.tau)
+        for mine, other in self.buffers:
+            mine.copy_(other)
 
 
 def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
-    """Return the mean of what `Learner.update` returned up to its call number `last_update`, by TensorBoard's tags.
+    """Return the mean of what `gradient_step` returned up to its call number `last_update`, by TensorBoard's tags.
 
     Raises:
         DivergedError: naming the first of these updates whose numbers are not finite.
@@ -444,23 +422,36 @@ def train(
             config.num_workers,
         ) as judge,
     ):
-        learner = Learner(config, envs, torch_device)
-        greedy = greedy_policy(learner.online)
+        online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))
+        target.load_state_dict(online.state_dict())
+        optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
+        learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer}  # saved and loaded
+        target_step = Target(target, online, config.tau)
         memory = make_memory(config, envs, rng)
         memory_files = MemoryFiles(run_dir)
+
+        precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
+        step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
+        greedy = greedy_policy(online, torch_device)
+
         if saved is not None:
+            load_parts(learned, saved)
             with reading(saved):
-                learner.load(saved)
                 memory_files.load(memory, saved["memory"])
                 rng.bit_generator.state = saved["rng"]
         obs = start_envs(envs, config.seed, saved)
         if saved is not None:
             set_random_state(saved)
+        updates = int(saved["updates"]) if saved else 0
+
+        def networks() -> State:
+            return {name: part.state_dict() for name, part in learned.items()}
 
         def state() -> State:
             return {
-                **learner.state(),
+                **networks(),
                 "episodes": now.episodes,
+                "updates": updates,
                 "rng": rng.bit_generator.state,
                 "memory": memory_files.save(memory),
                 **env_state(envs, obs),
@@ -468,7 +459,7 @@ def train(
 
         with (
             Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run,
-            threads_for(learner.online),
+            threads_for(online),
         ):
             losses: list[Tensor] = []
             run.checkpoint(now.steps, state)
@@ -476,28 +467,37 @@ def train(
             while not finished:
                 epsilon = epsilon_at(config, now)
                 learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
-                actions = learner.act(obs, epsilon, rng)
-                step = envs.step(actions)
-                memory.add(obs, actions, step.rewards, step.next_observations(), step.terminated, step.truncated)
-                obs = step.observations.copy()
-                before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(step.episodes))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+
+                actions = epsilon_greedy(q_values_of(online, torch_device, obs), epsilon, rng)
+                played = envs.step(actions)
+                memory.add(
+                    obs, actions, played.rewards, played.next_observations(), played.terminated, played.truncated
+                )
+                obs = played.observations.copy()
+                before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(played.episodes))
 
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
-                        losses.append(learner.update(memory.sample(config.batch_size), learning_rate))
+                        batch = map(torch.from_numpy, memory.sample(config.batch_size))
+                        online.train()
+                        losses.append(step(*(column.to(torch_device, non_blocking=True) for column in batch)))
+                        online.eval()
+                        updates += 1
                 for _ in range(target_updates_due(config, before, now)):
-                    learner.update_target()
+                    target_step.update()
 
                 finished = is_finished(config, now)
-                run.log_episodes(now.steps, step.episodes)
+                run.log_episodes(now.steps, played.episodes)
                 judged = judge.is_due(before.steps, now.steps, finished=finished)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
                     schedules = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
-                    run.log(now.steps, {**schedules, **means(losses, learner.adam_step.steps)})
+                    run.log(now.steps, {**schedules, **means(losses, updates)})
                     losses.clear()
                 if judged:
                     mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)
-                    run.keep_best(now.steps, mean_return, learner.state)
+                    run.keep_best(now.steps, mean_return, networks)
                 videos.record(run, now.steps, greedy)
                 run.checkpoint(now.steps, state, finished=finished)
-    return learner.online
+    return online

@@ -1,9 +1,9 @@
-"""The two network bodies that DQN and PPO share, and how they are initialised."""
+"""What the networks of DQN and PPO share: two bodies, a last layer, a distribution, and what they are shown."""
 
-import copy
 import itertools
 import math
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import cv2
 import gymnasium as gym
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError
+from minirl.fast.small import SmallSequential
 
-Network = TypeVar("Network", bound=nn.Module)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, "Head")
 
 SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
 
 
-def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
+def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
     """Give a layer orthogonal weights times `gain`, and zero biases. Returns the layer.
 
     sqrt(2) keeps the scale of activations through a ReLU (Saxe et al. 2013).
@@ -36,127 +37,84 @@ def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [orthogonal(nn.Linear(inputs, outputs)), activation()]
-    return nn.Sequential(*layers)
+    return SmallSequential(*layers)  # an nn.Sequential, faster for a few observations
 
 
-def in_blocks(images: Tensor, size: int) -> Tensor:
-    """Cut images (B, C, H, W) into blocks of size x size pixels: (B, size * size * C, H // size, W // size).
+class Head(nn.Linear):
+    """A last layer, in float32 whatever `torch.autocast` says: the ratios of rounded logits would be 1 % off."""
 
-    What is left over at the right and below is dropped. The result lies channels-last in memory: a block's values side
-    by side, row by row, a pixel's C values next to each other.
-    """
-    count, channels, height, width = images.shape
-    rows, columns = height // size, width // size
-    pixels = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    pixels = pixels[:, : rows * size, : columns * size].reshape(count, rows, size, columns, size, channels)
-    return pixels.transpose(2, 3).reshape(count, rows, columns, size * size * channels).permute(0, 3, 1, 2)
-
-
-class BlockConv2d(nn.Conv2d):
-    """A convolution whose kernel is two strides wide, and which also takes images cut into blocks (`in_blocks`).
-
-    Over blocks of stride x stride pixels it is a convolution of 2 x 2 with stride 1: the same products, added up in
-    another order. oneDNN's gradients of that take less time: a tenth of a minibatch of Pong, a fifth on a busy machine.
-
-    Raises:
-        ValueError: if the kernel is not two strides wide.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
-        if kernel_size != 2 * stride:
-            raise ValueError(f"kernel_size must be twice the stride of {stride}, not {kernel_size}")
-        super().__init__(in_channels, out_channels, kernel_size, stride)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W), or `in_blocks` of it -> (B, out_channels, H // stride - 1, W // stride - 1)."""
-        size = self.stride[0]
-        if images.shape[1] == self.in_channels:
-            if not torch.is_grad_enabled():  # forward, both are as fast, and the blocks come on top
-                return super().forward(images)
-            images = in_blocks(images, size)
-        return F.conv2d(images, in_blocks(self.weight, size), self.bias)
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, features) -> (B, outputs)."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return super().forward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 class NatureCNN(nn.Module):
     """The convolutional network of Mnih et al. (2015): images (B, C, H, W) -> features (B, 512).
 
     Bytes are divided by 255 here, on the device; float observations are taken to be in [0, 1] already. Images and
-    weights lie channels-last in memory, which convolves a quarter faster and changes no shape. With `precision`
-    bfloat16, products are computed in it; the weights, their gradients and the features are float32 all the same.
+    weights lie channels-last in memory, which convolves a quarter faster and changes no shape.
     """
 
     num_features = 512
-    block_size = 4  # the first convolution's stride
 
     def __init__(self, image_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.precision = torch.float32
-        channels = image_shape[0]
         self.convolutions = nn.Sequential(
-            orthogonal(BlockConv2d(channels, 32, kernel_size=8, stride=self.block_size)),
+            orthogonal(nn.Conv2d(image_shape[0], 32, kernel_size=8, stride=4)),
             nn.ReLU(),
-            orthogonal(BlockConv2d(32, 64, kernel_size=4, stride=2)),
+            orthogonal(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
             nn.ReLU(),
-        )
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             flat_size = self.convolutions(torch.zeros(1, *image_shape)).numel()
-        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dense = nn.Sequential(orthogonal(nn.Linear(flat_size, self.num_features)), nn.ReLU())
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8, or float in [0, 1], or `in_blocks` of it by `block_size` -> (B, 512)."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        pixels = images.to(self.precision) / 255 if images.dtype == torch.uint8 else images
-        if self.precision == torch.float32:
-            return self._features(pixels)
-        if self.dense[0].weight.dtype == self.precision:  # a `RoundedCopy`: nothing is left to be rounded
-            return self._features(pixels.to(self.precision)).float()
-        with torch.autocast(images.device.type, self.precision):
-            return self._features(pixels).float()
-
-    def _features(self, pixels: Tensor) -> Tensor:
-        maps: Tensor = self.convolutions(pixels)
+        """(B, C, H, W) uint8, or float in [0, 1] -> (B, 512)."""
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        maps: Tensor = self.convolutions(pixels.contiguous(memory_format=torch.channels_last))
         features: Tensor = self.dense(maps.permute(0, 2, 3, 1).flatten(1))  # as they lie in memory: no copy
         return features
 
 
-def set_precision(network: nn.Module, precision: torch.dtype) -> None:
-    """Have the convolutions of a network computed in float32 or bfloat16; an MLP stays as it is."""
-    for module in network.modules():
-        if isinstance(module, NatureCNN):
-            module.precision = precision
+class Categorical(torch.distributions.Categorical):
+    """PyTorch's distribution of actions 0 to A - 1, normalised once, by `log_softmax`, for drawing and learning alike.
 
+    A draw takes one random number, which falls into one of the intervals that the probabilities cut [0, 1) into.
+    PyTorch's own takes A of them, and twice the time.
 
-class RoundedCopy(Generic[Network]):
-    """A network to compute with, its CNN's weights rounded once to the precision of its products, not at every call.
-
-    What it returns is the same, bit for bit, and so is its gradient, with which the original is trained: the mixed
-    precision of Micikevicius et al. (2018, https://arxiv.org/abs/1710.03740). Where there is nothing to round, it is
-    the network itself.
-
-    Attributes:
-        network: what to call; `refresh` it after each change of the original.
-        original: what is trained and saved.
+    Args:
+        logits: (..., A).
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self.original = network
-        if any(module.precision != torch.float32 for module in network.modules() if isinstance(module, NatureCNN)):
-            self.network = copy.deepcopy(network)
-            for module in self.network.modules():
-                if isinstance(module, NatureCNN):
-                    module.to(module.precision)
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = self._param = logits.log_softmax(dim=-1)
+        self._num_events = logits.shape[-1]
+        torch.distributions.Distribution.__init__(self, logits.shape[:-1], validate_args=False)
 
-    def refresh(self) -> None:
-        """Take over the original's weights."""
-        if self.network is self.original:
-            return
+    @property
+    def mode(self) -> Tensor:
+        """The first of the likeliest actions, (...)."""
+        return self.logits.argmax(dim=-1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw actions, (...)."""
+        if sample_shape:
+            drawn: Tensor = super().sample(torch.Size(sample_shape))  # type: ignore[no-untyped-call]
+            return drawn
         with torch.no_grad():
-            for mine, original in zip(self.network.parameters(), self.original.parameters(), strict=True):
-                mine.copy_(original)
+            ends = self.probs.cumsum(dim=-1)
+            number = torch.rand_like(ends[..., :1]) * ends[..., -1:]  # the sum is 1 but for rounding
+            return (ends <= number).sum(dim=-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log pi(a) of actions (...)."""
+        return self.logits.gather(-1, value.unsqueeze(-1)).squeeze(-1)
 
 
 def is_image(space: gym.Space[object]) -> bool:
@@ -192,16 +150,3 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
     dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
     return torch.as_tensor(obs, dtype=dtype).to(device, non_blocking=True)  # a GPU need not be done with all before
-
-
-def training_input(obs: NDArray[Any], device: torch.device) -> Tensor:
-    """The same, as a gradient takes the least time: images `in_blocks`, as `NatureCNN` looks at them first."""
-    if obs.ndim != 4:
-        return observation_tensor(obs, device)
-    size = NatureCNN.block_size
-    count, channels, height, width = obs.shape
-    rows, columns = height // size, width // size
-    pixels = channels_last(obs)[:, : rows * size, : columns * size].reshape(count, rows, size, columns, size * channels)
-    runs = pixels.view(f"V{size * channels * obs.itemsize}")[..., 0]  # moved as one: five times as fast as `in_blocks`
-    blocks = np.ascontiguousarray(runs.transpose(0, 1, 3, 2)).view(obs.dtype)
-    return observation_tensor(blocks.reshape(count, rows, columns, -1).transpose(0, 3, 1, 2), device)

@@ -8,12 +8,11 @@
             loss = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A))                      clipped_surrogate_loss
                    + c_vf mean((V - R)^2)                                            value_loss
                    - c_ent mean(entropy of pi)                                       ppo_loss
-            one step of Adam, the gradient's norm clipped                            AdamStep
+            one step of Adam, the gradient's norm clipped                            gradient_step
 
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,47 +24,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.fast.in_numpy import Policy, draw, policy_in_numpy
-from minirl.fast.runtime import (
-    AdamStep,
-    Compiled,
+from minirl.fast.compiled import compiled
+from minirl.fast.machine import (
     keep_freed_memory,
+    products_in,
+    rounded_weights,
     select_device,
     select_precision,
     threads_beside,
     threads_for,
 )
-from minirl.networks import (
-    NatureCNN,
-    RoundedCopy,
-    is_image,
-    mlp,
-    observation_tensor,
-    orthogonal,
-    set_precision,
-    training_input,
-)
+from minirl.networks import Categorical, Head, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import (
-    State,
-    load_checkpoint,
-    load_weights,
-    reading,
-    require_finite_losses,
-    set_random_state,
-)
+from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses, set_random_state
 from minirl.runs.resume import env_state, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
-ADAM_EPS = 1e-5  # as all implementations since OpenAI's baselines, not Adam's own 1e-8
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
+
+Columns = dict[str, Tensor]  # a quantity's name -> its values, sample by sample
 
 
 @dataclass(frozen=True)
@@ -155,15 +138,14 @@ class ActorCritic(nn.Module):
             sizes = (*observation_space.shape, 64, 64)
             self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
             num_features = sizes[-1]
-        self.actor = orthogonal(nn.Linear(num_features, int(action_space.n)), gain=0.01)
-        self.critic = orthogonal(nn.Linear(num_features, 1), gain=1.0)
+        self.actor = orthogonal(Head(num_features, int(action_space.n)), gain=0.01)
+        self.critic = orthogonal(Head(num_features, 1), gain=1.0)
 
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
         actor_features = self.actor_body(obs)
         critic_features = actor_features if self.critic_body is None else self.critic_body(obs)
-        distribution = Categorical(logits=self.actor(actor_features), validate_args=False)
-        return distribution, self.critic(critic_features).squeeze(-1)
+        return Categorical(logits=self.actor(actor_features)), self.critic(critic_features).squeeze(-1)
 
 
 def compute_gae(
@@ -204,8 +186,8 @@ def compute_gae(
     )
     td_errors = rewards + gamma * next_values.where(~terminated.bool(), 0.0) - values
     continues = ~(terminated.bool() | truncated.bool())
-    advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(td_errors)  # not as the rewards, which may be whole numbers
+    advantage = torch.zeros_like(td_errors[0])
     for t in reversed(range(len(rewards))):
         advantage = td_errors[t] + gamma * gae_lambda * advantage.where(continues[t], 0.0)
         advantages[t] = advantage
@@ -229,9 +211,14 @@ def clipped_surrogate_loss(
         ValueError: if the shapes differ.
     """
     require_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
-    ratio = (log_prob - old_log_prob).exp()
+    ratio = bounded_exponent(log_prob - old_log_prob).exp()
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # type: ignore[arg-type]  # both numbers or both tensors
     return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+
+def bounded_exponent(log_ratio: Tensor) -> Tensor:
+    """Keep e^x finite: beyond, the gradient of what is clipped would be 0 times infinity."""
+    return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) - 1)
 
 
 def value_loss(
@@ -295,81 +282,100 @@ def ppo_loss(
     entropy_term = entropy.mean()
     loss = policy_term + vf_coef * value_term - ent_coef * entropy_term
 
-    log_ratio = (log_prob - old_log_prob).detach()
+    log_ratio = bounded_exponent(log_prob - old_log_prob).detach()
     ratio = log_ratio.exp()
     stats = {
         "policy_loss": policy_term.detach(),
         "value_loss": value_term.detach(),
         "entropy": entropy_term.detach(),
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "approx_kl": (log_ratio.expm1() - log_ratio).clamp(min=0).mean(),  # r - 1 would lose small ones
         "clipfrac": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
     }
     return loss, stats
 
 
-class Rollout:
-    """T steps of N environments, on the device. Observations keep their dtype: pixels stay bytes, cut into blocks.
+def normalized(advantages: Tensor) -> Tensor:
+    """Return (A - mean) / std, (B,); 0 where all are the same, which is why one of them is subtracted first."""
+    shifted = advantages - advantages[0]
+    return (shifted - shifted.mean()) / (shifted.std() + 1e-8)
 
-    `final_values[t]` is V of the last observation of an episode that was cut at step t, and meaningless elsewhere.
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN where all returns are the same.
+
+    The same to rounding: returns are sums of advantages and values.
+    """
+    rounding = 8 * torch.finfo(returns.dtype).eps * returns.abs().max().double()
+    variance = returns.double().var()
+    share = 1 - (returns.double() - values.double()).var() / variance
+    return float(share.where(variance > rounding.square(), torch.nan))
+
+
+class Rollout:
+    """T steps of N environments, on the device: a column (T, N, ...) for each quantity, made when it first comes.
+
+    A column has its quantity's dtype and layout: pixels stay bytes, channels-last.
     """
 
-    def __init__(self, num_steps: int, envs: VectorEnv, device: torch.device) -> None:
-        shape = (num_steps, envs.num_envs)
-        space = envs.observation_space
-        assert space.shape is not None
-        obs = training_input(np.zeros((envs.num_envs, *space.shape), space.dtype), device)
-        layout = ((num_steps, *obs.shape), (obs.numel(), *obs.stride()))
-        self.observations = torch.empty_strided(*layout, dtype=obs.dtype, device=device).zero_()
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.final_values = torch.zeros(shape, device=device)
-        self.rewards = torch.zeros(shape, device=device)
-        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.last_values = torch.zeros(envs.num_envs, device=device)
+    def __init__(self, num_steps: int, num_envs: int, device: torch.device) -> None:
+        self.shape = (num_steps, num_envs)
+        self.device = device
+        self.columns: Columns = {}
 
-    @property
-    def next_values(self) -> Tensor:
-        """V of the true successor of each step (T, N)."""
-        following = torch.cat([self.values[1:], self.last_values[None]])
-        return torch.where(self.truncated, self.final_values, following)
+    def put(self, t: int, rows: slice, **quantities: Tensor) -> None:
+        """Store what step t gave in some of the environments: tensors (rows, ...) by name."""
+        for name, values in quantities.items():
+            if name not in self.columns:
+                layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+                flat = (math.prod(self.shape), *values.shape[1:])
+                column = torch.empty(flat, dtype=values.dtype, device=self.device, memory_format=layout)
+                self.columns[name] = column.unflatten(0, self.shape)
+            self.columns[name][t, rows] = values
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a column (T, N, ...)."""
+        return self.columns[name]
+
+    def samples(self, **more: Tensor) -> Columns:
+        """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
+        return {name: column.flatten(0, 1) for name, column in {**self.columns, **more}.items()}
 
 
-def act(agent: Callable[[Tensor], tuple[Categorical, Tensor]], obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
-    distribution, values = agent(obs)
-    actions, log_probs = draw(distribution)
-    return actions, log_probs, values
-
-
-def policy_of(agent: ActorCritic, *, compiled: bool = False) -> Policy:
-    """Return `act` of this network, small ones in NumPy, others compiled if asked; it follows the weights."""
-    actor, critic = (agent.actor_body, agent.actor), (agent.critic_body, agent.critic)
-    network = Compiled(lambda batch: agent(batch), agent.actor.weight.device, enabled=compiled)
-    return policy_in_numpy(agent, actor, critic) or functools.partial(act, network)
+    with products_in(precision, obs.device):
+        distribution, values = agent(obs)
+    actions = distribution.sample()
+    return actions, distribution.log_prob(actions), values
 
 
 @torch.no_grad()
 def collect_rollout(
-    agent: ActorCritic,
-    policy: Policy,
+    agent: nn.Module,
+    precision: torch.dtype,
+    policy: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
     envs: VectorEnv,
     obs: NDArray[Any],
     rollout: Rollout,
     run: Run,
     global_step: int,
 ) -> NDArray[Any]:
-    """Play T steps with `policy_of(agent)`, starting from `obs` (N, ...), into `rollout`; return the next `obs`."""
+    """Play T steps with the agent's policy (`act`) from `obs` (N, ...) on, into `rollout`; return the next `obs`."""
     obs = obs.copy()
-    device, shape = rollout.values.device, rollout.values.shape
-    rewards = np.zeros(shape, np.float32)
-    terminated, truncated = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    device, (num_steps, num_envs) = rollout.device, rollout.shape
+    rewards = np.zeros(rollout.shape, np.float32)
+    terminated, truncated = np.zeros(rollout.shape, np.bool_), np.zeros(rollout.shape, np.bool_)
+    final_values = torch.zeros(rollout.shape, device=device)  # of the last observations of episodes that were cut
+
+    def value(observations: Tensor) -> Tensor:
+        with products_in(precision, device):
+            values: Tensor = agent(observations)[1]
+        return values
 
     def choose(t: int, rows: slice) -> None:
-        rollout.observations[t, rows] = training_input(obs[rows], device)
-        actions, rollout.log_probs[t, rows], rollout.values[t, rows] = policy(rollout.observations[t, rows])
-        rollout.actions[t, rows] = actions
+        observations = observation_tensor(obs[rows], device)
+        actions, log_probs, values = policy(observations)
+        rollout.put(t, rows, observations=observations, actions=actions, log_probs=log_probs, values=values)
         envs.start(rows, actions.cpu().numpy())
 
     def see(t: int, rows: slice) -> None:
@@ -378,92 +384,88 @@ def collect_rollout(
         rewards[t, rows], terminated[t, rows], truncated[t, rows] = step.rewards, step.terminated, step.truncated
         if step.truncated.any():
             cut = rows.start + np.flatnonzero(step.truncated)
-            rollout.final_values[t, cut] = agent(training_input(step.final_observations[step.truncated], device))[1]
-        run.log_episodes(global_step + (t + 1) * envs.num_envs, step.episodes)
+            final_values[t, cut] = value(observation_tensor(step.final_observations[step.truncated], device))
+        run.log_episodes(global_step + (t + 1) * num_envs, step.episodes)
 
-    num_steps = len(rewards)
     for t in range(num_steps + 1):
         for rows in envs.halves:  # on Atari, one half plays while the network looks at the other
             if t > 0:
                 see(t - 1, rows)
             if t < num_steps:
                 choose(t, rows)
-    rollout.last_values = agent(training_input(obs, device))[1]
-    rollout.rewards, rollout.terminated, rollout.truncated = (
-        torch.from_numpy(column).to(device) for column in (rewards, terminated, truncated)
-    )
+    last_values = value(observation_tensor(obs, device))
+    following = torch.cat([rollout["values"][1:], last_values[None]])
+    cut = torch.from_numpy(truncated).to(device)
+    rollout.columns["rewards"] = torch.from_numpy(rewards).to(device)
+    rollout.columns["terminated"] = torch.from_numpy(terminated).to(device)
+    rollout.columns["truncated"] = cut
+    rollout.columns["next_values"] = torch.where(cut, final_values, following)  # V of the true successors
     return obs
 
 
 @torch.no_grad()
-def choose_actions(agent: ActorCritic, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
+def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
     """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N,)."""
-    distribution, _ = agent(observation_tensor(obs, agent.actor.weight.device))
-    actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.logits.argmax(dim=-1)).cpu().numpy()
+    distribution, _ = agent(observation_tensor(obs, next(agent.parameters()).device))
+    actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
     return actions
 
 
 def minibatch_loss(
-    agent: ActorCritic,
-    config: PPOConfig,
-    batch: Tensor,
-    observations: Tensor,
-    actions: Tensor,
-    log_probs: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    values: Tensor,
-    clip_coef: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The loss of a minibatch, and the numbers of `STATS`: `batch` (B,) says which of all samples (T N, ...) it has."""
-    distribution, new_values = agent(observations[batch])
-    advantages = advantages[batch]
-    if config.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    loss, stats = ppo_loss(
-        distribution.log_prob(actions[batch]),
-        log_probs[batch],
-        advantages,
-        new_values,
-        returns[batch],
+    agent: nn.Module, config: PPOConfig, precision: torch.dtype, batch: Columns, clip_coef: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a minibatch, columns (B, ...), and the numbers of `STATS`."""
+    with products_in(precision, clip_coef.device):
+        distribution, values = agent(batch["observations"])
+    return ppo_loss(
+        distribution.log_prob(batch["actions"]),
+        batch["log_probs"],
+        normalized(batch["advantages"]) if config.norm_adv else batch["advantages"],
+        values,
+        batch["returns"],
         distribution.entropy(),
         clip_coef=clip_coef,
         vf_coef=config.vf_coef,
         ent_coef=config.ent_coef,
-        old_values=values[batch],
+        old_values=batch["values"],
         value_clip_coef=config.value_clip_coef,
     )
-    return loss, torch.stack([stats[name] for name in STATS])
+
+
+def gradient_step(
+    agent: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: PPOConfig,
+    precision: torch.dtype,
+    samples: Columns,
+    chosen: Tensor,
+    clip_coef: Tensor,
+) -> Tensor:
+    """Learn from a minibatch: `chosen` (B,) of all samples. Return `STATS` and the gradient's norm before clipping."""
+    batch = {name: column[chosen] for name, column in samples.items()}
+    loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
+    optimizer.step()
+    return torch.stack([*(stats[name] for name in STATS), grad_norm])
 
 
 def update_policy(
-    adam_step: AdamStep,
-    rollout: Rollout,
-    advantages: Tensor,
-    returns: Tensor,
-    config: PPOConfig,
-    learning_rate: float,
-    clip_coef: float,
+    step: Callable[[Columns, Tensor, Tensor], Tensor], samples: Columns, config: PPOConfig, clip_coef: float
 ) -> dict[str, float]:
-    """Go over the rollout for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
-    columns = (rollout.observations, rollout.actions, rollout.log_probs, advantages, returns, rollout.values)
-    samples = [column.flatten(0, 1) for column in columns]
-    clip = torch.tensor(clip_coef, device=advantages.device)
+    """Go over the samples for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
+    device = samples["advantages"].device
+    clip = torch.tensor(clip_coef, device=device)  # annealed: a tensor is no reason to compile again
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
-        for batch in torch.randperm(config.batch_size, device=advantages.device).split(config.minibatch_size):
-            history.append(adam_step(learning_rate, batch, *samples, clip))
+        for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size):
+            history.append(step(samples, chosen, clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
         if config.target_kl is not None and history[-1][STATS.index("approx_kl")] > config.target_kl:
             break
     means = torch.stack(history).mean(dim=0).tolist()
     return {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN where all returns are the same."""
-    variance = returns.var()
-    return float(torch.where(variance > 0, 1 - (returns - values).var() / variance, torch.nan))
 
 
 def train(
@@ -493,33 +495,26 @@ def train(
     keep_freed_memory()
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
-        set_precision(agent, select_precision(config.precision, torch_device))
-        rounded = RoundedCopy(agent)
-        compiled = config.compiles(is_image(envs.observation_space))
-        policy = policy_of(rounded.network, compiled=compiled)
-        adam_step = AdamStep(
-            rounded,
-            functools.partial(minibatch_loss, rounded.network, config),
-            eps=ADAM_EPS,
-            max_grad_norm=config.max_grad_norm,
-            compiled=compiled,
-        )
-        rollout = Rollout(config.num_steps, envs, torch_device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
+        learned: dict[str, Part] = {
+            "model": agent,
+            "optimizer": optimizer,
+        }  # saved and loaded: whatever has a state_dict
+        rollout = Rollout(config.num_steps, config.num_envs, torch_device)
+
+        images = is_image(envs.observation_space)
+        precision = select_precision(config.precision, torch_device, images=images)
+        policy = compiled(act, agent, precision, enabled=images and config.compiles(images))
+        step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
+
         if saved is not None:
-            with reading(saved):
-                load_weights(agent, saved)
-                rounded.refresh()
-                adam_step.load(saved["optimizer"])
+            load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
         if saved is not None:
             set_random_state(saved)
 
         def state() -> State:
-            return {
-                "model": agent.state_dict(),
-                "optimizer": adam_step.state_dict(),
-                **env_state(envs, obs),
-            }
+            return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
 
         with (
             Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run,
@@ -530,25 +525,30 @@ def train(
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
 
-                with threads_beside(envs.num_workers):
-                    obs = collect_rollout(rounded.network, policy, envs, obs, rollout, run, update * config.batch_size)
+                agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
+                with threads_beside(envs.num_workers), rounded_weights(agent, precision):
+                    obs = collect_rollout(agent, precision, policy, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
-                    rollout.rewards,
-                    rollout.values,
-                    rollout.next_values,
-                    rollout.terminated,
-                    rollout.truncated,
+                    rollout["rewards"],
+                    rollout["values"],
+                    rollout["next_values"],
+                    rollout["terminated"],
+                    rollout["truncated"],
                     config.gamma,
                     config.gae_lambda,
                 )
-                losses = update_policy(adam_step, rollout, advantages, returns, config, learning_rate, clip_coef)
-
+                agent.train()
+                samples = rollout.samples(advantages=advantages, returns=returns)
+                losses = update_policy(step, samples, config, clip_coef)
                 require_finite_losses(losses, f"update {update + 1:,}")
 
                 global_step = (update + 1) * config.batch_size
-                losses["losses/explained_variance"] = explained_variance(rollout.values, returns)
+                losses["losses/explained_variance"] = explained_variance(rollout["values"], returns)
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
-                videos.record(run, global_step, functools.partial(choose_actions, agent))
+                agent.eval()
+                videos.record(run, global_step, lambda obs: choose_actions(agent, obs))
                 run.checkpoint(global_step, state, finished=global_step == last_step)
     return agent

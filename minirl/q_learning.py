@@ -10,7 +10,7 @@ on in principle and keeps its gamma max Q(s', a').
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +22,18 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.envs.make import make_bare_env
+from minirl.envs.state import decode, encode
 from minirl.envs.vector import VectorEnv
-from minirl.fast.runtime import select_device
+from minirl.fast.machine import select_device
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import State, load_checkpoint, reading
-from minirl.runs.run import Run, seed_everything
+from minirl.runs.checkpoints import State, load_checkpoint, reading, require_finite_losses
+from minirl.runs.run import Run, derived_seed, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes
+EXPLORATION = 1  # sets the seed of the actions apart from all others
+CHECKPOINT_KEYS = ("q_table", "episode", "unlogged", "rng", "env_rng")
 MAX_SWEEPS = 1_000_000  # of value iteration
 
 
@@ -59,7 +62,7 @@ class QLearningConfig:
         check_settings(self)
 
 
-def epsilon_greedy(q_values: NDArray[np.float64], epsilon: float, rng: np.random.Generator) -> int:
+def epsilon_greedy(q_values: NDArray[np.float64], epsilon: float, rng: np.random.Generator | random.Random) -> int:
     """Return a random action with probability `epsilon`, otherwise the first of the best.
 
     One random number u decides both: u < epsilon explores, and u / epsilon is then uniform in [0, 1) itself.
@@ -67,12 +70,13 @@ def epsilon_greedy(q_values: NDArray[np.float64], epsilon: float, rng: np.random
     Args:
         q_values: (A,) Q(s, .) of one state.
         epsilon: between 0 and 1.
-        rng: the random numbers.
+        rng: the random numbers; Python's own generator takes a tenth of NumPy's time for a single one.
     """
     u = rng.random()
     if u < epsilon:
         return int(u / epsilon * len(q_values))
-    return int(q_values.argmax())
+    values: list[float] = q_values.tolist()  # Python compares a handful of numbers in a fourth of NumPy's time
+    return values.index(max(values))
 
 
 def q_update(
@@ -101,10 +105,11 @@ def q_update(
     Returns:
         The TD error before the step, r + gamma max_a' Q(s', a') - Q(s, a).
     """
-    target = reward if terminated else reward + gamma * q_table[next_state].max()
-    td_error = target - q_table[state, action]
-    q_table[state, action] += alpha * td_error
-    return float(td_error)
+    target = reward if terminated else reward + gamma * max(q_table[next_state].tolist())
+    value: float = q_table.item(state, action)
+    td_error = target - value
+    q_table[state, action] = value + alpha * td_error
+    return td_error
 
 
 def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-12) -> QTable:
@@ -137,7 +142,7 @@ def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-
     raise ValueError("value iteration did not converge: with gamma 1, the best policy must come to an end")
 
 
-def greedy_actions(q_table: QTable | list[list[float]], states: NDArray[Any]) -> NDArray[np.int64]:
+def greedy_actions(q_table: QTable, states: NDArray[Any]) -> NDArray[np.int64]:
     """The first of the best actions: states (N,) -> (N,)."""
     return np.array([np.argmax(q_table[state]) for state in states])
 
@@ -152,61 +157,28 @@ class Played(NamedTuple):
 
 def play_episode(
     env: gym.Env[int, int],
-    table: list[list[float]],
-    uniform: Callable[[], float],
+    q_table: QTable,
+    rng: random.Random,
     alpha: float,
     gamma: float,
     epsilon: float,
     max_steps: int,
 ) -> Played:
-    """Play one episode and learn from each step.
-
-    This is `epsilon_greedy` and `q_update`, number for number, on rows that are plain lists: for a handful of actions
-    they are several times as fast as arrays (`benchmarks/q_learning_speed.py`).
-
-    Args:
-        env: Discrete observations and actions.
-        table: Q(s, a) as S lists of A numbers, updated in place.
-        uniform: draws a number from [0, 1).
-        alpha: learning rate.
-        gamma: discount factor.
-        epsilon: probability of a random action.
-        max_steps: after how many the episode is cut.
-    """
-    num_actions = len(table[0])
-    step: Callable[[int], tuple[int, float, bool, bool, Any]] = env.step  # type: ignore[assignment]
+    """Play one episode and learn from each step; after `max_steps` it is cut. The table is updated in place."""
     episodic_return, length, total_error = 0.0, 0, 0.0
     state, _ = env.reset()
-    row = table[state]
     ended = False
     while not ended:
-        u = uniform()
-        action = int(u / epsilon * num_actions) if u < epsilon else row.index(max(row))
-        next_state, reward, terminated, truncated, _ = step(action)
-
-        next_row = table[next_state]
-        td_error = (reward if terminated else reward + gamma * max(next_row)) - row[action]
-        row[action] += alpha * td_error
-
-        row = next_row
+        action = epsilon_greedy(q_table[state], epsilon, rng)
+        next_state, paid, terminated, truncated, _ = env.step(action)
+        reward = float(paid)  # what environments pay may be a number of NumPy's
+        td_error = q_update(q_table, state, action, reward, next_state, terminated, alpha=alpha, gamma=gamma)
+        state = next_state
         episodic_return += reward
         length += 1
         total_error += abs(td_error)
         ended = terminated or truncated or length == max_steps
     return Played(episodic_return, length, total_error)
-
-
-def random_numbers(seed: int, skip: int = 0) -> Iterator[float]:
-    """Yield the random numbers of a run, uniform in [0, 1), from the number `skip` on.
-
-    Drawn in blocks, a number costs a tenth. Each step takes one, so that a resumed run knows where it was. It is not
-    the stream that Gymnasium makes of the same seed: exploration would follow the environment's noise.
-    """
-    generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(1,)))
-    generator.advance(skip)
-    rng = np.random.Generator(generator)
-    while True:
-        yield from rng.random(4096).tolist()
 
 
 def train(
@@ -226,42 +198,48 @@ def train(
     """
     select_device(device)
     run_dir = None if run_dir is None else Path(run_dir)
-    saved = load_checkpoint(run_dir, "q_learning", "q_table", "episode", "unlogged", "env_rng") if resume else None
+    saved = (
+        load_checkpoint(run_dir, "q_learning", "q_table", "episode", "unlogged", "rng", "env_rng") if resume else None
+    )
     seed_everything(config.seed)
     env, max_steps = make_tabular_env(config.env_id)
     env.reset(seed=config.seed)
-    table: list[list[float]] = np.full(table_shape(env), config.initial_value).tolist()
+    q_table: QTable = np.full(table_shape(env), config.initial_value)
+    # Not the stream that others make of the same seed: exploration would follow the environment's noise.
+    rng = random.Random(derived_seed(config.seed, EXPLORATION))
     episode = global_step = 0
     unlogged: list[Played] = []
     if saved is not None:
         with reading(saved):
-            table = load_table(saved, env).tolist()
+            q_table = load_table(saved, env)
+            rng.setstate(decode(saved["rng"]))
             env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
             episode, global_step = int(saved["episode"]), saved["global_step"]
             unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
     videos = Videos(config, run_dir, global_step)
-    greedy = functools.partial(greedy_actions, table)
+    greedy = functools.partial(greedy_actions, q_table)
 
     def state() -> State:
         return {
-            "q_table": torch.tensor(table, dtype=torch.float64),
+            "q_table": torch.tensor(q_table),
             "episode": episode,
             "unlogged": [list(played) for played in unlogged],
+            "rng": encode(rng.getstate()),
             "env_rng": env.unwrapped.np_random.bit_generator.state,
         }
 
     total = config.num_episodes
-    uniform = random_numbers(config.seed, skip=global_step).__next__
     with env, Run("q_learning", config, run_dir, total=total, done=episode, unit="episodes", resumed=saved) as run:
         run.checkpoint(global_step, state)
         while episode < total:
             remaining = 1 - episode / total
             alpha = config.alpha * (remaining if config.anneal_alpha else 1)
             epsilon = config.epsilon * (remaining if config.anneal_epsilon else 1)
-            played = play_episode(env, table, uniform, alpha, config.gamma, epsilon, max_steps)
+            played = play_episode(env, q_table, rng, alpha, config.gamma, epsilon, max_steps)
             episode += 1
+            require_finite_losses({"losses/td_error": played.total_error}, f"episode {episode:,}")
             global_step += played.length
             unlogged.append(played)
             if len(unlogged) == LOG_EVERY or episode == total:
@@ -269,7 +247,7 @@ def train(
                 unlogged.clear()
             videos.record(run, global_step, greedy)
             run.checkpoint(global_step, state, finished=episode == total)
-    return np.array(table)
+    return q_table
 
 
 def log_episodes(run: Run, global_step: int, episode: int, played: list[Played]) -> None:

@@ -51,7 +51,7 @@ class Example:
     ],
 )
 def test_flags_are_read_and_absent_ones_stay_absent(argv: list[str], expected: dict[str, Any]) -> None:
-    arguments = vars(make_parser(Example, "").parse_args(argv))
+    arguments = vars(make_parser(Example, "", {}).parse_args(argv))
     assert {name: arguments.pop(name) for name in ("device", "run_dir", "resume", "seeds")} == {
         "device": "auto",
         "run_dir": None,
@@ -94,7 +94,7 @@ def test_a_config_takes_the_ends_of_its_ranges(settings: dict[str, Any]) -> None
 @pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig])
 def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        make_parser(config_class, "").parse_args(["--help"])
+        make_parser(config_class, "", {}).parse_args(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config_class):
@@ -174,7 +174,7 @@ def test_a_wrong_flag_gets_a_hint(
 
 
 def test_a_negative_number_may_have_an_exponent() -> None:
-    arguments = make_parser(QLearningConfig, "").parse_args(["--initial-value", "-1e-3"])
+    arguments = make_parser(QLearningConfig, "", {}).parse_args(["--initial-value", "-1e-3"])
     assert arguments.initial_value == -0.001
 
 

@@ -23,9 +23,11 @@ import numpy as np
 import pytest
 import torch
 
-from minirl import cli, dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning
+from minirl.runs.flags import saved_config, shown
 from minirl.runs.run import load_settings, save_config
 from minirl.runs.settings import flag_name
+from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -602,7 +604,7 @@ def test_random_flags_are_settings_in_range_or_one_line(
     rng = random.Random(0)
     good = 0
     fields = dataclasses.fields(config_class)
-    defaults = [cli.shown(field.default) for field in fields]
+    defaults = [shown(field.default) for field in fields]
     for number in range(400):
         argv: list[str] = []
         for _ in range(rng.choice([1, 1, 2, 3])):
@@ -618,7 +620,7 @@ def test_random_flags_are_settings_in_range_or_one_line(
             seen.append(config)
 
         try:
-            cli.run_training("some", config_class, train, "", [*argv, "--run-dir", str(tmp_path / "never")])
+            run_training("some", config_class, train, "", [*argv, "--run-dir", str(tmp_path / "never")])
         except SystemExit as stop:
             assert stop.code == 2, argv  # noqa: PT017 - not every draw is a mistake
             assert re.fullmatch("error: [^\n]+\n", capfd.readouterr().err), argv
@@ -636,6 +638,6 @@ def test_random_flags_are_settings_in_range_or_one_line(
         run_dir = tmp_path / str(number)
         run_dir.mkdir()
         save_config(run_dir, "some", config)
-        assert cli.saved_config(config_class, run_dir, load_settings(run_dir)) == config, argv
+        assert saved_config(config_class, run_dir, load_settings(run_dir)) == config, argv
     assert 80 < good < 320, "both kinds are drawn"
     assert not (tmp_path / "never").exists()

@@ -15,7 +15,7 @@ from minirl import plots
 from minirl.envs.vector import Episode
 from minirl.plots import Curve, curves_figure, read_curve
 from minirl.ppo import PPOConfig
-from minirl.q_learning import QLearningConfig
+from minirl.q_learning import LOG_EVERY, QLearningConfig
 from minirl.results.curves import group_by_seed, labels, mean_and_range
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.run import Run, save_config
@@ -47,7 +47,7 @@ def test_a_curve_joins_the_sessions_of_a_resumed_run(tmp_path: Path, monkeypatch
     assert saved["global_step"] == 20
     with Run("ppo", config, tmp_path / "run", total=100, done=20, resumed=saved) as run:
         play(run, [30, 40], -10.0)
-    curve = read_curve(tmp_path / "run")
+    curve = read_curve(tmp_path / "run", LOG_EVERY)
     assert labels([[curve]]) == ["ppo PongNoFrameskip-v4, seed 42"]
     assert curve.steps.tolist() == [5, 15, 25, 35]
     assert curve.returns.tolist() == [-20, -20, -10, -10]

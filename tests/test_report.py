@@ -10,7 +10,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minirl import report
 from minirl.dqn import DQNConfig
 from minirl.dqn import train as train_dqn
 from minirl.evaluate import evaluate
@@ -18,6 +17,7 @@ from minirl.ppo import PPOConfig
 from minirl.ppo import train as train_ppo
 from minirl.q_learning import QLearningConfig
 from minirl.q_learning import train as train_q
+from minirl.scripts import report
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_gets_none_of_it(tmp_path: Path, monkeypatch: pytest.
         raise SystemExit(143)
 
     reported: list[Any] = []
-    monkeypatch.setattr(report, "report", lambda *arguments: reported.append(arguments))
+    monkeypatch.setattr("minirl.scripts.train.report", lambda *arguments: reported.append(arguments))
     with pytest.raises(SystemExit) as stop:
         run_training("q_learning", QLearningConfig, stopped, "", ["--run-dir", str(tmp_path / "run")])
     assert (stop.value.code, reported) == (143, [])

@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from minirl import cli, ppo, q_learning
+from minirl import ppo, q_learning
 from minirl.checks import ConfigError
+from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.flags import make_parser
 from minirl.runs.run import lock, save_config
 from minirl.runs.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
+from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
 
@@ -236,7 +239,7 @@ def test_mistakes(
     save_config(tmp_path / "taken" / "seed1", "q_learning", QLearningConfig())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        cli.run_training("q_learning", QLearningConfig, q_learning.train, "", line.split())
+        run_training("q_learning", QLearningConfig, q_learning.train, "", line.split())
     output = capsys.readouterr()
     assert (stop.value.code, output.out) == (2, "")
     assert output.err.startswith(f"error: {message}")
@@ -252,18 +255,18 @@ def test_default_directories_are_the_usual_ones(tmp_path: Path, monkeypatch: pyt
         return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "train_seeds", spy)
+    monkeypatch.setattr("minirl.scripts.train.train_seeds", spy)
     flags = (
         "--seeds 0,7 --env-id ALE/Pong-v5 --anneal-lr --no-norm-adv --target-kl none --learning-rate 1e-3 --device cpu"
     )
     with pytest.raises(SystemExit) as stop:
-        cli.run_training("ppo", PPOConfig, ppo.train, "", flags.split())
+        run_training("ppo", PPOConfig, ppo.train, "", flags.split())
     assert stop.value.code == 0
     for seed, run_dir in seen["run_dirs"].items():
         assert re.fullmatch(rf"runs/ppo/ALE-Pong-v5/\d+-\d+-seed{seed}", str(run_dir))
     assert list(seen["run_dirs"]) == [0, 7]
-    parsed = vars(cli.make_parser(PPOConfig, "").parse_args(seen["flags"]))
-    assert parsed == vars(cli.make_parser(PPOConfig, "").parse_args(flags.split()[2:]))
+    parser = make_parser(PPOConfig, "", TRAINING_SCRIPTS)
+    assert vars(parser.parse_args(seen["flags"])) == vars(parser.parse_args(flags.split()[2:]))
 
 
 def test_a_taken_directory_is_refused_before_anything_starts(tmp_path: Path) -> None:

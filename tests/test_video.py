@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-from minirl import dqn, ppo, q_learning, video, window
+from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.evaluate import evaluate
+from minirl.results import video, window
 from minirl.results.video import Picture, make_drawn_env, play_and_draw, record_game, write_gif, write_mp4
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import State, load_checkpoint

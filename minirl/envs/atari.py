@@ -20,6 +20,8 @@ the latter's `AtariWrapper`, bit for bit. Only the stack differs from its `VecFr
 of the first frame, not as three black ones.
 """
 
+import functools
+import sys
 from typing import Any, SupportsFloat
 
 import ale_py
@@ -28,10 +30,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, fingerprint
 from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import is_atari, registered_id
+from minirl.envs.state import layers_of
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
@@ -272,6 +275,7 @@ def make_atari_env(
     clip_reward: bool = True,
     normalize: bool = False,
     render_mode: str | None = None,
+    size: int = 84,
     fast: bool = False,
 ) -> AtariEnv:
     """Make an Atari game with all preprocessing: observations (frame_stack, 84, 84), uint8 or float32 if normalised.
@@ -289,7 +293,8 @@ def make_atari_env(
         clip_reward: learn from the sign of the reward.
         normalize: observations in [0, 1] instead of bytes.
         render_mode: Gymnasium's; `"rgb_array"` to record, `"human"` for a window.
-        fast: skip, gray and resize in one step (`SkipAndShrink`), which changes nothing but the time. Shows nothing.
+        size: rows and columns of a frame.
+        fast: have `SkipAndShrink` stand in for three of the wrappers, where they are what it stands in for.
 
     Returns:
         An environment whose `info["episode"]` is `{"r", "l"}` of the full game at its real end: r the unclipped score,
@@ -297,29 +302,94 @@ def make_atari_env(
 
     Raises:
         ConfigError: if `env_id` is not an Atari game.
-        ValueError: if `fast` is to skip other than 4 frames, or to render.
     """
-    if fast and (frame_skip != SkipAndShrink.skip or render_mode is not None):
-        raise ValueError(f"fast takes {SkipAndShrink.skip} frames a step and shows nothing")
     if not is_atari(env_id):
         raise ConfigError(f"--env-id must be an Atari game here, not {env_id!r}")
     spec = gym.spec(registered_id(env_id))
     env = gym.make(spec, frameskip=1, render_mode=render_mode, disable_env_checker=True)
     if noop_max > 0:
         env = NoopReset(env, noop_max)
-    env = SkipAndShrink(env) if fast else MaxAndSkip(env, frame_skip)
+    env = MaxAndSkip(env, frame_skip)
     env = EpisodeStatistics(env)
     if episodic_life:
         env = EpisodicLife(env)
     if "FIRE" in _action_meanings(env):
         env = FireReset(env)
-    if not fast:
-        env = Resize(Grayscale(env))
+    env = Resize(Grayscale(env), size)
     if clip_reward:
         env = ClipReward(env)
     if normalize:
         env = Normalize(env)
-    return FrameStack(env, frame_stack)
+    env = FrameStack(env, frame_stack)
+    return faster(env) if fast and render_mode is None else env
+
+
+# The code of the wrappers that something faster stands in for, or steps past: `fingerprint` tells whether it is.
+KNOWN = {
+    NoopReset: "52c5ad04f1e51f1c",
+    MaxAndSkip: "55f0f9a7fc297a9e",
+    EpisodeStatistics: "3f9151277e656190",
+    EpisodicLife: "d84a683a12d9cbd9",
+    FireReset: "22f41287774f9bd8",
+    Grayscale: "c62d68cc2fcd5349",
+    Resize: "c7ed822559e57147",
+    FrameStack: "dd79b39f58105100",
+}
+TRANSPARENT = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)  # of Gymnasium's
+
+
+def faster(env: AtariEnv) -> AtariEnv:
+    """Put `SkipAndShrink` in the place of `MaxAndSkip`, `Grayscale` and `Resize`: the same frames, rewards and ends.
+
+    That is done where the environment holds exactly these, as they were written, with nothing unknown between them and
+    the emulator; otherwise it is returned as it is, and a line says so once.
+    """
+    layers = list(layers_of(env))
+    kinds = [type(layer) for layer in layers]
+    reason = why_not_faster(layers)
+    if reason is not None:
+        _say_once(f"Atari games are played by the plain wrappers, more slowly: {reason}")
+        return env
+    skip, resize = kinds.index(MaxAndSkip), kinds.index(Resize)
+    fast: Any = SkipAndShrink(layers[skip + 1])
+    above: Any = layers[skip - 1]
+    above.env = fast
+    below_gray: Any = layers[resize + 2] if skip > resize + 2 else fast
+    above_resize: Any = layers[resize - 1]
+    above_resize.env = below_gray
+    return env
+
+
+def why_not_faster(layers: list[AtariEnv]) -> str | None:
+    """Return why `SkipAndShrink` can't take the place of three of these layers, outermost first; None if it can."""
+    kinds: list[type] = [type(layer) for layer in layers]
+    if any(kinds.count(kind) != 1 for kind in (MaxAndSkip, Grayscale, Resize)):
+        return "other wrappers skip, gray or shrink"
+    changed = [kind.__name__ for kind in kinds if kind in KNOWN and fingerprint(kind) != KNOWN[kind]]
+    if changed:
+        return f"{' and '.join(changed)} is not what it was"
+    resize, skip = kinds.index(Resize), kinds.index(MaxAndSkip)
+    between, below = set(kinds[resize + 2 : skip]), set(kinds[skip + 1 : -1])
+    passing_on = {EpisodeStatistics, EpisodicLife, FireReset}
+    if kinds[resize + 1] is not Grayscale or not between <= passing_on or not below <= {NoopReset, *TRANSPARENT}:
+        return "other wrappers lie between those that skip, gray and shrink, or below them"
+    if not SkipAndShrink.fits(layers[skip], layers[resize]):
+        return "their frames have other sizes"
+    return None
+
+
+def shows_stacks(env: gym.Env[Any, Any]) -> bool:
+    """Whether each observation is the last frames of an episode as `FrameStack` shows them: bytes, oldest first."""
+    stacks = type(env) is FrameStack and env.observation_space.dtype == np.uint8
+    if stacks and fingerprint(FrameStack) != KNOWN[FrameStack]:
+        _say_once("observations are remembered whole, four times the memory: FrameStack is not what it was")
+        return False
+    return stacks
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _action_meanings(env: AtariEnv) -> list[str]:

@@ -57,6 +57,16 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         self.tile_of_word = tiles.repeat(height // rows, axis=0).repeat(width // columns // 8, axis=1)
         self.observation_space = gym.spaces.Box(0, 255, (self.size, self.size), np.uint8)
 
+    @classmethod
+    def fits(cls, skipping: Any, resizing: Any) -> bool:
+        """Whether it can do what a `MaxAndSkip` and a `Resize` do: the sizes of their frames, and how many are skipped.
+
+        A tile must become whole pixels, and its words of eight pixels must not lie in two tiles.
+        """
+        _, width, *colours = skipping.observation_space.shape
+        whole_words = width // math.gcd(width, cls.size) % 8 == 0
+        return bool(skipping.skip == cls.skip and resizing.size == cls.size and colours == [3] and whole_words)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Screen, Info]:
         """Reset, and shrink the frame that is there."""
         frame, info = self.env.reset(seed=seed, options=options)

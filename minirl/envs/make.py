@@ -27,7 +27,7 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
     """
     with user_errors():
         if is_atari(env_id):
-            return make_atari_env(env_id, render_mode=render_mode, fast=render_mode is None)
+            return make_atari_env(env_id, render_mode=render_mode, fast=True)
         spec = gym.spec(registered_id(env_id))
         # Not every environment has the argument: pass it only where it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}

@@ -40,7 +40,7 @@ def capture(env: Layer) -> list[State]:
     Raises:
         CantCapture: naming the class and the attribute that is no plain data.
     """
-    return [_capture_layer(layer) for layer in _layers(env)]
+    return [_capture_layer(layer) for layer in layers_of(env)]
 
 
 def restore(env: Layer, states: list[State]) -> None:
@@ -49,7 +49,7 @@ def restore(env: Layer, states: list[State]) -> None:
     Raises:
         CantRestore: if the environment has other layers, or one of them keeps other things.
     """
-    layers = list(_layers(env))
+    layers = list(layers_of(env))
     names, saved_names = [type(layer).__name__ for layer in layers], [state["class"] for state in states]
     if names != saved_names:
         raise CantRestore(f"the environment was made of {saved_names}, and is now of {names}")
@@ -66,7 +66,8 @@ def restore(env: Layer, states: list[State]) -> None:
             layer.ale.restoreState(emulator)
 
 
-def _layers(env: Layer) -> Iterator[Layer]:
+def layers_of(env: Layer) -> Iterator[Layer]:
+    """Yield the wrappers of an environment, outermost first, and its core."""
     while isinstance(env, gym.Wrapper):
         yield env
         env = env.env

@@ -43,6 +43,7 @@ class VectorEnv:
 
     Attributes:
         halves: the rows of those that play together: of two halves, or of all.
+        stacked: whether they show the last frames as `minirl.envs.atari.FrameStack` does.
 
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
@@ -80,6 +81,7 @@ class VectorEnv:
         self._mine: EnvGroup | None = EnvGroup(make_env, mine)
         self.observation_space = self._mine.observation_space
         self.action_space = self._mine.action_space
+        self.stacked = self._mine.stacked
         self._arrays = SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
 
         atexit.register(self.close)

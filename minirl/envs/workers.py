@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
+from minirl.envs.atari import shows_stacks
 from minirl.envs.state import CantCapture, CantRestore, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
@@ -141,6 +142,7 @@ class EnvGroup:
         self.envs = {row: make_env() for part in parts for row in part}
         env = next(iter(self.envs.values())) if self.envs else make_env()
         self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.stacked = shows_stacks(env)
         self.first_action = int(getattr(self.action_space, "start", 0))
         self.env_id = "without an id" if env.spec is None else env.spec.id
         if not self.envs:

@@ -20,7 +20,7 @@ from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
-from minirl.fast.runtime import select_device
+from minirl.fast.machine import select_device
 from minirl.ppo import ActorCritic, PPOConfig, choose_actions
 from minirl.q_learning import QLearningConfig, load_table
 from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
@@ -156,7 +156,7 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     network = make_q_network(saved_config(DQNConfig, run_dir, settings), envs, device)
     load_weights(network, saved)
     print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
-    return greedy_policy(network)
+    return greedy_policy(network.eval(), device)
 
 
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:

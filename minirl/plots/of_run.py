@@ -20,7 +20,7 @@ from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env
 from minirl.evaluate import load_policy, ppo_agent
-from minirl.fast.runtime import select_device
+from minirl.fast.machine import select_device
 from minirl.q_learning import load_table
 from minirl.results.figure import require_matplotlib
 from minirl.results.pictures import (

@@ -8,9 +8,9 @@ import pickle
 import random
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -127,6 +127,44 @@ def brief(error: Exception) -> str:
     """Return an error's type and the last line of what it says, up to 200 characters."""
     text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
     return textwrap.shorten(text, 200, placeholder="...")
+
+
+class Part(Protocol):
+    """What a checkpoint can hold: networks, optimisers, and whatever else has these two methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state, as tensors and plain data."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Put it back."""
+
+
+def load_parts(parts: Mapping[str, Part], saved: State) -> None:
+    """Put back what a checkpoint holds of each part, by its name.
+
+    Raises:
+        ConfigError: if it does not fit: the run was on another environment, or its file comes from elsewhere.
+    """
+    with reading(saved):
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _require_fitting_moments(part)
+
+
+def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimiser keeps of its parameters their layout: fused kernels go through memory, not shapes.
+
+    Raises:
+        ValueError: if it is of other shapes.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            if not isinstance(moment, torch.Tensor) or moment.ndim == 0:
+                continue
+            if moment.shape != parameter.shape:
+                raise ValueError("the optimiser is of a network of other shapes")
+            state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:

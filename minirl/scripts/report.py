@@ -20,7 +20,7 @@ from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env
 from minirl.evaluate import SEED_OFFSET, load_policy
-from minirl.fast.runtime import select_device
+from minirl.fast.machine import select_device
 from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib
 from minirl.results.play import SIDE_BY_SIDE, play_games

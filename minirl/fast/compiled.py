@@ -1,0 +1,285 @@
+"""A plain function as one compiled piece: a whole gradient step, say, of any network, optimiser and loss.
+
+    def gradient_step(agent, optimizer, config, batch):
+        loss = ...
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        optimizer.step()
+        return loss.detach()
+
+    step = compiled(gradient_step, agent, optimizer, config)      # the same as functools.partial(gradient_step, ...)
+
+What is trained is handed over here; the tensors of a batch come with each call. What the function computes stays what
+is written there, to rounding. The numbers that it reads from Python, the shapes of a batch and which parameters are
+frozen are looked at again at each call, and what depends on them is compiled anew. Where that can't be (no compiler, or
+Python that PyTorch can't compile), a warning says why, and the plain function runs.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
+
+# On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
+# like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
+# Random numbers are those of the plain function. (Not taken: `aot_inductor.allow_stack_allocation`, which returns
+# results in memory that the next call overwrites, and `cpp.use_decompose_tanh`, which loses tanh near 0.)
+INDUCTOR: dict[str, dict[str, Any]] = {
+    "cpu": {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "fallback_random": True},
+    "cuda": {"fallback_random": True},
+}
+
+# The conditions of a compiled function that are about code and not about values: which modules and functions there are,
+# which hooks they have. Of the 400 of CartPole's update they are 330, and a tenth of a training's time.
+CODE = {
+    "BUILTIN_MATCH",
+    "CLASS_MATCH",
+    "CLOSURE_MATCH",
+    "DICT_KEYS_MATCH",
+    "DUPLICATE_INPUT",
+    "EMPTY_NN_MODULE_HOOKS_DICT",
+    "FUNCTION_MATCH",
+    "HASATTR",
+    "MODULE_MATCH",
+    "NOT_PRESENT_IN_GENERIC_DICT",
+    "TYPE_MATCH",
+}
+
+
+def compiled(function: Callable[..., Any], *bound: Any, enabled: bool = True) -> Callable[..., Any]:
+    """Return `functools.partial(function, *bound)`, compiled when it is first called.
+
+    Args:
+        function: from networks, optimisers, settings and tensors to tensors.
+        bound: its first arguments; every network and optimiser that it changes must be among them.
+        enabled: whether to compile at all.
+    """
+    return Compiled(function, bound) if enabled else functools.partial(function, *bound)
+
+
+class Compiled:
+    """See `compiled`."""
+
+    def __init__(self, function: Callable[..., Any], bound: Sequence[Any]) -> None:
+        self.function = function
+        self.bound = bound
+        self.plain = functools.partial(function, *bound)
+        self.enabled = True
+        self.optimizers = [Steppable(item) for item in bound if isinstance(item, Optimizer)]
+        self.parameters = [weight for optimizer in self.optimizers for weight in optimizer.parameters]
+        self.spelling = Traceable(self.parameters)
+        optimizers = iter(self.optimizers)
+        self.stand_ins = [
+            StandIn(next(optimizers), self.spelling) if isinstance(item, Optimizer) else item for item in bound
+        ]
+        modules = [item for item in bound if isinstance(item, nn.Module)]
+        weights = [*self.parameters, *(weight for module in modules for weight in module.parameters())]
+        self.device = weights[0].device if weights else torch.device("cpu")
+        self.trained: list[bool] | None = None  # which parameters were not frozen when last looked at
+        self.whole: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function with its first arguments and these."""
+        if not self.enabled:
+            return self.plain(*arguments)
+        try:
+            return self._call(arguments)
+        except TorchDynamoException as error:
+            # A parameter that has a gradient now may have had none when it was last looked at: the other way, too.
+            self.trained = None
+            with contextlib.suppress(TorchDynamoException):
+                return self._call(arguments)
+            return self._give_up(error, arguments)
+        except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
+            if self.whole is not None:
+                raise
+            return self._give_up(error, arguments)
+
+    def _call(self, arguments: Sequence[Any]) -> Any:
+        for optimizer in self.optimizers:
+            optimizer.prepare()
+        trained = [weight.requires_grad for weight in self.parameters]
+        if trained != self.trained:
+            self._make_gradients(arguments)
+            self.trained = trained
+        if self.whole is not None:
+            return self.whole(*arguments)
+        torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
+        options: dict[str, Any] = {**INDUCTOR[self.device.type], "guard_filter_fn": of_values}
+        # Each has a compiled function of its own: otherwise another's, of other networks, would do its work.
+        choices: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": options}
+        whole: Callable[..., Any] = torch.compile(self._traced, **choices)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
+            result = whole(*arguments)
+        self.whole = whole
+        return result
+
+    def _traced(self, *arguments: Any) -> Any:
+        """What is compiled: the function, with what PyTorch can't compile spelt in a way that it can."""
+        self.spelling.reached.clear()
+        with self.spelling:
+            return self.function(*self.stand_ins, *arguments)
+
+    def _make_gradients(self, arguments: Sequence[Any]) -> None:
+        """Give each parameter a `.grad` to be computed into, and none to those that the function gives none.
+
+        Which those are is seen by calling the function once, with copies of all that it changes.
+        """
+        if not self.parameters:
+            return
+        twins, copies = copy.deepcopy((self.bound, self.parameters))
+        seen: set[int] = set()
+        for weight in copies:
+            if weight.requires_grad:
+                weight.grad = None
+                weight.register_post_accumulate_grad_hook(lambda weight: seen.add(id(weight)))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.function(*twins, *arguments)
+        for weight, twin in zip(self.parameters, copies, strict=True):
+            weight.grad = torch.zeros_like(weight) if id(twin) in seen else None
+
+    def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
+        """Go on with the plain function."""
+        if __import__("os").environ.get("DBG"):
+            print(error)
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=1)  # once, whoever called
+        self.enabled = False
+        for optimizer in self.optimizers:
+            optimizer.put_back()
+        return self.plain(*arguments)
+
+
+def of_values(conditions: Sequence[Any]) -> list[bool]:
+    """Say which of a compiled function's conditions are looked at again at each call: all but those in `CODE`."""
+    return [condition.guard_type not in CODE for condition in conditions]
+
+
+class Steppable:
+    """An optimiser whose `step` can be part of a compiled function.
+
+    Its learning rates become tensors, so that another one is no reason to compile again, and its kernels those that
+    the compiler can join with the rest. Whoever sets `group["lr"]` to a number is understood.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
+        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in optimizer.param_groups]
+        self.fused = [group.get("fused") for group in optimizer.param_groups]
+
+    def prepare(self) -> None:
+        """Look at the learning rates, which may have been set, or come from a checkpoint.
+
+        Raises:
+            RuntimeError: if the optimiser has hooks, which would not be called, or has got other parameters.
+        """
+        optimizer = self.optimizer
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise RuntimeError("the optimiser has hooks, which only its own `step` calls")
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            if group["lr"] is not rate:
+                group["lr"] = rate.fill_(group["lr"])
+                if "fused" in group:
+                    group["fused"] = False
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
+
+    def put_back(self) -> None:
+        """Make the optimiser what it was."""
+        for group, rate, fused in zip(self.optimizer.param_groups, self.rates, self.fused, strict=True):
+            if group["lr"] is rate:
+                group["lr"] = rate.item()
+            if "fused" in group:
+                group["fused"] = fused
+
+
+class StandIn:
+    """Takes an optimiser's place while a function is compiled. `.grad` is a tensor that stays, and is set to 0."""
+
+    def __init__(self, steppable: Steppable, spelling: "Traceable") -> None:
+        self.steppable = steppable
+        self.spelling = spelling
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's own."""
+        return self.steppable.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `Optimizer.zero_grad`."""
+        with torch.no_grad():
+            for weight in self.steppable.parameters:
+                if weight.grad is not None:
+                    weight.grad.zero_()
+
+    def step(self) -> None:
+        """As `Optimizer.step`.
+
+        Raises:
+            RuntimeError: if a parameter that had a gradient has none now: its moments would move it all the same.
+        """
+        for weight in self.steppable.parameters:
+            if weight.grad is not None and not any(weight is other for other in self.spelling.reached):
+                raise RuntimeError("a parameter that had a gradient has none now")
+        with torch.no_grad():
+            self.steppable.step(self.steppable.optimizer)
+
+
+class Traceable(TorchFunctionMode):
+    """Within it, what PyTorch's compiler can't take, or takes badly, is spelt otherwise. All of it is the same maths.
+
+    `backward` adds to the `.grad` that is there. A linear layer with little to multiply is products and sums, which the
+    compiler merges with the rest: a fifth of the update's time for a network like CartPole's.
+
+    Args:
+        parameters: what `backward` computes the gradient of.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.reached: list[Tensor] = []  # parameters that `backward` has given a gradient
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Stand in for every function of PyTorch, and change these."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            return self._backward(*args, **kwargs)
+        if func is F.linear and len(args) == 3:
+            inputs, weight, bias = args
+            if inputs.ndim == 2 and bias is not None and inputs.shape[0] * weight.numel() <= FEW:
+                # (out, in, 1) * (in, B): side by side in memory are the samples, which fill whole vectors.
+                return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
+        return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor, retain_graph: bool | None = None) -> None:
+        weights = [weight for weight in self.parameters if weight.requires_grad]
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, weights, retain_graph=retain_graph, allow_unused=True
+        )
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if weight.grad is None:
+                    raise RuntimeError("a parameter that had no gradient has one now")
+                weight.grad.add_(gradient)
+                self.reached.append(weight)

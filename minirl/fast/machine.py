@@ -1,0 +1,126 @@
+"""Where the arithmetic runs: device, precision, threads, memory."""
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from minirl.checks import ConfigError
+
+GIGABYTE = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
+SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 million
+
+
+def select_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: if CUDA is asked for and there is none, or the name is another.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda must have a GPU that PyTorch can use: there is none here; use cpu or auto")
+    return torch.device(name)
+
+
+def select_precision(name: str, device: torch.device, *, images: bool) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into what a network's products are computed in.
+
+    `auto` takes bfloat16 for images where the device multiplies it faster than float32, and float32 elsewhere.
+
+    Raises:
+        ConfigError: if the name is another.
+    """
+    if name == "auto":
+        return torch.bfloat16 if images and has_fast_bfloat16(device) else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"--precision must be auto, float32 or bfloat16, not {name!r}")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32: a GPU in hardware, a processor by AMX or AVX-512.
+
+    Where Intel's have AVX-512 with bfloat16 and no AMX, as in virtual machines that hide it, bfloat16 takes nearly
+    twice as long as float32 (Emerald Rapids: 95 and 172 GFLOP/s a core); on AMD's it takes less than half as long.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    processor: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not say
+    if processor.get("amx_bf16"):
+        return True
+    return bool(processor.get("avx512_bf16")) and not processor.get("cpu_name", "").startswith("Intel")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed arrays for the next ones, where it is glibc; elsewhere do nothing.
+
+    Left to itself it returns arrays of some ten megabytes to the system, which hands them out again page by page: a
+    minibatch of Pong then takes 8,460 page faults, and a sixth of its time.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, GIGABYTE):
+        mallopt(M_TRIM_THRESHOLD, 2 * GIGABYTE - 1)
+
+
+@contextlib.contextmanager
+def threads_beside(num_workers: int) -> Iterator[None]:
+    """Leave cores to the processes that play: between PyTorch's calls, too, its threads would keep them busy.
+
+    Args:
+        num_workers: processes, this one among them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - num_workers + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def threads_for(network: nn.Module) -> Iterator[None]:
+    """Compute a small network by one thread: to hand out so little work takes longer than to do it."""
+    threads = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in network.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def products_in(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return `torch.autocast` to this precision, nothing for float32; weights and gradients stay float32."""
+    if precision == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, precision)
+
+
+@contextlib.contextmanager
+def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None]:
+    """Within the block, round the weights of linear and convolutional layers to what `torch.autocast` would, once.
+
+    It would do so at every call, which for a few observations takes longer than their products. What comes out is the
+    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise.
+    """
+    weights = [module.weight for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    kept = [weight.data for weight in weights]
+    try:
+        if precision != torch.float32:
+            for weight in weights:
+                weight.data = weight.data.to(precision)
+        yield
+    finally:
+        for weight, data in zip(weights, kept, strict=True):
+            weight.data = data
