@@ -126,7 +126,7 @@ def compare(name: str, script: str, peer: str, goal: float, pairs: int, argument
 def processor(description: Path = Path("/proc/cpuinfo")) -> str:
     """Return which of `KINDS` this processor is; a ratio means something for its own kind only.
 
-    As `minirl.runtime.has_fast_bfloat16`: Intel's without AMX multiply float32 faster.
+    As `minirl.fast.machine.has_fast_bfloat16`: Intel's without AMX multiply float32 faster.
     """
     words = description.read_text().split() if description.exists() else []  # there is none but on Linux
     if "amx_bf16" in words:

@@ -22,19 +22,10 @@ from pairs import seconds_between
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
-from minirl.fast.runtime import AdamStep, keep_freed_memory, select_precision, threads_beside
-from minirl.networks import RoundedCopy, set_precision, training_input
-from minirl.ppo import (
-    ADAM_EPS,
-    ActorCritic,
-    PPOConfig,
-    Rollout,
-    collect_rollout,
-    minibatch_loss,
-    policy_of,
-    train,
-    update_policy,
-)
+from minirl.fast.compiled import compiled
+from minirl.fast.machine import keep_freed_memory, rounded_weights, select_precision, threads_beside
+from minirl.networks import observation_tensor
+from minirl.ppo import ActorCritic, PPOConfig, Rollout, act, collect_rollout, gradient_step, train, update_policy
 from minirl.runs.run import Run
 
 CONFIG = PPOConfig()
@@ -97,29 +88,29 @@ def parts() -> dict[str, float]:
     envs = make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True)
     with envs, Run("ppo", CONFIG, None, total=1) as run:
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        set_precision(agent, select_precision(CONFIG.precision, CPU))
-        rounded = RoundedCopy(agent)
-        loss = functools.partial(minibatch_loss, rounded.network, CONFIG)
-        step = AdamStep(rounded, loss, eps=ADAM_EPS, max_grad_norm=CONFIG.max_grad_norm, compiled=True)
-        policy = policy_of(rounded.network, compiled=True)
-        rollout = Rollout(CONFIG.num_steps, envs, CPU)
+        precision = select_precision(CONFIG.precision, CPU, images=True)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, eps=1e-5, fused=True)
+        step = compiled(gradient_step, agent, optimizer, CONFIG, precision)
+        policy = compiled(act, agent, precision)
+        rollout = Rollout(CONFIG.num_steps, CONFIG.num_envs, CPU)
         obs = envs.reset(seed=0).copy()
 
         @torch.no_grad()
-        def act() -> None:
+        def play() -> None:
             for half in envs.halves:
-                policy(training_input(obs[half], CPU))
+                policy(observation_tensor(obs[half], CPU))
 
-        advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        collect = functools.partial(collect_rollout, rounded.network, policy, envs, obs, rollout, run, 0)
-        update = functools.partial(update_policy, step, rollout, advantages, returns, CONFIG, 1e-4, 0.1)
-        with threads_beside(envs.num_workers):
+        collect = functools.partial(collect_rollout, agent, precision, policy, envs, obs, rollout, run, 0)
+        with threads_beside(envs.num_workers), rounded_weights(agent, precision):
             milliseconds = {
                 "environments": 1e3 * environments,
-                "acting": 1e3 * seconds(act, 300),
+                "acting": 1e3 * seconds(play, 300),
                 "rollout": 1e3 * seconds(collect, 3) / CONFIG.num_steps,
             }
+        advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
+        samples = rollout.samples(advantages=advantages, returns=returns)
+        update = functools.partial(update_policy, step, samples, CONFIG, 0.1)
         return {**milliseconds, "gradient": 1e3 * seconds(update, 3) / gradient_steps}
 
 
@@ -134,7 +125,7 @@ def training_speed() -> float:
 def main() -> None:
     """Measure and print."""
     keep_freed_memory()
-    precision = select_precision("auto", CPU)
+    precision = select_precision("auto", CPU, images=True)
     peaks = {dtype: peak_flops(dtype) for dtype in (torch.float32, precision)}
     ale = bare_emulator()
     print("| the least it could take | steps a second |\n| --- | --- |")

@@ -32,6 +32,7 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.machine import keep_freed_memory, products_in, select_device, select_precision, threads_for
+from minirl.fast.small import InTraining
 from minirl.networks import Head, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
@@ -432,6 +433,7 @@ def train(
 
         precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
         step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
+        in_training = InTraining(online)  # batch norm learns, and dropout is on, in gradient steps only
         greedy = greedy_policy(online, torch_device)
 
         if saved is not None:
@@ -481,9 +483,8 @@ def train(
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
-                        online.train()
-                        losses.append(step(*(column.to(torch_device, non_blocking=True) for column in batch)))
-                        online.eval()
+                        with in_training:
+                            losses.append(step(*(column.to(torch_device, non_blocking=True) for column in batch)))
                         updates += 1
                 for _ in range(target_updates_due(config, before, now)):
                     target_step.update()

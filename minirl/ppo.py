@@ -510,6 +510,7 @@ def train(
         if saved is not None:
             load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
+        rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))  # is there memory for it?
         if saved is not None:
             set_random_state(saved)
 

@@ -73,7 +73,7 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled."""
-        return int(self._sizes().sum())
+        return sum(self._sizes())
 
     def add(
         self,
@@ -108,13 +108,14 @@ class ReplayBuffer:
             ValueError: if there are fewer than `batch_size`, or that is below 1.
         """
         sizes = self._sizes()
-        ends = sizes.cumsum()
-        if not 1 <= batch_size <= ends[-1]:
-            raise ValueError(f"batch_size must be from 1 to the {ends[-1]} transitions stored, not {batch_size}")
-        index = self.rng.integers(ends[-1], size=batch_size)
+        total = sum(sizes)
+        if not 1 <= batch_size <= total:
+            raise ValueError(f"batch_size must be from 1 to the {total} transitions stored, not {batch_size}")
+        index = self.rng.integers(total, size=batch_size)
+        ends = np.cumsum(sizes)
         env = ends.searchsorted(index, side="right")
         # Counted back from each environment's newest transition.
-        slot = (self.added - 1 - (ends[env] - 1 - index)) % self.length
+        slot = (self.added + index - ends[env]) % self.length
         where = env * self.length + slot  # in all rings, one after the other
         observations, next_observations = self.observations.read(env, slot)
         return Batch(
@@ -158,9 +159,10 @@ class ReplayBuffer:
         (self.added,) = counters["added"]
         self.observations.set_counters(counters)
 
-    def _sizes(self) -> NDArray[np.int64]:
-        """Return how many transitions of each environment can be sampled (N,)."""
-        return np.minimum(self.observations.available(self.added), min(self.added, self.length))
+    def _sizes(self) -> list[int]:
+        """Return how many transitions of each environment can be sampled."""
+        most = min(self.added, self.length)
+        return [min(size, most) for size in self.observations.available(self.added)]
 
 
 class _Pairs:
@@ -183,8 +185,8 @@ class _Pairs:
         shape = (-1, *self.current.shape[2:])
         return self.current.reshape(shape).take(where, axis=0), self.following.reshape(shape).take(where, axis=0)
 
-    def available(self, added: int) -> NDArray[np.int64]:
-        return np.full(len(self.current), added)
+    def available(self, added: int) -> list[int]:
+        return [added] * len(self.current)
 
     def since(self, slots: NDArray[np.int64], first: int) -> dict[str, NDArray[Any]]:
         return {"current": self.current[:, slots], "following": self.following[:, slots]}
@@ -262,8 +264,9 @@ class _Frames:
         current, following = (channels_last(stack.swapaxes(0, 1)) for stack in (frames[:-1], frames[1:]))
         return current.transpose(0, 3, 1, 2), following.transpose(0, 3, 1, 2)
 
-    def available(self, added: int) -> NDArray[np.int64]:
-        return added - self.oldest
+    def available(self, added: int) -> list[int]:
+        sizes: list[int] = (added - self.oldest).tolist()
+        return sizes
 
     def since(self, slots: NDArray[np.int64], first: int) -> dict[str, NDArray[Any]]:
         arrays = {"row_of": self.row_of[:, slots]}

@@ -9,11 +9,24 @@ from numpy.typing import NDArray
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 
-from minirl.checks import ConfigError
-from minirl.envs.atari import Frame, make_atari_env
+from minirl.checks import ConfigError, fingerprint
+from minirl.envs import atari
+from minirl.envs.atari import (
+    EpisodicLife,
+    FireReset,
+    Frame,
+    FrameStack,
+    Grayscale,
+    MaxAndSkip,
+    NoopReset,
+    Resize,
+    make_atari_env,
+    shows_stacks,
+)
 from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.ids import is_atari, registered_id
 from minirl.envs.make import make_env
+from minirl.envs.state import layers_of
 
 Transition = tuple[NDArray[np.uint8], float, bool, bool]
 
@@ -117,13 +130,106 @@ def test_what_the_fast_path_showed_stays_as_it_was() -> None:
     assert len({frame.tobytes() for frame in shown}) > 10
 
 
-def test_the_fast_path_shows_nothing_and_skips_four() -> None:
-    with pytest.raises(ValueError, match="fast takes 4 frames a step and shows nothing"):
-        make_atari_env("PongNoFrameskip-v4", fast=True, frame_skip=3)
-    with pytest.raises(ValueError, match="fast takes 4 frames a step and shows nothing"):
-        make_atari_env("PongNoFrameskip-v4", fast=True, render_mode="rgb_array")
-    with pytest.raises(ValueError, match="needs a game of the Arcade Learning Environment"):
-        SkipAndShrink(gym.make("CartPole-v1"))
+def kinds(env: gym.Env[Any, Any]) -> list[type]:
+    return [type(layer) for layer in layers_of(env)]
+
+
+PONG = "PongNoFrameskip-v4"
+
+
+class Darker(Grayscale):
+    """Somebody's own."""
+
+    def observation(self, observation: Any) -> Any:
+        return super().observation(observation) // 2
+
+
+class Brighter(gym.ObservationWrapper[Any, Any, Any]):
+    """Between those that skip and those that gray."""
+
+    def observation(self, observation: Any) -> Any:
+        return np.maximum(observation, 100)
+
+
+def test_the_fast_path_is_taken_for_what_it_stands_in_for() -> None:
+    assert SkipAndShrink in kinds(make_env(PONG))
+    assert not {MaxAndSkip, Grayscale, Resize} & set(kinds(make_env(PONG)))
+    assert set(kinds(make_env(PONG))) >= {FireReset, EpisodicLife, FrameStack, NoopReset}
+    bare = make_atari_env(PONG, episodic_life=False, clip_reward=False, noop_max=0, fast=True)
+    assert SkipAndShrink in kinds(bare)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "reason"),
+    [
+        ({"size": 64}, {}, "their frames have other sizes"),
+        ({"frame_skip": 3}, {}, "their frames have other sizes"),
+        ({}, {"Grayscale": lambda env: Darker(env)}, "other wrappers skip, gray or shrink"),
+        ({}, {"EpisodicLife": lambda env: Brighter(EpisodicLife(env))}, "other wrappers lie between"),
+        ({}, {"NoopReset": lambda env, noop_max: NoopReset(Brighter(env), noop_max)}, "or below them"),
+        ({}, {"KNOWN": {**atari.KNOWN, Resize: "edited"}}, "Resize is not what it was"),
+    ],
+)
+def test_anything_else_is_played_by_the_plain_wrappers_and_a_line_says_why(
+    options: dict[str, Any],
+    changed: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    atari._say_once.cache_clear()
+    for name, value in changed.items():
+        monkeypatch.setattr(atari, name, value)
+    fast, plain = (make_atari_env(PONG, fast=fast, **options) for fast in (True, False))
+    assert kinds(fast) == kinds(plain)
+    assert MaxAndSkip in kinds(fast)
+    np.testing.assert_array_equal(fast.reset(seed=0)[0], plain.reset(seed=0)[0])
+    make_atari_env(PONG, fast=True, **options)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1, "once"
+    assert reason in said[0]
+
+
+def test_frames_of_other_sizes_are_stacks_of_that_size() -> None:
+    env = make_atari_env(PONG, size=64, fast=True)
+    assert env.reset(seed=0)[0].shape == (4, 64, 64) == env.observation_space.shape
+
+
+def test_the_code_that_something_faster_stands_in_for_is_still_that_code() -> None:
+    """Whoever changes one of these on purpose changes `SkipAndShrink` or the replay memory, too, and then the text."""
+    assert {kind: fingerprint(kind) for kind in atari.KNOWN} == atari.KNOWN
+
+
+def test_stacks_are_told_by_what_shows_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shows_stacks(make_atari_env(PONG))
+    assert not shows_stacks(make_atari_env(PONG, normalize=True)), "no bytes"
+    assert not shows_stacks(Brighter(make_atari_env(PONG)))
+    assert not capsys.readouterr().err
+    monkeypatch.setitem(atari.KNOWN, FrameStack, "edited")
+    atari._say_once.cache_clear()
+    assert not shows_stacks(make_atari_env(PONG))
+    assert "FrameStack is not what it was" in capsys.readouterr().err
+
+
+def test_a_time_limit_that_somebody_registered_cuts_games_in_training_too() -> None:
+    kwargs = {"game": "pong", "repeat_action_probability": 0.0, "full_action_space": False}
+    gym.register("ShortPong-v0", "ale_py.env:AtariEnv", kwargs=kwargs, max_episode_steps=200)
+    try:
+        lengths = []
+        for render_mode in (None, "rgb_array"):
+            env = make_env("ShortPong-v0", render_mode=render_mode)
+            env.reset(seed=0)
+            steps = [env.step(0)[2:4]]
+            while not any(steps[-1]):
+                steps.append(env.step(0)[2:4])
+            lengths.append((len(steps), *steps[-1]))
+        assert lengths[0] == lengths[1]
+        assert 30 < lengths[0][0] <= 50
+        assert lengths[0][1:] == (False, True)
+    finally:
+        del gym.registry["ShortPong-v0"]
 
 
 def test_observations_are_stacks_of_bytes_or_of_normalised_floats() -> None:

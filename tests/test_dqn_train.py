@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minirl.checks import ConfigError
-from minirl.dqn import DQNConfig, Learner, QNetwork, make_memory, means, train
+from minirl.dqn import DQNConfig, QNetwork, Target, epsilon_greedy, gradient_step, make_memory, means, train
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.evaluate import main as evaluate_main
-from minirl.q_learning import epsilon_greedy
-from minirl.replay import Batch, ReplayBuffer
+from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
 from minirl.scripts.train import run_training
@@ -115,25 +114,27 @@ class Calls:
         self.targets: list[int] = []
         self.rates: list[float] = []
         self.added = 0
-        add, update, update_target = ReplayBuffer.add, Learner.update, Learner.update_target
+        add, update_target = ReplayBuffer.add, Target.update
 
         def spy_add(buffer: ReplayBuffer, *arrays: Any) -> None:
             self.added += config.num_envs
             add(buffer, *arrays)
 
-        def spy_update(learner: Learner, batch: Batch, learning_rate: float) -> Tensor:
-            assert len(batch.actions) == config.batch_size
+        def spy_step(*arguments: Any) -> Tensor:
+            assert len(arguments[-1]) == config.batch_size
             self.updates.append(self.added)
-            self.rates.append(learning_rate)
-            return update(learner, batch, learning_rate)
+            self.rates.append(arguments[2].param_groups[0]["lr"])
+            assert arguments[0].training
+            assert not arguments[1].training
+            return gradient_step(*arguments)
 
-        def spy_target(learner: Learner) -> None:
+        def spy_target(target: Target) -> None:
             self.targets.append(self.added)
-            update_target(learner)
+            update_target(target)
 
         monkeypatch.setattr(ReplayBuffer, "add", spy_add)
-        monkeypatch.setattr(Learner, "update", spy_update)
-        monkeypatch.setattr(Learner, "update_target", spy_target)
+        monkeypatch.setattr("minirl.dqn.gradient_step", spy_step)
+        monkeypatch.setattr(Target, "update", spy_target)
         train(config, device="cpu")
 
 
@@ -170,14 +171,15 @@ def test_the_target_moves_as_often_with_several_environments(monkeypatch: pytest
 def test_actions_are_explored_as_the_schedule_says(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(q_values: NDArray[np.float64], epsilon: float, rng: np.random.Generator) -> int:
+    def spy(q_values: NDArray[np.float32], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
+        assert q_values.shape == (2, 2)
         seen.append(epsilon)
         return epsilon_greedy(q_values, epsilon, rng)
 
     monkeypatch.setattr("minirl.dqn.epsilon_greedy", spy)
     config = dataclasses.replace(TINY, num_envs=2, start_epsilon=0.9, end_epsilon=0.3, exploration_fraction=0.5)
     train(config, device="cpu")
-    expected = [max(0.3, 0.9 - 0.02 * step) for step in range(0, 60, 2) for _ in range(2)]
+    expected = [max(0.3, 0.9 - 0.02 * step) for step in range(0, 60, 2)]
     assert seen == pytest.approx(expected)
 
 
@@ -202,7 +204,10 @@ def test_logged_losses_are_the_means_since_the_last_time() -> None:
 
 def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.dqn.LOG_EVERY", 30)
-    monkeypatch.setattr(Learner, "update", lambda learner, batch, rate: torch.tensor([float(rate), 0.0, 1.0]))
+    monkeypatch.setattr(
+        "minirl.dqn.gradient_step",
+        lambda online, target, optimizer, *_: torch.tensor([optimizer.param_groups[0]["lr"], 0.0, 1.0]),
+    )
     config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=60.0, train_frequency=10, eval_frequency=None)
     train(config, run_dir=tmp_path / "run", device="cpu")
     # Updates at 20, 30, 40, 50 and 60, at the rates of the steps before: 41, 31, 21, 11 and 1
@@ -300,14 +305,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     train(TINY, run_dir=tmp_path / "run", device="cpu")
     saved = load_checkpoint(tmp_path / "run", "dqn")
     assert not torch.equal(saved["target"]["head.weight"], saved["model"]["head.weight"])
-    with make_vector_env(TINY.env_id, 1) as envs:
-        learner = Learner(TINY, envs, CPU)
-    learner.load(saved)
+    train(TINY, run_dir=tmp_path / "run", resume=True, device="cpu")
+    again = load_checkpoint(tmp_path / "run", "dqn")
     for name in ("model", "target"):
-        for key, value in learner.state()[name].items():
+        for key, value in again[name].items():
             assert torch.equal(value, saved[name][key]), (name, key)
     for restored, original in zip(
-        learner.state()["optimizer"]["state"].values(), saved["optimizer"]["state"].values(), strict=True
+        again["optimizer"]["state"].values(), saved["optimizer"]["state"].values(), strict=True
     ):
         assert all(torch.equal(restored[key], original[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 

@@ -1,6 +1,5 @@
 """The network bodies: sizes, initialisation and what they make of pixels."""
 
-import itertools
 import math
 from typing import Any
 
@@ -8,25 +7,21 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError
 from minirl.dqn import QNetwork
-from minirl.fast.runtime import has_fast_bfloat16, select_device, select_precision
+from minirl.fast.machine import has_fast_bfloat16, products_in, select_device, select_precision
 from minirl.networks import (
-    BlockConv2d,
+    Categorical,
+    Head,
     NatureCNN,
-    RoundedCopy,
     channels_last,
-    in_blocks,
     is_image,
     mlp,
     observation_tensor,
     orthogonal,
-    set_precision,
-    training_input,
 )
 from minirl.ppo import ActorCritic
 
@@ -45,7 +40,7 @@ def test_orthogonal_layers_have_orthogonal_rows_of_the_gains_length_and_no_bias(
     layer = orthogonal(nn.Linear(10, 6), gain)
     weight = layer.weight.detach()
     torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(6), atol=1e-5, rtol=1e-5)
-    assert not layer.bias.any()  # type: ignore[union-attr]
+    assert not layer.bias.any()
 
 
 def test_the_actor_critic_on_vectors_has_two_separate_mlps() -> None:
@@ -110,34 +105,8 @@ def test_an_mlp_has_an_activation_after_each_layer() -> None:
 )
 def test_only_images_of_bytes_stay_bytes(space: gym.spaces.Box, dtype: torch.dtype) -> None:
     obs = np.stack([space.sample() for _ in range(3)])
-    for tensor in (observation_tensor(obs, CPU), training_input(obs, CPU)):
-        assert tensor.dtype == dtype
+    assert observation_tensor(obs, CPU).dtype == dtype
     np.testing.assert_array_equal(observation_tensor(obs, CPU).numpy(), obs.astype(np.float32))
-
-
-def cut_pixel_by_pixel(images: NDArray[Any], size: int) -> NDArray[Any]:
-    """What `in_blocks` says it returns, one value at a time."""
-    count, channels, height, width = images.shape
-    blocks = np.zeros((count, size * size * channels, height // size, width // size), images.dtype)
-    for y, x, channel in itertools.product(range(height // size * size), range(width // size * size), range(channels)):
-        place = (y % size * size + x % size) * channels + channel
-        blocks[:, place, y // size, x // size] = images[:, channel, y, x]
-    return blocks
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 84, 84), (1, 3, 39, 46), (3, 1, 36, 36)])
-def test_images_are_cut_into_blocks_pixel_by_pixel(shape: tuple[int, ...]) -> None:
-    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    expected = cut_pixel_by_pixel(images, 4)
-    np.testing.assert_array_equal(in_blocks(torch.from_numpy(images), 4).numpy(), expected)
-    woven = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)  # other memory, the same images
-    floats = images.astype(np.float32)
-    for obs, wanted in ((images, expected), (woven, expected), (floats, expected.astype(np.float32))):
-        blocks = training_input(obs, CPU)
-        np.testing.assert_array_equal(blocks.numpy(), wanted)
-        assert blocks.is_contiguous(memory_format=torch.channels_last)
-        assert observation_tensor(obs, CPU).is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_array_equal(cut_pixel_by_pixel(images, 3), in_blocks(torch.from_numpy(images), 3).numpy())
 
 
 def test_channels_are_woven_once() -> None:
@@ -145,13 +114,11 @@ def test_channels_are_woven_once() -> None:
     woven = channels_last(images)
     np.testing.assert_array_equal(woven, np.moveaxis(images, 1, -1))
     assert np.shares_memory(channels_last(woven.transpose(0, 3, 1, 2)), woven)
+    assert observation_tensor(images, CPU).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(4, 84, 84), (3, 39, 46), (1, 36, 36)])
-@pytest.mark.parametrize("cut", [False, True])
-def test_the_cnn_is_the_papers_with_and_without_blocks_and_so_is_its_gradient(
-    shape: tuple[int, ...], cut: bool
-) -> None:
+def test_the_cnn_is_the_papers_and_so_is_its_gradient(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     network = NatureCNN(shape)
     images = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
@@ -162,20 +129,12 @@ def test_the_cnn_is_the_papers_with_and_without_blocks_and_so_is_its_gradient(
     dense = network.dense[0]
     assert isinstance(dense, nn.Linear)
     expected = F.relu(maps.permute(0, 2, 3, 1).reshape(3, -1) @ dense.weight.T + dense.bias)
-    seen = training_input(images.numpy(), CPU) if cut else images
-    actual = network(seen)
+    actual = network(images)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(network(seen), expected.detach(), rtol=1e-4, atol=1e-5)
     weights = list(network.parameters())
     gradients = [torch.autograd.grad(features.square().sum(), weights) for features in (actual, expected)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-
-
-def test_a_kernel_must_be_two_strides_wide() -> None:
-    with pytest.raises(ValueError, match="kernel_size must be twice the stride of 2, not 3"):
-        BlockConv2d(4, 8, kernel_size=3, stride=2)
 
 
 @pytest.mark.parametrize("shape", [(84, 84, 3), (4, 35, 84), (84, 84), (2, 4, 84, 84), ()])
@@ -191,16 +150,18 @@ def test_auto_takes_cuda_where_it_is(there: bool, device: str, monkeypatch: pyte
     assert select_device("cpu") == torch.device("cpu")
 
 
-def test_bfloat16_changes_the_features_to_rounding_and_leaves_weights_and_gradients_float32() -> None:
+def test_bfloat16_changes_the_values_to_rounding_and_leaves_them_weights_and_gradients_float32() -> None:
     torch.manual_seed(0)
-    network = NatureCNN((4, 84, 84))
+    network = QNetwork(PIXELS, 6)
+    with torch.no_grad():
+        network.head.weight.mul_(100)
     images = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
     exact = network(images)
     exact.square().mean().backward()
     gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad()
-    set_precision(nn.Sequential(network), torch.bfloat16)
-    rounded = network(images)
+    with products_in(torch.bfloat16, CPU):
+        rounded = network(images)
     rounded.square().mean().backward()
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
@@ -210,16 +171,72 @@ def test_bfloat16_changes_the_features_to_rounding_and_leaves_weights_and_gradie
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         assert ((parameter.grad - gradient).norm() / gradient.norm()).item() < 0.05
-    set_precision(network, torch.float32)
-    assert torch.equal(network(images), exact)
+    with products_in(torch.float32, CPU):
+        assert torch.equal(network(images), exact)
+
+
+def test_a_head_is_exact_under_autocast_and_a_linear_layer_otherwise() -> None:
+    head, features = Head(3, 2), torch.randn(5, 3)
+    expected = nn.functional.linear(features, head.weight, head.bias)
+    assert torch.equal(head(features), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(features), expected)
+        assert head(features.bfloat16()).dtype == torch.float32
+    assert head.double()(features.double()).dtype == torch.float64
+
+
+# The distribution
+
+
+def test_the_distribution_is_pytorchs_and_so_are_its_gradients() -> None:
+    logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    actions = torch.tensor([0, 1, 2, 3, 3, 0, 1])
+    weights = torch.rand(7, dtype=torch.float64)
+    results = []
+    for kind in (Categorical, torch.distributions.Categorical):
+        distribution = kind(logits=logits)
+        outcomes = (distribution.log_prob(actions), distribution.entropy(), distribution.probs[:, 1])
+        gradient = torch.autograd.grad(sum((weights * outcome).sum() for outcome in outcomes), logits)[0]  # type: ignore
+        results.append((*outcomes, gradient, distribution.mode))
+    torch.testing.assert_close(*results)
+    assert Categorical(logits=logits).sample((5,)).shape == (5, 7)
+    assert Categorical(logits=torch.zeros(2, 3, 4)).sample().shape == (2, 3)
+
+
+def test_log_probabilities_of_huge_and_impossible_logits_are_exact() -> None:
+    distribution = Categorical(logits=torch.tensor([[1e7, 1e7], [0.0, -torch.inf]]))
+    assert distribution.log_prob(torch.tensor([1, 0])).tolist() == pytest.approx([math.log(0.5), 0.0])
+
+
+def test_draws_are_as_likely_as_they_should_be() -> None:
+    logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().expand(40_000, 4)
+    torch.manual_seed(0)
+    drawn = Categorical(logits=logits).sample()
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.0, 0.5, 0.3]), atol=0.01, rtol=0)
+    assert shares[1] == 0, "an impossible action is never drawn"
+
+
+@pytest.mark.parametrize(
+    ("number", "action"), [(0.0, 0), (0.1999, 0), (0.2001, 2), (0.6999, 2), (0.7001, 3), (0.9999999, 3)]
+)
+def test_a_draw_is_the_interval_that_the_number_falls_into(
+    number: float, action: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]], dtype=torch.float64).log()
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, number))
+    assert Categorical(logits=logits).sample().tolist() == [action]
+
+
+# Precision
 
 
 def test_precisions_by_name() -> None:
     cpu = torch.device("cpu")
-    assert select_precision("float32", cpu) == torch.float32
-    assert select_precision("bfloat16", cpu) == torch.bfloat16
+    assert select_precision("float32", cpu, images=True) == torch.float32
+    assert select_precision("bfloat16", cpu, images=False) == torch.bfloat16
     with pytest.raises(ConfigError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
-        select_precision("half", cpu)
+        select_precision("half", cpu, images=True)
 
 
 @pytest.mark.parametrize(
@@ -237,40 +254,10 @@ def test_auto_takes_bfloat16_where_it_is_faster(
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor, raising=False)
     assert has_fast_bfloat16(torch.device("cpu")) == fast
-    assert select_precision("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+    assert select_precision("auto", CPU, images=True) == (torch.bfloat16 if fast else torch.float32)
+    assert select_precision("auto", CPU, images=False) == torch.float32
 
 
 def test_a_pytorch_that_does_not_say_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
-    assert select_precision("auto", torch.device("cpu")) == torch.float32
-
-
-def test_rounded_weights_change_no_bit() -> None:
-    torch.manual_seed(0)
-    network = QNetwork(PIXELS, 6)
-    set_precision(network, torch.bfloat16)
-    acting = RoundedCopy(network)
-    images = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
-    with torch.no_grad():
-        first = acting.network(images)
-        assert torch.equal(first, network(images))
-        for parameter in network.parameters():
-            parameter.add_(0.01)
-        assert torch.equal(first, acting.network(images)), "a copy stays as it is"
-        acting.refresh()
-        assert torch.equal(acting.network(images), network(images))
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-
-    gradients = [
-        torch.autograd.grad(computed(images).square().sum(), list(computed.parameters()))
-        for computed in (network, acting.network)
-    ]
-    for full, rounded in zip(*gradients, strict=True):
-        assert torch.equal(full, rounded.float())
-
-
-def test_without_rounding_the_network_is_its_own_copy() -> None:
-    for network in (QNetwork(PIXELS, 6), QNetwork(VECTOR, 2)):
-        acting = RoundedCopy(network)
-        acting.refresh()
-        assert acting.network is network
+    assert select_precision("auto", CPU, images=True) == torch.float32

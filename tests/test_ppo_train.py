@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minirl.checks import ConfigError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
-from minirl.networks import training_input
+from minirl.networks import observation_tensor
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
     Rollout,
+    act,
     collect_rollout,
     compute_gae,
-    policy_of,
     train,
     update_policy,
 )
@@ -36,6 +37,15 @@ from tests.scalars import read_scalars
 from tests.weights import parameters
 
 CPU = torch.device("cpu")
+
+
+def collect(agent: ActorCritic, envs: VectorEnv, num_steps: int, run: Run) -> tuple[Rollout, NDArray[Any]]:
+    """Play as `train` does; return the rollout and the next observations."""
+    rollout = Rollout(num_steps, envs.num_envs, CPU)
+    policy = functools.partial(act, agent, torch.float32)
+    return rollout, collect_rollout(agent, torch.float32, policy, envs, envs.reset(seed=0), rollout, run, 0)
+
+
 CARTPOLE = PPOConfig(
     env_id="CartPole-v1",
     total_timesteps=100_000,
@@ -61,46 +71,55 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(num_workers: int, in_halves
     make = functools.partial(counter, 3)  # episodes of 3 steps
     with VectorEnv(make, 2, num_workers=num_workers, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        rollout = Rollout(5, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
-            obs = collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
+            rollout, obs = collect(agent, envs, 5, run)
             assert list(run.returns) == [6.0, 6.0]
     # (episode, step, seed, last action): the last action at t is the one that was chosen at t - 1
-    assert rollout.observations[:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
-    assert rollout.observations[:, 1, 2].tolist() == [1] * 5
-    assert torch.equal(rollout.observations[1:, :, 3].long(), rollout.actions[:-1])
+    assert rollout["observations"][:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+    assert rollout["observations"][:, 1, 2].tolist() == [1] * 5
+    assert torch.equal(rollout["observations"][1:, :, 3].long(), rollout["actions"][:-1])
     assert obs[:, :2].tolist() == [[1, 2], [1, 2]]
-    assert rollout.rewards[:, 0].tolist() == [1, 2, 3, 1, 2]
-    assert rollout.terminated[:, 0].tolist() == [False, False, True, False, False]
-    assert not rollout.truncated.any()
-    distribution, values = agent(rollout.observations.flatten(0, 1))
-    torch.testing.assert_close(rollout.values.flatten(), values.detach())
-    torch.testing.assert_close(rollout.log_probs.flatten(), distribution.log_prob(rollout.actions.flatten()).detach())
+    assert rollout["rewards"][:, 0].tolist() == [1, 2, 3, 1, 2]
+    assert rollout["terminated"][:, 0].tolist() == [False, False, True, False, False]
+    assert not rollout["truncated"].any()
+    distribution, values = agent(rollout["observations"].flatten(0, 1))
+    torch.testing.assert_close(rollout["values"].flatten(), values.detach())
+    torch.testing.assert_close(
+        rollout["log_probs"].flatten(), distribution.log_prob(rollout["actions"].flatten()).detach()
+    )
     last_values = agent(torch.tensor(obs))[1].detach()
-    torch.testing.assert_close(rollout.next_values[-1], last_values)
-    torch.testing.assert_close(rollout.next_values[:-1], rollout.values[1:])
+    torch.testing.assert_close(rollout["next_values"][-1], last_values)
+    torch.testing.assert_close(rollout["next_values"][:-1], rollout["values"][1:])
 
 
 @pytest.mark.parametrize("in_halves", [False, True])
 def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episode(in_halves: bool) -> None:
     with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        rollout = Rollout(4, envs, CPU)
         with Run("ppo", TINY, None, total=64) as run:
-            collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
-    assert rollout.truncated[:, 0].tolist() == [False, False, True, False]
+            rollout, _ = collect(agent, envs, 4, run)
+    assert rollout["truncated"][:, 0].tolist() == [False, False, True, False]
     final_obs = torch.stack(
-        [torch.tensor([0.0, 3.0, seed, action]) for seed, action in enumerate(rollout.actions[2].tolist())]
+        [torch.tensor([0.0, 3.0, seed, action]) for seed, action in enumerate(rollout["actions"][2].tolist())]
     )
-    torch.testing.assert_close(rollout.next_values[2], agent(final_obs)[1].detach())
-    assert not torch.isclose(rollout.next_values[2], rollout.values[3]).any()
+    torch.testing.assert_close(rollout["next_values"][2], agent(final_obs)[1].detach())
+    assert not torch.isclose(rollout["next_values"][2], rollout["values"][3]).any()
 
 
-def test_pixels_stay_bytes() -> None:
-    with make_vector_env("PongNoFrameskip-v4", 2, num_workers=1) as envs:
-        rollout = Rollout(3, envs, CPU)
-    assert rollout.observations.dtype == torch.uint8
-    assert rollout.observations.shape == (3, 2, 4 * 4 * 4, 21, 21)
+def test_a_column_is_made_as_its_quantity_first_comes() -> None:
+    rollout = Rollout(3, 2, CPU)
+    images = torch.randint(256, (2, 4, 5, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    for t in range(3):
+        for env in range(2):
+            rollout.put(
+                t, slice(env, env + 1), observations=images[env : env + 1] + t, mine=torch.tensor([10 * t + env])
+            )
+    assert rollout["observations"].dtype == torch.uint8
+    assert torch.equal(rollout["observations"], torch.stack([images + t for t in range(3)]))
+    samples = rollout.samples(more=torch.zeros(3, 2))
+    assert samples["observations"].is_contiguous(memory_format=torch.channels_last)
+    assert samples["mine"].tolist() == [0, 1, 10, 11, 20, 21]
+    assert samples["more"].shape == (6,)
 
 
 def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
@@ -108,22 +127,23 @@ def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
     with make_vector_env("PongNoFrameskip-v4", 4, in_halves=True) as envs, Run("ppo", TINY, None, total=64) as run:
         torch.manual_seed(0)
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        rollout = Rollout(5, envs, CPU)
-        obs = collect_rollout(agent, policy_of(agent), envs, envs.reset(seed=0), rollout, run, 0)
+        rollout, obs = collect(agent, envs, 5, run)
     with make_vector_env("PongNoFrameskip-v4", 4, num_workers=1) as envs:
         seen = envs.reset(seed=0)
         for t in range(5):
-            assert torch.equal(rollout.observations[t], training_input(seen, CPU))
+            assert torch.equal(rollout["observations"][t], observation_tensor(seen, CPU))
             distribution, values = agent(torch.from_numpy(seen))
-            torch.testing.assert_close(rollout.values[t], values.detach(), rtol=1e-4, atol=1e-5)
-            log_probs = distribution.log_prob(rollout.actions[t]).detach()
-            torch.testing.assert_close(rollout.log_probs[t], log_probs, rtol=1e-4, atol=1e-5)
-            step = envs.step(rollout.actions[t].numpy())
-            assert rollout.rewards[t].tolist() == step.rewards.tolist()
+            torch.testing.assert_close(rollout["values"][t], values.detach(), rtol=1e-4, atol=1e-5)
+            log_probs = distribution.log_prob(rollout["actions"][t]).detach()
+            torch.testing.assert_close(rollout["log_probs"][t], log_probs, rtol=1e-4, atol=1e-5)
+            step = envs.step(rollout["actions"][t].numpy())
+            assert rollout["rewards"][t].tolist() == step.rewards.tolist()
             seen = step.observations
         np.testing.assert_array_equal(obs, seen)
-        torch.testing.assert_close(rollout.last_values, agent(torch.from_numpy(seen))[1].detach(), rtol=1e-4, atol=1e-5)
-    assert rollout.actions.unique().numel() > 2, "an agent that always does the same would hide a mix-up"
+        torch.testing.assert_close(
+            rollout["next_values"][-1], agent(torch.from_numpy(seen))[1].detach(), rtol=1e-4, atol=1e-5
+        )
+    assert rollout["actions"].unique().numel() > 2, "an agent that always does the same would hide a mix-up"
 
 
 # Whole runs
@@ -134,20 +154,20 @@ def test_the_rollout_goes_into_the_advantages_as_it_is(monkeypatch: pytest.Monke
     rollouts: list[Rollout] = []
 
     def spy_collect(*args: Any) -> Any:
-        rollouts.append(args[4])
+        rollouts.append(args[5])
         return collect_rollout(*args)
 
     def spy_gae(*args: Any) -> Any:
         rollout = rollouts[-1]
         fields = ["rewards", "values", "next_values", "terminated", "truncated"]
-        calls.append([torch.equal(arg, getattr(rollout, name)) for arg, name in zip(args, fields, strict=False)])
+        calls.append([torch.equal(arg, rollout[name]) for arg, name in zip(args, fields, strict=False)])
         assert args[5:] == (0.7, 0.3)
         return compute_gae(*args)
 
     variances = []
 
     def spy_variance(values: Tensor, returns: Tensor) -> float:
-        variances.append(torch.equal(values, rollouts[-1].values) and not torch.equal(values, returns))
+        variances.append(torch.equal(values, rollouts[-1]["values"]) and not torch.equal(values, returns))
         return 0.0
 
     monkeypatch.setattr("minirl.ppo.collect_rollout", spy_collect)

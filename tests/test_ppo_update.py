@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from minirl.envs.make import make_vector_env
-from minirl.fast.runtime import AdamStep
-from minirl.networks import RoundedCopy, set_precision
+from minirl.fast.compiled import compiled
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
     Rollout,
+    act,
     explained_variance,
-    minibatch_loss,
-    policy_of,
+    gradient_step,
+    normalized,
     ppo_loss,
     train,
     update_policy,
@@ -31,50 +31,42 @@ from tests.devices import DEVICES
 from tests.weights import parameters
 
 
-def made_up_rollout(config: PPOConfig, device: str = "cpu") -> tuple[ActorCritic, Rollout, Tensor, Tensor]:
-    """A network and a rollout with random numbers; each observation's first number is its index."""
+def made_up_samples(config: PPOConfig, device: str = "cpu") -> tuple[ActorCritic, dict[str, Tensor]]:
+    """A network and samples with random numbers; each observation's first number is its index."""
     torch.manual_seed(0)
     with make_vector_env("CartPole-v1", config.num_envs) as envs:
-        agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
-        rollout = Rollout(config.num_steps, envs, torch.device(device))
-    rollout.observations = torch.randn_like(rollout.observations)
-    rollout.observations[..., 0] = torch.arange(config.batch_size).reshape(config.num_steps, config.num_envs)
-    rollout.actions = torch.randint_like(rollout.actions, 2)
-    with torch.no_grad():
-        distribution, values = agent(rollout.observations.flatten(0, 1))
-        rollout.log_probs = distribution.log_prob(rollout.actions.flatten()).reshape(rollout.log_probs.shape)
-        rollout.values = values.reshape(rollout.values.shape)
-    advantages, returns = torch.randn(2, config.num_steps, config.num_envs, device=device)
-    return agent, rollout, advantages, returns
-
-
-def adam_step(agent: ActorCritic, config: PPOConfig, *, compiled: bool = False) -> AdamStep:
-    rounded = RoundedCopy(agent)
-    loss = functools.partial(minibatch_loss, rounded.network, config)
-    return AdamStep(rounded, loss, eps=1e-5, max_grad_norm=config.max_grad_norm, compiled=compiled)
-
-
-def plain_descent(agent: ActorCritic, config: PPOConfig) -> Any:
-    """Steps of plain gradient descent, which unlike Adam's tell the size of a gradient."""
-
-    def step(learning_rate: float, *batch: Tensor) -> Tensor:
-        loss, logged = minibatch_loss(agent, config, *batch)
-        gradients = torch.autograd.grad(loss, list(agent.parameters()))
+        agent = ActorCritic(envs.observation_space, envs.action_space)
+    rollout = Rollout(config.num_steps, config.num_envs, torch.device("cpu"))
+    for t in range(config.num_steps):
+        obs = torch.randn(config.num_envs, 4)
+        obs[:, 0] = t * config.num_envs + torch.arange(config.num_envs)
+        actions = torch.randint(2, (config.num_envs,))
         with torch.no_grad():
-            for parameter, gradient in zip(agent.parameters(), gradients, strict=True):
-                parameter.sub_(gradient, alpha=learning_rate)
-        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-        return torch.cat([logged.detach(), norm[None]])
+            distribution, values = agent(obs)
+        log_probs = distribution.log_prob(actions)
+        rollout.put(t, slice(None), observations=obs, actions=actions, log_probs=log_probs, values=values)
+    advantages, returns = torch.randn(2, config.num_steps, config.num_envs)
+    samples = rollout.samples(advantages=advantages, returns=returns)
+    return agent.to(device), {name: column.to(device) for name, column in samples.items()}
 
-    return step
+
+def adam(agent: ActorCritic, config: PPOConfig, *, enabled: bool = False, learning_rate: float = 1e-3) -> Any:
+    optimizer = torch.optim.Adam(agent.parameters(), lr=learning_rate, eps=1e-5)
+    return compiled(gradient_step, agent, optimizer, config, torch.float32, enabled=enabled)
+
+
+def descent(agent: ActorCritic, config: PPOConfig, learning_rate: float = 0.1) -> Any:
+    """Steps of plain gradient descent, which unlike Adam's tell the size of a gradient."""
+    optimizer = torch.optim.SGD(agent.parameters(), lr=learning_rate)
+    return functools.partial(gradient_step, agent, optimizer, config, torch.float32)
 
 
 def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environments() -> None:
     config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=3)
-    agent, rollout, advantages, returns = made_up_rollout(config)
+    agent, samples = made_up_samples(config)
     seen: list[int] = []
     agent.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0][:, 0].int().tolist()))
-    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 1e-3, 0.1)
+    update_policy(adam(agent, config), samples, config, 0.1)
     epochs = [seen[:32], seen[32:64], seen[64:]]
     for epoch in epochs:
         assert sorted(epoch) == list(range(32))
@@ -85,24 +77,26 @@ def test_each_epoch_goes_over_every_sample_once_in_a_new_order_across_environmen
 
 def test_logged_losses_are_means_over_all_minibatches() -> None:
     config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=2, norm_adv=False)
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    losses = update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.0, 0.1)
+    agent, samples = made_up_samples(config)
+    losses = update_policy(adam(agent, config, learning_rate=0.0), samples, config, 0.1)
     # A network that stands still has the same loss in each epoch, and equal minibatches average to the whole.
-    assert losses["losses/policy_loss"] == pytest.approx(-advantages.mean().item(), abs=1e-6)
-    assert losses["losses/value_loss"] == pytest.approx((rollout.values - returns).square().mean().item(), rel=1e-5)
+    assert losses["losses/policy_loss"] == pytest.approx(-samples["advantages"].mean().item(), abs=1e-6)
+    assert losses["losses/value_loss"] == pytest.approx(
+        (samples["values"] - samples["returns"]).square().mean().item(), rel=1e-5
+    )
     assert losses["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert losses["losses/clipfrac"] == 0.0
 
 
 def test_advantages_are_normalised_in_each_minibatch() -> None:
     config = PPOConfig(env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1)
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    before = parameters(agent)
+    agent, samples = made_up_samples(config)
+    before, advantages = parameters(agent), samples["advantages"]
 
     def updated(advantages: Tensor, config: PPOConfig) -> Tensor:
-        twin, *_ = made_up_rollout(config)
+        twin, samples = made_up_samples(config)
         torch.manual_seed(1)
-        update_policy(plain_descent(twin, config), rollout, advantages, returns, config, 0.1, 0.1)
+        update_policy(descent(twin, config), {**samples, "advantages": advantages}, config, 0.1)
         return parameters(twin)
 
     assert not torch.equal(updated(advantages, config), before)
@@ -116,8 +110,8 @@ def test_the_norm_of_the_gradient_is_clipped(max_grad_norm: float) -> None:
     config = PPOConfig(
         env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=32, update_epochs=1, max_grad_norm=max_grad_norm
     )
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    losses = update_policy(adam_step(agent, config), rollout, advantages, 100 * returns, config, 1e-3, 0.1)
+    agent, samples = made_up_samples(config)
+    losses = update_policy(adam(agent, config), {**samples, "returns": 100 * samples["returns"]}, config, 0.1)
     gradients = [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert norm.item() == pytest.approx(max_grad_norm, rel=1e-3)
@@ -129,10 +123,10 @@ def test_target_kl_ends_the_update(target_kl: float | None, epochs: int) -> None
     config = PPOConfig(
         env_id="CartPole-v1", num_envs=4, num_steps=8, minibatch_size=8, update_epochs=5, target_kl=target_kl
     )
-    agent, rollout, advantages, returns = made_up_rollout(config)
+    agent, samples = made_up_samples(config)
     calls: list[int] = []
     agent.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    update_policy(adam_step(agent, config), rollout, advantages, returns, config, 0.01, 0.1)
+    update_policy(adam(agent, config, learning_rate=0.01), samples, config, 0.1)
     assert len(calls) == epochs * 4
 
 
@@ -146,11 +140,11 @@ def test_value_clipping_holds_values_that_have_moved_far_enough(value_clip_coef:
         update_epochs=1,
         value_clip_coef=value_clip_coef,
     )
-    agent, rollout, advantages, _ = made_up_rollout(config)
-    returns = rollout.values + 100
-    rollout.values = rollout.values - 10  # as if the values had risen by 10 since, towards the returns
+    agent, samples = made_up_samples(config)
+    samples["returns"] = samples["values"] + 100
+    samples["values"] = samples["values"] - 10  # as if the values had risen by 10 since, towards the returns
     before = agent.critic.weight.detach().clone()
-    update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, 0.1)
+    update_policy(descent(agent, config), samples, config, 0.1)
     assert torch.equal(agent.critic.weight, before) != moves
 
 
@@ -169,25 +163,25 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
         norm_adv=False,
         max_grad_norm=1e9,
     )
-    agent, rollout, advantages, returns = made_up_rollout(config)
-    rollout.log_probs -= 0.05  # ratios around 1.05: with a clip range of 0.03 they are outside
-    losses = update_policy(plain_descent(agent, config), rollout, advantages, returns, config, 0.1, clip_coef=0.03)
+    agent, samples = made_up_samples(config)
+    samples["log_probs"] -= 0.05  # ratios around 1.05: with a clip range of 0.03 they are outside
+    losses = update_policy(descent(agent, config), samples, config, clip_coef=0.03)
 
-    twin, *_ = made_up_rollout(config)
+    twin, _ = made_up_samples(config)
     logged = []
     for _ in range(2):
-        distribution, values = twin(rollout.observations.flatten(0, 1))
+        distribution, values = twin(samples["observations"])
         loss, stats = ppo_loss(
-            distribution.log_prob(rollout.actions.flatten()),
-            rollout.log_probs.flatten(),
-            advantages.flatten(),
+            distribution.log_prob(samples["actions"]),
+            samples["log_probs"],
+            samples["advantages"],
             values,
-            returns.flatten(),
+            samples["returns"],
             distribution.entropy(),
             clip_coef=0.03,
             vf_coef=0.3,
             ent_coef=0.2,
-            old_values=rollout.values.flatten(),
+            old_values=samples["values"],
             value_clip_coef=0.4,
         )
         logged.append(stats)
@@ -215,13 +209,13 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool, device:
         max_grad_norm=0.05,
     )
     logged, results = [], []
-    for compiled in (False, True):
-        agent, rollout, advantages, returns = made_up_rollout(config, device)
-        step = adam_step(agent, config, compiled=compiled)
+    for enabled in (False, True):
+        agent, samples = made_up_samples(config, device)
+        step = adam(agent, config, enabled=enabled, learning_rate=0.01)
         torch.manual_seed(1)
         for clip_coef in (0.2, 0.1):  # annealed: no reason to compile again
-            logged.append(update_policy(step, rollout, advantages, returns, config, 0.01, clip_coef))
-        assert step.step.enabled == compiled, "it fell back"
+            logged.append(update_policy(step, samples, config, clip_coef))
+        assert not enabled or step.enabled, "it fell back"
         results.append(parameters(agent))
     torch.testing.assert_close(results[0], results[1])
     assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
@@ -233,7 +227,7 @@ def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights(
     agent = ActorCritic(gym.spaces.Box(0, 255, (4, 40, 40), np.uint8), gym.spaces.Discrete(6)).to(device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)  # or it fell back
-        policies = [policy_of(agent, compiled=compiled) for compiled in (True, False)]
+        policies = [compiled(act, agent, torch.float32, enabled=enabled) for enabled in (True, False)]
         for batch_size in (2, 3, 3):  # halves of five environments
             obs = torch.randint(0, 255, (batch_size, 4, 40, 40), dtype=torch.uint8, device=device)
             results = []
@@ -265,26 +259,39 @@ def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(compiled: bool, device: str) -> None:
+@pytest.mark.parametrize("enabled", [False, True])
+def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(enabled: bool, device: str) -> None:
     config = PPOConfig(num_envs=2, num_steps=4, minibatch_size=8, update_epochs=1, norm_adv=False)
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     logged = []
     for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         agent = ActorCritic(space, gym.spaces.Discrete(6)).to(device)
-        set_precision(agent, precision)
-        obs = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8).to(device)
-        distribution, values = agent(obs)
-        assert distribution.logits.dtype == values.dtype == torch.float32
-        columns = (torch.arange(8) % 6, torch.full((8,), -1.8), torch.randn(8), torch.randn(8), torch.zeros(8))
-        batch = [tensor.to(device) for tensor in (torch.arange(8), obs, *columns, torch.tensor(0.1))]
-        step = adam_step(agent, config, compiled=compiled and precision == torch.bfloat16)
-        logged.append(step(1e-3, *batch))
+        samples = {
+            "observations": torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8),
+            "actions": torch.arange(8) % 6,
+            "log_probs": torch.full((8,), -1.8),
+            "advantages": torch.randn(8),
+            "returns": torch.randn(8),
+            "values": torch.zeros(8),
+        }
+        columns = {name: column.to(device) for name, column in samples.items()}
+        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
+        compile_it = enabled and precision == torch.bfloat16
+        step: Any = compiled(gradient_step, agent, optimizer, config, precision, enabled=compile_it)
+        logged.append(step(columns, torch.arange(8, device=device), torch.tensor(0.1, device=device)))
         assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
+        assert not compile_it or step.enabled
     assert logged[1].dtype == torch.float32
     torch.testing.assert_close(logged[1], logged[0], rtol=2e-2, atol=2e-3)
     assert not torch.equal(logged[0], logged[1])
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 100.1, -20.7])
+def test_equal_advantages_are_normalised_to_nothing(value: float) -> None:
+    assert not normalized(torch.full((256,), value)).any()
+    ones = normalized(torch.tensor([1.0, 2.0, 3.0]))
+    assert ones.tolist() == pytest.approx([-1.0, 0.0, 1.0])
 
 
 def test_only_long_runs_are_compiled() -> None:
@@ -305,3 +312,9 @@ def test_explained_variance(values: list[float], expected: float) -> None:
     returns = torch.tensor([1.0, 2.0, 6.0])
     assert explained_variance(torch.tensor(values), returns) == pytest.approx(expected)
     assert math.isnan(explained_variance(torch.tensor(values), torch.ones(3)))
+
+
+def test_returns_that_are_equal_but_for_rounding_explain_nothing() -> None:
+    assert math.isnan(explained_variance(torch.randn(256), torch.full((256,), 0.1)))
+    values = torch.randn(256)
+    assert math.isnan(explained_variance(values, (1 - values) + values)), "one-step episodes that all pay 1"

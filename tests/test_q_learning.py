@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -23,19 +24,20 @@ from minirl.envs.gridworld import GridWorld
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
 from minirl.q_learning import (
+    EXPLORATION,
+    LOG_EVERY,
     Played,
     QLearningConfig,
     QTable,
     epsilon_greedy,
     play_episode,
     q_update,
-    random_numbers,
     train,
     value_iteration,
 )
 from minirl.results.tables import best_actions_grid, detailed_grid, summary
-from minirl.runs.checkpoints import load_checkpoint
-from minirl.runs.run import save_config
+from minirl.runs.checkpoints import DivergedError, load_checkpoint
+from minirl.runs.run import derived_seed, save_config
 from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
@@ -107,21 +109,23 @@ def test_exploring_never_leaves_the_range_of_actions(epsilon: float, num_actions
     assert epsilon_greedy(np.zeros(num_actions), epsilon, rng) == num_actions - 1
 
 
-def own_generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+def own_generator(seed: int) -> random.Random:
+    return random.Random(derived_seed(seed, EXPLORATION))
 
 
-def test_random_numbers_are_numpys_from_any_place_on() -> None:
-    expected = own_generator(7).random(10_000).tolist()
-    assert list(itertools.islice(random_numbers(7), 10_000)) == expected
-    assert list(itertools.islice(random_numbers(7, skip=5_001), 4_999)) == expected[5_001:]
-
-
-def test_exploration_does_not_follow_the_environments_noise() -> None:
+def test_exploration_does_not_follow_the_environments_noise_nor_anybody_elses() -> None:
     env = gym.make("FrozenLake-v1")
     env.reset(seed=7)
-    noise = set(env.unwrapped.np_random.random(1000).tolist())
-    assert not noise & set(itertools.islice(random_numbers(7), 2000))
+    noise = {*env.unwrapped.np_random.random(1000).tolist(), *(random.Random(7).random() for _ in range(1))}
+    assert not noise & {own_generator(7).random() for _ in range(1)}
+    rng = own_generator(7)
+    assert not noise & {rng.random() for _ in range(2000)}
+
+
+@pytest.mark.parametrize("generator", [np.random.default_rng(0), random.Random(0)])
+def test_any_generator_will_do(generator: Any) -> None:
+    drawn = {epsilon_greedy(np.zeros(3), 1.0, generator) for _ in range(100)}
+    assert drawn == {0, 1, 2}
 
 
 # Value iteration
@@ -165,9 +169,7 @@ def test_value_iteration_notices_values_without_end(monkeypatch: pytest.MonkeyPa
     ("env_id", "num_episodes", "epsilon"),
     [("minirl/GridWorld-v0", 200, 0.3), ("FrozenLake-v1", 1500, 1.0), ("Taxi-v4", 100, 0.3)],
 )
-def test_the_fast_loop_is_the_public_functions_number_for_number(
-    env_id: str, num_episodes: int, epsilon: float
-) -> None:
+def test_training_is_the_public_functions_number_for_number(env_id: str, num_episodes: int, epsilon: float) -> None:
     env = gym.make(env_id)
     config = QLearningConfig(
         env_id=env_id, num_episodes=num_episodes, epsilon=epsilon, alpha=0.37, anneal_alpha=True, anneal_epsilon=True
@@ -212,10 +214,10 @@ def test_a_cut_is_not_an_end(terminated: bool, truncated: bool, max_steps: int, 
         def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
             return 0, 1.0, terminated, truncated, {}
 
-    table = [[0.0]]
+    table = np.zeros((1, 1))
     for _ in range(200):
-        result = play_episode(Corridor(), table, lambda: 0.5, 0.5, 0.5, 0.0, max_steps)
-    assert table[0][0] == pytest.approx(value)
+        result = play_episode(Corridor(), table, random.Random(0), 0.5, 0.5, 0.0, max_steps)
+    assert table[0, 0] == pytest.approx(value)
     assert result[:2] == (1.0, 1)
     assert result[2] == pytest.approx(0.0, abs=1e-9)
 
@@ -346,17 +348,57 @@ def test_a_run_is_saved_logged_and_evaluated(
             assert event.step == sum(played.length for played in episodes[: 100 * i + len(part)])
     evaluation.main([str(run_dir), "--episodes", "3", "--json"])
     assert json.loads(capsys.readouterr().out)["returns"] == [97.0, 97.0, 97.0]
-    assert read_curve(run_dir).mean_of_last().tolist() == pytest.approx(
+    assert read_curve(run_dir, LOG_EVERY).mean_of_last().tolist() == pytest.approx(
         [np.mean([played.episodic_return for played in episodes[start : start + 100]]) for start in (0, 100, 200)]
     )
 
 
 def test_the_td_errors_of_an_episode_are_summed_without_their_signs() -> None:
-    table = [[0.0] * 4 for _ in range(9)]
-    played = play_episode(GridWorld(), table, itertools.cycle([0.26, 0.51]).__next__, 0.5, 0.99, 1.0, 10**9)
+    class RightAndDown(random.Random):
+        numbers = itertools.cycle([0.26, 0.51])
+
+        def random(self) -> float:
+            return next(self.numbers)
+
+    played = play_episode(GridWorld(), np.zeros((9, 4)), RightAndDown(), 0.5, 0.99, 1.0, 10**9)
     # Right, down, right, down, ...: 1, blocked, 2, 5, blocked, goal
     # Right to 1 (-1), blocked below (-10), right to 2 (-1), down to 5 (-1), blocked at the edge (-10), the goal (100)
     assert played == Played(77.0, 6, 1 + 10 + 1 + 1 + 10 + 100)
+
+
+@pytest.mark.parametrize("change", ["q_update", "epsilon_greedy"])
+def test_who_changes_a_function_trains_with_the_changed_one(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sarsa_like(*arguments: Any, **rates: Any) -> float:
+        return 0.0  # learns nothing
+
+    monkeypatch.setattr(q_learning, change, sarsa_like if change == "q_update" else lambda *_: 1)
+    if change == "q_update":
+        assert (train(SHORT) == SHORT.initial_value).all()
+    else:
+        learned = train(dataclasses.replace(SHORT, num_episodes=2))
+        assert set(np.argwhere(learned != SHORT.initial_value)[:, 1]) == {1}, "only to the right"
+
+
+def test_a_reward_that_is_no_number_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = GridWorld.step
+    monkeypatch.setattr(GridWorld, "step", lambda env, action: (step(env, action)[0], np.nan, *step(env, action)[2:]))
+    with pytest.raises(DivergedError, match="losses/td_error is nan in episode 1;"):
+        train(SHORT)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, np.array])
+def test_rewards_of_numpys_types_are_plain_in_the_checkpoint(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = GridWorld.step
+
+    def paid(env: GridWorld, action: int) -> Any:
+        state, reward, terminated, truncated, info = step(env, action)
+        return state, kind(reward), terminated, truncated, info
+
+    monkeypatch.setattr(GridWorld, "step", paid)
+    learned = train(SHORT, run_dir=tmp_path / "run")
+    np.testing.assert_array_equal(load_checkpoint(tmp_path / "run", "q_learning")["q_table"].numpy(), learned)
 
 
 @pytest.mark.parametrize("env_id", ["minirl/GridWorld-v0", "FrozenLake-v1"])
@@ -383,9 +425,9 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_left_alone(env_id: str, t
     resumed = train(config, run_dir=tmp_path / "stopped", resume=True)
     np.testing.assert_array_equal(resumed, expected)
     whole, stopped = (load_checkpoint(tmp_path / name, "q_learning") for name in ("whole", "stopped"))
-    for name in ("episode", "global_step", "env_rng", "returns", "unlogged"):
+    for name in ("episode", "global_step", "rng", "env_rng", "returns", "unlogged"):
         assert whole[name] == stopped[name]
-    curves = [read_curve(tmp_path / name) for name in ("whole", "stopped")]
+    curves = [read_curve(tmp_path / name, LOG_EVERY) for name in ("whole", "stopped")]
     assert curves[0].returns.tolist() == curves[1].returns.tolist()
     assert len(curves[0].returns) == 15
 

@@ -91,7 +91,7 @@ def test_every_sampled_transition_is_what_a_naive_memory_holds(num_envs: int, me
 def everything(buffer: ReplayBuffer) -> list[NDArray[Any]]:
     """What each transition that can be sampled would be sampled as, environment by environment."""
     kept: list[NDArray[Any]] = []
-    for env, size in enumerate(buffer._sizes().tolist()):
+    for env, size in enumerate(buffer._sizes()):
         slot = np.arange(buffer.added - size, buffer.added) % buffer.length
         columns = (buffer.actions, buffer.rewards, buffer.terminated)
         kept += [*buffer.observations.read(np.full(size, env), slot), *(column[env, slot] for column in columns)]

@@ -81,7 +81,7 @@ def shown_at(path: Path, seconds: list[float]) -> list[Picture]:
 def greedy_game(algorithm: str, learned: Any, config: Any, global_step: int) -> list[Picture]:
     policy: Any = {
         "ppo": lambda obs: ppo.choose_actions(learned, obs),
-        "dqn": lambda obs: dqn.greedy_policy(learned)(obs),
+        "dqn": lambda obs: dqn.greedy_policy(learned, torch.device("cpu"))(obs),
         "q_learning": lambda obs: q_learning.greedy_actions(learned, obs),
     }[algorithm]
     env = make_drawn_env(config.env_id, "--video")

@@ -270,7 +270,16 @@ class Traceable(TorchFunctionMode):
                 return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
         return func(*args, **kwargs)
 
-    def _backward(self, loss: Tensor, retain_graph: bool | None = None) -> None:
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if gradient is not None or create_graph or inputs is not None:
+            raise RuntimeError("in a compiled function, backward takes no more than retain_graph")
         weights = [weight for weight in self.parameters if weight.requires_grad]
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
             loss, weights, retain_graph=retain_graph, allow_unused=True

@@ -1,0 +1,351 @@
+"""A compiled function is the plain one: of any network, optimiser and loss, whatever changes while it is used."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minirl.fast.compiled import CODE, FEW, Compiled, StandIn, Steppable, Traceable, compiled, of_values
+from tests.devices import DEVICES
+from tests.weights import parameters
+
+Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass
+class Coefficients:
+    """Python numbers that the loss reads."""
+
+    extra: float = 0.0
+    aux: float = 0.0
+
+
+class Network(nn.Module):
+    """A body, a head, a second head that is not used at first, and a number that `forward` reads."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), *layers, nn.Tanh(), nn.Linear(8, 8), nn.ReLU())
+        self.head, self.aux = nn.Linear(8, 2), nn.Linear(8, 1)
+        self.scale = 1.0
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(obs)
+        return self.scale * self.head(features), features
+
+
+def gradient_step(
+    network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients, obs: Tensor, wanted: Tensor
+) -> Tensor:
+    outputs, features = network(obs)
+    loss = (outputs - wanted).square().mean() + coefficients.extra * outputs.abs().mean()
+    if coefficients.aux > 0:
+        loss = loss + coefficients.aux * network.aux(features).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5, foreach=False)
+    optimizer.step()
+    return torch.stack([loss.detach(), norm])
+
+
+def nothing(number: int, network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients) -> None:
+    """Change nothing."""
+
+
+def much(number: int, network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients) -> None:
+    """Anneal the learning rates and a number of the network; freeze a layer from the fifth step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) / number
+    network.scale = 1 + number / 10
+    network.body[0].requires_grad_(number < 5)
+
+
+def an_auxiliary_loss(
+    number: int, network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients
+) -> None:
+    """Anneal a weight of the loss; use the second head from step 4 to step 6. Its gradient comes and goes."""
+    coefficients.extra = number / 10
+    coefficients.aux = 1.0 if 4 <= number <= 6 else 0.0
+
+
+def another_state(number: int, network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients) -> None:
+    """Load an optimiser's state in the middle, in a layout that is none of its own."""
+    if number == 4:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def two_rates(network: nn.Module) -> torch.optim.Optimizer:
+    assert isinstance(network, Network)
+    groups: list[dict[str, Any]] = [
+        {"params": network.body.parameters(), "lr": 1e-2},
+        {"params": [*network.head.parameters(), *network.aux.parameters()]},
+    ]
+    return torch.optim.Adam(groups, lr=3e-2, fused=True)
+
+
+CASES: dict[str, tuple[list[Callable[[], nn.Module]], Optimizers, Any]] = {
+    "two rates, LayerNorm, annealed, a layer frozen": ([lambda: nn.LayerNorm(8)], two_rates, much),
+    "AdamW, a number of the loss, a head that comes and goes": (
+        [],
+        lambda network: torch.optim.AdamW(network.parameters(), lr=1e-2),
+        an_auxiliary_loss,
+    ),
+    "RMSprop, BatchNorm": (
+        [lambda: nn.BatchNorm1d(8, affine=False)],
+        lambda network: torch.optim.RMSprop(network.parameters(), lr=1e-3),
+        nothing,
+    ),
+    "SGD with momentum, another state": (
+        [],
+        lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+        another_state,
+    ),
+}
+
+
+def steps(case: str, device: str, *, enabled: bool, count: int = 8) -> tuple[list[Tensor], Network, Any]:
+    """What each of some steps returned, read at the end; the network after them."""
+    layers, make_optimizer, change = CASES[case]
+    torch.manual_seed(0)
+    network = Network(*(make() for make in layers)).to(device)
+    optimizer, coefficients = make_optimizer(network), Coefficients()
+    step = compiled(gradient_step, network, optimizer, coefficients, enabled=enabled)
+    generator = torch.Generator().manual_seed(1)
+    returned = []
+    for number in range(1, count + 1):
+        change(number, network, optimizer, coefficients)
+        obs, wanted = (torch.randn(16, n, generator=generator).to(device) for n in (4, 2))
+        returned.append(step(obs, wanted))
+    return returned, network, step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_step_is_the_plain_one_whatever_changes(case: str, device: str) -> None:
+    plain, compiled_ones = (steps(case, device, enabled=enabled) for enabled in (False, True))
+    assert compiled_ones[2].enabled, "it fell back"
+    torch.testing.assert_close(torch.stack(compiled_ones[0]), torch.stack(plain[0]), rtol=1e-4, atol=1e-5)
+    if "BatchNorm" not in case:  # the bias before it has no gradient but rounding
+        torch.testing.assert_close(parameters(compiled_ones[1]), parameters(plain[1]), rtol=1e-3, atol=1e-5)
+    for mine, other in zip(compiled_ones[1].buffers(), plain[1].buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2)
+
+
+def small(enabled: bool = True) -> tuple[nn.Linear, torch.optim.Optimizer, Any]:
+    """A network whose weight is 0 at first and goes for 2; its step takes (B,) and returns the loss."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+
+    def step(network: nn.Linear, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+        loss = ((network.weight - 2) * batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return network, optimizer, compiled(step, network, optimizer, enabled=enabled)
+
+
+def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes() -> None:
+    torch.compiler.reset()  # it remembers which sizes changed in other tests, and prepares for it
+    (first, _, first_step), (second, _, second_step) = small(), small()
+    for size in (2, 5):
+        first_step(torch.ones(size))
+    second_step(torch.ones(2, dtype=torch.float64))
+    assert first_step.enabled
+    assert second_step.enabled
+    assert first.weight.item() == pytest.approx(0.2, rel=0.02)  # Adam's steps are about the learning rate
+    assert second.weight.item() == pytest.approx(0.1, rel=0.02)
+    # mean(1, 4, 16) = 7: all of the larger batch counts
+    weight = first.weight.item()
+    assert first_step(torch.tensor([1.0, 2.0, 4.0])).item() == pytest.approx(7 * (2 - weight) ** 2)
+
+
+def test_what_a_call_returns_stays_what_it_was() -> None:
+    _, _, step = small()
+    kept = [step(torch.full((3,), float(number))) for number in range(1, 5)]
+    _, _, again = small()
+    at_once = [again(torch.full((3,), float(number))).item() for number in range(1, 5)]
+    assert [loss.item() for loss in kept] == at_once
+    assert len(set(at_once)) == 4
+
+
+@pytest.mark.parametrize("at", ["once", "the first call"])
+def test_a_compilation_that_fails_is_one_warning_and_then_the_plain_function(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", fail if at == "once" else lambda function, **options: fail)
+    network, optimizer, step = small()
+    plain, _, plain_step = small(enabled=False)
+    with pytest.warns(UserWarning, match="compilation failed, going on without: no C.. compiler here$"):
+        step(torch.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(torch.ones(3))
+    for _ in range(2):
+        plain_step(torch.ones(3))
+    assert torch.equal(network.weight, plain.weight)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert isinstance(optimizer.param_groups[0]["lr"], float), "the optimiser is what it was"
+
+
+@pytest.mark.parametrize("what", ["Python that can't be compiled", "hooks of the optimiser"])
+def test_what_cannot_be_compiled_runs_as_it_is_and_a_line_says_why(what: str) -> None:
+    called: list[int] = []
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    if what == "hooks of the optimiser":
+        optimizer.register_step_post_hook(lambda *_: called.append(1))
+
+    def step(network: nn.Linear, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+        loss: Tensor = network(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if what == "Python that can't be compiled":
+            torch._dynamo.graph_break()  # as `print` and many others; does nothing where nothing is compiled
+            called.append(1)
+        return loss.detach()
+
+    before = parameters(network)
+    with pytest.warns(UserWarning, match="compilation failed, going on without: "):
+        compiled(step, network, optimizer)(torch.ones(2, 1))
+    assert len(called) == 1
+    assert not torch.equal(parameters(network), before)
+
+
+def test_looking_for_gradients_changes_nothing() -> None:
+    """The first call looks which parameters have one, with copies: no statistics, no random numbers, no step."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+    unused = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([*network.parameters(), unused], lr=0.1)
+
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        network(batch).square().mean().backward()
+        optimizer.step()
+
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    Compiled(step, (network, optimizer))._make_gradients([torch.randn(4, 2, generator=torch.Generator())])
+    assert torch.equal(random, torch.get_rng_state())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert unused.grad is None
+    for weight in network.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
+        assert weight.grad.stride() == weight.stride()
+
+
+def test_a_gradient_that_is_lost_shows_in_the_step_itself() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+
+    def step(network: nn.Linear, optimizer: torch.optim.Optimizer, scale: Tensor) -> Tensor:
+        loss = (scale * network.weight).sqrt().sum()  # 0, and its slope is infinite
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5, foreach=False)
+        optimizer.step()
+        return torch.stack([loss.detach(), norm])
+
+    loss, norm = compiled(step, network, torch.optim.SGD(network.parameters(), lr=0.1))(torch.ones(1))
+    assert loss.item() == 0.0
+    assert not norm.isfinite()
+
+
+@pytest.mark.parametrize(("device", "in_cpp"), [("cpu", True), ("cuda", False)])
+def test_a_gpu_is_compiled_for_without_the_headers_of_cuda(
+    device: str, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(function: Any, *, options: dict[str, Any], **others: Any) -> Any:
+        seen.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", spy)
+    function = Compiled(abs, [])
+    function.device = torch.device(device)
+    assert function(-1) == 1
+    assert seen.get("cpp_wrapper", False) == in_cpp
+    assert seen["guard_filter_fn"] is of_values
+
+
+def test_compilation_does_not_warn_that_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_as_for_a_gpu(function: Any, **choices: Any) -> Any:
+        def first_call(*arguments: Any) -> Any:
+            warnings.warn("TensorFloat32 tensor cores available but not enabled", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+            return function(*arguments)
+
+        return first_call
+
+    monkeypatch.setattr(torch, "compile", compile_as_for_a_gpu)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert compiled(abs)(-1) == 1
+    assert [str(warning.message) for warning in seen] == ["another"]
+
+
+def test_conditions_on_values_are_kept() -> None:
+    @dataclass
+    class Condition:
+        guard_type: str
+
+    kinds = ["TENSOR_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "SHAPE_ENV", "GRAD_MODE", "SEQUENCE_LENGTH", *CODE]
+    assert of_values([Condition(kind) for kind in kinds]) == [True] * 6 + [False] * len(CODE)
+
+
+@pytest.mark.parametrize(("batch_size", "bias", "products"), [(64, True, True), (70, True, False), (64, False, False)])
+def test_a_small_linear_layer_is_products_and_sums_and_gives_the_same(
+    batch_size: int, bias: bool, products: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 24, bias=bias, dtype=torch.float64)
+    assert 64 * 24 * 24 <= FEW < 70 * 24 * 24
+    inputs = torch.randn(batch_size, 24, dtype=torch.float64, requires_grad=True)
+    weights = [inputs, *layer.parameters()]
+    expected = layer(inputs)
+    with Traceable([]):
+        outputs = layer(inputs)
+    matrix_product = "Addmm" if bias else "Mm"
+    assert type(expected.grad_fn).__name__.startswith(matrix_product)
+    assert type(outputs.grad_fn).__name__.startswith(matrix_product) != products
+    torch.testing.assert_close(outputs, expected)
+    gradients = [torch.autograd.grad(outcome.square().sum(), weights) for outcome in (outputs, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
+    """As `backward` and `zero_grad` do; it is only ever traced, so its plain Python is looked at here."""
+    weight = nn.Parameter(torch.tensor([3.0]))
+    weight.grad = torch.zeros(1)
+    steppable = Steppable(torch.optim.SGD([weight], lr=0.5))
+    steppable.prepare()
+    spelling = Traceable(steppable.parameters)
+    optimizer = StandIn(steppable, spelling)
+    with spelling:
+        (2 * weight).sum().backward()
+        (weight**2).sum().backward()
+        assert weight.grad.item() == 2 + 6
+        optimizer.step()
+        assert weight.item() == 3 - 0.5 * 8
+        optimizer.zero_grad()
+        assert weight.grad.item() == 0
+        spelling.reached.clear()
+        with pytest.raises(RuntimeError, match="had a gradient has none"):
+            optimizer.step()
+        weight.grad = None
+        with pytest.raises(RuntimeError, match="had no gradient has one"):
+            (2 * weight).sum().backward()

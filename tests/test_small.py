@@ -1,0 +1,159 @@
+"""Small layers in NumPy: the same numbers as PyTorch's, and PyTorch itself for anything else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minirl.dqn import QNetwork, greedy_policy, q_values_of
+from minirl.fast.small import FEW, InTraining, SmallSequential
+from minirl.networks import Categorical, mlp
+from minirl.ppo import ActorCritic, act
+
+VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
+CPU = torch.device("cpu")
+
+
+def by_numpy(network: nn.Module, inputs: Tensor) -> bool:
+    """Whether NumPy computed it: an output of NumPy's memory knows no gradient, nor does it need one."""
+    assert isinstance(network, SmallSequential)
+    with torch.no_grad():
+        network(inputs)
+    known = network.__dict__.get("known")
+    return known is not None and known.layers is not None and len(inputs) <= known.rows
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_layers_in_numpy_are_the_layers_and_follow_their_weights(activation: type[nn.Module]) -> None:
+    body: Any = mlp((4, 8, 8), activation)
+    inputs = torch.randn(6, 4)
+    assert by_numpy(body, inputs)
+    for change in ("none", "in place", "another parameter", "another memory", "another layer"):
+        with torch.no_grad():
+            if change == "in place":
+                body[0].weight.add_(0.3)
+            elif change == "another memory":
+                body[0].weight.data = torch.randn(8, 4)
+            if change == "another parameter":
+                body[2].bias = nn.Parameter(torch.randn(8))
+            if change == "another layer":
+                body[2] = nn.Linear(8, 8)
+            values = body(inputs)
+        expected = nn.Sequential(*body)(inputs)
+        assert expected.requires_grad
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-6)
+        assert by_numpy(body, inputs), change
+
+
+class Doubling(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * super().forward(inputs)
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(4, 8)
+    layer.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (nn.Linear(4, 8), nn.GELU()),
+        lambda: (Doubling(4, 8), nn.ReLU()),
+        lambda: (nn.Linear(4, 8), nn.Sequential(nn.LayerNorm(8), nn.ReLU())),
+        lambda: (nn.Linear(4, 8), nn.Dropout(0.5)),
+        lambda: (hooked(), nn.ReLU()),
+        lambda: (nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU()),
+    ],
+)
+def test_any_other_layers_are_pytorchs(layers: Callable[[], tuple[nn.Module, ...]]) -> None:
+    torch.manual_seed(0)
+    body = SmallSequential(*layers()).eval()
+    inputs = torch.randn(5, 4)
+    assert not by_numpy(body, inputs)
+    with torch.no_grad():
+        assert torch.equal(body(inputs), nn.Sequential(*body)(inputs))
+
+
+def test_large_batches_other_dtypes_and_gradients_are_pytorchs() -> None:
+    body = mlp((4, 8), nn.ReLU)
+    assert not by_numpy(body, torch.randn(FEW // 40 + 1, 4))
+    assert body(torch.randn(2, 4)).requires_grad
+    with torch.no_grad():
+        assert body.double()(torch.randn(2, 4).double()).dtype == torch.float64
+        assert body.float()(torch.randn(3, 2, 4)).shape == (3, 2, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert body(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
+def test_what_is_known_is_neither_copied_nor_saved() -> None:
+    import copy
+
+    body = mlp((4, 8), nn.ReLU)
+    inputs = torch.randn(2, 4)
+    assert by_numpy(body, inputs)
+    twin: Any = copy.deepcopy(body)
+    with torch.no_grad():
+        twin[0].weight.mul_(2)
+        assert not torch.equal(twin(inputs), body(inputs))
+    assert set(body.state_dict()) == {"0.weight", "0.bias"}
+
+
+class Colder(ActorCritic):
+    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
+        distribution, values = super().forward(obs.clamp(-0.5, 0.5))
+        return Categorical(logits=distribution.logits * 2), values + 1
+
+
+def test_who_changes_forward_acts_with_the_changed_network() -> None:
+    torch.manual_seed(0)
+    agent = Colder(VECTOR, gym.spaces.Discrete(3))
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    obs = torch.randn(50, 4)
+    with torch.no_grad():
+        actions, log_probs, values = act(agent, torch.float32, obs)
+    distribution, expected_values = agent(obs)
+    torch.testing.assert_close(log_probs, distribution.log_prob(actions).detach())
+    torch.testing.assert_close(values, expected_values.detach())
+
+
+def test_a_head_that_starts_at_zero_is_seen_when_it_is_set() -> None:
+    network = QNetwork(VECTOR, 2, (8,))
+    with torch.no_grad():
+        for parameter in network.head.parameters():
+            parameter.zero_()
+        obs = np.zeros((1, 4), np.float32)
+        assert q_values_of(network, CPU, obs).tolist() == [[0, 0]]
+        network.head.bias.copy_(torch.tensor([0.0, 5.0]))
+        assert q_values_of(network, CPU, obs).tolist() == [[0, 5]]
+
+
+def test_a_greedy_policy_follows_the_weights_and_takes_the_first_of_equals() -> None:
+    network = QNetwork(VECTOR, 3, (8,))
+    policy = greedy_policy(network, CPU)
+    with torch.no_grad():
+        network.head.weight.zero_()
+        for values, best in (([0.0, 2.0, 1.0], 1), ([3.0, 2.0, 3.0], 0)):
+            network.head.bias.copy_(torch.tensor(values))
+            assert policy(np.zeros((5, 4), np.float32)).tolist() == [best] * 5
+
+
+class Frozen(nn.BatchNorm1d):
+    """Stays in evaluation mode, as people write it."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_in_training_is_train_and_eval(own: bool) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), Frozen(2) if own else nn.BatchNorm1d(2), nn.Dropout()).eval()
+    with InTraining(network):
+        assert [module.training for module in network.modules()] == [True, True, not own, True]
+    assert not any(module.training for module in network.modules())
