@@ -31,9 +31,9 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.machine import keep_freed_memory, products_in, select_device, select_precision, threads_for
-from minirl.fast.small import InTraining
-from minirl.networks import Head, NatureCNN, is_image, mlp, observation_tensor, orthogonal
+from minirl.fast.machine import Head, keep_freed_memory, products_in, select_device, select_precision, threads_for
+from minirl.fast.small import InTraining, SmallSequential, for_few
+from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.results.video import Videos
@@ -149,10 +149,13 @@ class DQNConfig:
         return math.ceil(self.total_timesteps / self.num_envs) * self.num_envs
 
 
-class QNetwork(nn.Module):
-    """The action values Q(s, .): an MLP with ReLU for vectors, the Nature CNN for images.
+class QNetwork(SmallSequential):
+    """The action values Q(s, .): a body, an MLP with ReLU for vectors or the Nature CNN for images, then a head.
 
-    With two hidden layers of 24 it has 770 parameters on CartPole, as the source notebook's.
+    Observations (B, ...) -> values (B, A).
+
+    With two hidden layers of 24 it has 770 parameters on CartPole, as the source notebook's. `SmallSequential` is an
+    `nn.Sequential`; give the class a `forward(self, obs)` for anything that is no sequence.
 
     Args:
         observation_space: of one environment.
@@ -167,22 +170,12 @@ class QNetwork(nn.Module):
         self, observation_space: gym.Space[Any], num_actions: int, hidden_sizes: tuple[int, ...] = (24, 24)
     ) -> None:
         super().__init__()
-        self.body: nn.Module
-        if is_image(observation_space):
-            assert observation_space.shape is not None
-            self.body = NatureCNN(observation_space.shape)
-            num_features = NatureCNN.num_features
-        else:
-            assert observation_space.shape is not None
-            sizes = (*observation_space.shape, *hidden_sizes)
-            self.body = mlp(sizes, nn.ReLU)
-            num_features = sizes[-1]
+        images = is_image(observation_space)
+        assert observation_space.shape is not None
+        sizes = (*observation_space.shape, *hidden_sizes)
+        num_features = NatureCNN.num_features if images else sizes[-1]
+        self.body = NatureCNN(observation_space.shape) if images else mlp(sizes, nn.ReLU)
         self.head = orthogonal(Head(num_features, num_actions), gain=0.01)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Observations (B, ...) -> values (B, A)."""
-        values: Tensor = self.head(self.body(obs))
-        return values
 
 
 @torch.no_grad()
@@ -283,29 +276,29 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
     return QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)
 
 
-@torch.no_grad()
-def q_values_of(network: nn.Module, device: torch.device, obs: NDArray[Any]) -> NDArray[np.float32]:
-    """Return Q(s, .) of what environments show: observations (N, ...) -> (N, A)."""
-    values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
-    return values
+def q_function(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """Return Q(s, .) as a function of what environments show, (N, ...) -> (N, A). It follows the weights."""
+
+    @torch.no_grad()
+    def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
+        return values
+
+    return for_few(network, q_values)
 
 
 def greedy_policy(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
     """Return the first of the best actions as a function of observations: (N, ...) -> (N,). It follows the weights."""
-
-    def policy(obs: NDArray[Any]) -> NDArray[np.int64]:
-        actions: NDArray[np.int64] = q_values_of(network, device, obs).argmax(axis=-1)
-        return actions
-
-    return policy
+    q_values = q_function(network, device)
+    return lambda obs: q_values(obs).argmax(axis=-1)
 
 
 def epsilon_greedy(q_values: NDArray[np.float32], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return for each state a random action with probability epsilon, else the first of the best: (N, A) -> (N,)."""
     actions: NDArray[np.int64] = q_values.argmax(axis=-1)
-    explores = rng.random(len(actions)) < epsilon
-    if explores.any():
-        actions[explores] = rng.integers(q_values.shape[-1], size=int(explores.sum()))
+    for state in range(len(actions)):
+        if rng.random() < epsilon:
+            actions[state] = rng.integers(q_values.shape[-1])
     return actions
 
 
@@ -434,7 +427,7 @@ def train(
         precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
         step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
         in_training = InTraining(online)  # batch norm learns, and dropout is on, in gradient steps only
-        greedy = greedy_policy(online, torch_device)
+        q_values, greedy = q_function(online, torch_device), greedy_policy(online, torch_device)
 
         if saved is not None:
             load_parts(learned, saved)
@@ -472,7 +465,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
 
-                actions = epsilon_greedy(q_values_of(online, torch_device, obs), epsilon, rng)
+                actions = epsilon_greedy(q_values(obs), epsilon, rng)
                 played = envs.step(actions)
                 memory.add(
                     obs, actions, played.rewards, played.next_observations(), played.terminated, played.truncated

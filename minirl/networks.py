@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minirl.checks import ConfigError
+from minirl.fast.machine import Head
 from minirl.fast.small import SmallSequential
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, "Head")
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
 
 SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
 
@@ -38,17 +38,6 @@ def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [orthogonal(nn.Linear(inputs, outputs)), activation()]
     return SmallSequential(*layers)  # an nn.Sequential, faster for a few observations
-
-
-class Head(nn.Linear):
-    """A last layer, in float32 whatever `torch.autocast` says: the ratios of rounded logits would be 1 % off."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, features) -> (B, outputs)."""
-        if not torch.is_autocast_enabled(features.device.type):
-            return super().forward(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 class NatureCNN(nn.Module):

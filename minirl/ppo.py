@@ -30,6 +30,7 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.machine import (
+    Head,
     keep_freed_memory,
     products_in,
     rounded_weights,
@@ -38,7 +39,7 @@ from minirl.fast.machine import (
     threads_beside,
     threads_for,
 )
-from minirl.networks import Categorical, Head, NatureCNN, is_image, mlp, observation_tensor, orthogonal
+from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses, set_random_state
 from minirl.runs.resume import env_state, start_envs
@@ -504,7 +505,7 @@ def train(
 
         images = is_image(envs.observation_space)
         precision = select_precision(config.precision, torch_device, images=images)
-        policy = compiled(act, agent, precision, enabled=images and config.compiles(images))
+        policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
 
         if saved is not None:

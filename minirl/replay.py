@@ -112,12 +112,14 @@ class ReplayBuffer:
         if not 1 <= batch_size <= total:
             raise ValueError(f"batch_size must be from 1 to the {total} transitions stored, not {batch_size}")
         index = self.rng.integers(total, size=batch_size)
-        ends = np.cumsum(sizes)
-        env = ends.searchsorted(index, side="right")
-        # Counted back from each environment's newest transition.
-        slot = (self.added + index - ends[env]) % self.length
+        env, newest = np.zeros_like(index), np.array(total)
+        if self.num_envs > 1:
+            ends = np.cumsum(sizes)
+            env = ends.searchsorted(index, side="right")
+            newest = ends[env]
+        slot = (self.added + index - newest) % self.length  # counted back from each environment's newest transition
         where = env * self.length + slot  # in all rings, one after the other
-        observations, next_observations = self.observations.read(env, slot)
+        observations, next_observations = self.observations.read(env, slot, where)
         return Batch(
             observations,
             self.actions.take(where),
@@ -180,8 +182,9 @@ class _Pairs:
         self.current[:, slot] = observations
         self.following[:, slot] = next_observations
 
-    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-        where = env * self.current.shape[1] + slot
+    def read(
+        self, env: NDArray[np.int64], slot: NDArray[np.int64], where: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         shape = (-1, *self.current.shape[2:])
         return self.current.reshape(shape).take(where, axis=0), self.following.reshape(shape).take(where, axis=0)
 
@@ -252,7 +255,9 @@ class _Frames:
                 return
             self.oldest += lost
 
-    def read(self, env: NDArray[np.int64], slot: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def read(
+        self, env: NDArray[np.int64], slot: NDArray[np.int64], where: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Put stacks together, (B, C, H, W) each: of observations, and of their successors, which end a frame later.
 
         In memory a pixel's C values lie side by side (channels-last), as convolutions want them.

@@ -302,9 +302,12 @@ def test_conditions_on_values_are_kept() -> None:
     @dataclass
     class Condition:
         guard_type: str
+        name: str = "L['batch']"
 
     kinds = ["TENSOR_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "SHAPE_ENV", "GRAD_MODE", "SEQUENCE_LENGTH", *CODE]
     assert of_values([Condition(kind) for kind in kinds]) == [True] * 6 + [False] * len(CODE)
+    names = ["self.bound[0].scale", "function.__defaults__[0]", "self.steppable.optimizer.state[0]['step']"]
+    assert of_values([Condition("EQUALS_MATCH", name) for name in names]) == [True, False, False]
 
 
 @pytest.mark.parametrize(("batch_size", "bias", "products"), [(64, True, True), (70, True, False), (64, False, False)])

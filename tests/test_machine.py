@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from minirl.fast.machine import keep_freed_memory, products_in, rounded_weights, threads_beside, threads_for
-from minirl.networks import Head
+from minirl.fast.machine import Head, keep_freed_memory, products_in, rounded_weights, threads_beside, threads_for
 
 ROOT = Path(__file__).parent.parent
 KEPT = """

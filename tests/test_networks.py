@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError
 from minirl.dqn import QNetwork
-from minirl.fast.machine import has_fast_bfloat16, products_in, select_device, select_precision
+from minirl.fast.machine import Head, has_fast_bfloat16, products_in, select_device, select_precision
 from minirl.networks import (
     Categorical,
-    Head,
     NatureCNN,
     channels_last,
     is_image,

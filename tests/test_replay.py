@@ -94,7 +94,8 @@ def everything(buffer: ReplayBuffer) -> list[NDArray[Any]]:
     for env, size in enumerate(buffer._sizes()):
         slot = np.arange(buffer.added - size, buffer.added) % buffer.length
         columns = (buffer.actions, buffer.rewards, buffer.terminated)
-        kept += [*buffer.observations.read(np.full(size, env), slot), *(column[env, slot] for column in columns)]
+        where = env * buffer.length + slot
+        kept += [*buffer.observations.read(np.full(size, env), slot, where), *(column[env, slot] for column in columns)]
     return kept
 
 

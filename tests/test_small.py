@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minirl.dqn import QNetwork, greedy_policy, q_values_of
+from minirl.dqn import QNetwork, greedy_policy, q_function
 from minirl.fast.small import FEW, InTraining, SmallSequential
 from minirl.networks import Categorical, mlp
 from minirl.ppo import ActorCritic, act
@@ -129,9 +129,9 @@ def test_a_head_that_starts_at_zero_is_seen_when_it_is_set() -> None:
         for parameter in network.head.parameters():
             parameter.zero_()
         obs = np.zeros((1, 4), np.float32)
-        assert q_values_of(network, CPU, obs).tolist() == [[0, 0]]
+        assert q_function(network, CPU)(obs).tolist() == [[0, 0]]
         network.head.bias.copy_(torch.tensor([0.0, 5.0]))
-        assert q_values_of(network, CPU, obs).tolist() == [[0, 5]]
+        assert q_function(network, CPU)(obs).tolist() == [[0, 5]]
 
 
 def test_a_greedy_policy_follows_the_weights_and_takes_the_first_of_equals() -> None:
@@ -142,6 +142,31 @@ def test_a_greedy_policy_follows_the_weights_and_takes_the_first_of_equals() -> 
         for values, best in (([0.0, 2.0, 1.0], 1), ([3.0, 2.0, 3.0], 0)):
             network.head.bias.copy_(torch.tensor(values))
             assert policy(np.zeros((5, 4), np.float32)).tolist() == [best] * 5
+
+
+class Doubled(QNetwork):
+    def forward(self, obs: Tensor) -> Tensor:
+        values: Tensor = 2 * super().forward(obs)
+        return values
+
+
+def test_a_q_network_acts_in_numpy_and_another_one_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    for kind in (QNetwork, Doubled):
+        network = kind(VECTOR, 3, (8, 8))
+        with torch.no_grad():
+            network.head.weight.mul_(100)
+            network.head.bias.add_(1)
+        expected = network(torch.from_numpy(obs)).detach().numpy()
+        q_values = q_function(network, CPU)
+        np.testing.assert_allclose(q_values(obs), expected, rtol=1e-4, atol=1e-5)
+        if kind is QNetwork:
+            with monkeypatch.context() as patch:
+                patch.setattr(nn.Linear, "forward", None)  # nobody calls PyTorch
+                np.testing.assert_allclose(q_values(obs), expected, rtol=1e-4, atol=1e-5)
+        network.register_forward_hook(lambda module, inputs, output: output + 7)
+        np.testing.assert_allclose(q_values(obs), expected + 7, rtol=1e-4, atol=1e-5)
 
 
 class Frozen(nn.BatchNorm1d):

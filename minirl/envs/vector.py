@@ -107,6 +107,9 @@ class VectorEnv:
 
     def step(self, actions: NDArray[np.int64]) -> VectorStep:
         """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
+        if len(self.halves) == 1 and not self._workers and not self._playing:  # nobody to wait for
+            self._arrays.actions[:] = actions
+            return self._arrays.rows(slice(0, self.num_envs), self._open_group().step(self._arrays, 0))
         for half in self.halves:
             self.start(half, actions[half])
         episodes = [episode for half in self.halves for episode in self.finish(half).episodes]

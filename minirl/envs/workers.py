@@ -142,6 +142,7 @@ class EnvGroup:
         self.envs = {row: make_env() for part in parts for row in part}
         env = next(iter(self.envs.values())) if self.envs else make_env()
         self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.shape = self.observation_space.shape
         self.stacked = shows_stacks(env)
         self.first_action = int(getattr(self.action_space, "start", 0))
         self.env_id = "without an id" if env.spec is None else env.spec.id
@@ -160,11 +161,14 @@ class EnvGroup:
             return []
         self.steps[part] += 1
         episodes = []
+        ended = False
+        actions = (arrays.actions + self.first_action if self.first_action else arrays.actions).tolist()
         for row in self.parts[part]:
             env = self.envs[row]
             try:
-                obs, reward, terminated, truncated, info = env.step(int(arrays.actions[row]) + self.first_action)
+                obs, reward, terminated, truncated, info = env.step(actions[row])
                 if terminated or truncated:
+                    ended = True
                     arrays.final_observations[row] = self._checked(row, obs)
                     obs, reset_info = env.reset()
                     # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
@@ -179,7 +183,7 @@ class EnvGroup:
             arrays.rewards[row] = reward
             arrays.terminated[row] = terminated
             arrays.truncated[row] = truncated
-        self._require_finite(arrays, self.parts[part])
+        self._require_finite(arrays, self.parts[part], ended=ended)
         return episodes
 
     def _name(self, row: int) -> str:
@@ -188,16 +192,16 @@ class EnvGroup:
 
     def _checked(self, row: int, obs: Any) -> Any:
         """Return the observation, if it has the shape that was announced; NumPy would stretch others to fit."""
-        if np.shape(obs) != self.observation_space.shape:
-            raise EnvError(
-                f"{self._name(row)} showed an observation of shape {np.shape(obs)}, not {self.observation_space.shape}"
-            )
+        if (shape := np.shape(obs)) != self.shape:
+            raise EnvError(f"{self._name(row)} showed an observation of shape {shape}, not {self.shape}")
         return obs
 
-    def _require_finite(self, arrays: SharedArrays, part: range) -> None:
+    def _require_finite(self, arrays: SharedArrays, part: range, *, ended: bool) -> None:
         rows = slice(part.start, part.stop)
-        columns = {"an observation": arrays.observations, "a last observation": arrays.final_observations}
-        for what, array in {**columns, "a reward": arrays.rewards}.items():
+        columns = {"an observation": arrays.observations, "a reward": arrays.rewards}
+        if ended:
+            columns["a last observation"] = arrays.final_observations
+        for what, array in columns.items():
             # A sum of squares is finite if all of them are, but for the largest, and takes less than half the time.
             if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
                 continue

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minirl.checks import ConfigError
 
@@ -105,6 +106,17 @@ def products_in(precision: torch.dtype, device: torch.device) -> contextlib.Abst
     if precision == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, precision)
+
+
+class Head(nn.Linear):
+    """A last layer, in float32 whatever `products_in` says: the ratios of rounded logits would be 1 % off."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, features) -> (B, outputs)."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return super().forward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
 @contextlib.contextmanager

@@ -9,16 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minirl.fast.machine import Head
+
 FEW = 500_000  # multiplications: beyond, PyTorch is as fast as NumPy
 
+Array = NDArray[Any]
 Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class _Known(NamedTuple):
     """What a `SmallSequential` was when it was last looked at, and that in NumPy."""
 
-    modules: tuple[nn.Module | None, ...]
-    parameters: list[dict[str, Any]]  # of those modules that have any
+    sequences: list[dict[str, nn.Module | None]]  # its own, and those within it
+    modules: list[nn.Module | None]
+    owners: list[dict[str, Any]]  # the parameters of those modules that have any
     memory: list[int]  # where they lie
     layers: list[Layer] | None  # None where PyTorch must do it
     rows: int  # inputs that are few
@@ -36,7 +40,7 @@ class SmallSequential(nn.Sequential):
         """(B, n) -> (B, m)."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.ndim != 2:
             return super().forward(inputs)  # type: ignore[no-untyped-call,no-any-return]
-        layers, rows = self._in_numpy()
+        layers, rows = self.in_numpy()
         if layers is None or len(inputs) > rows or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(inputs)  # type: ignore[no-untyped-call,no-any-return]
         values = inputs.numpy()
@@ -44,41 +48,88 @@ class SmallSequential(nn.Sequential):
             values = layer(values)
         return torch.from_numpy(values)
 
-    def _in_numpy(self) -> tuple[list[Layer] | None, int]:
+    def in_numpy(self) -> tuple[list[Layer] | None, int]:
         """The layers, on the memory of the weights, made anew when there are others; and for how many inputs."""
         known: _Known | None = self.__dict__.get("known")
-        if known is not None and known.modules == tuple(self._modules.values()):
-            memory = [
-                weight.data_ptr() for owned in known.parameters for weight in owned.values() if weight is not None
-            ]
-            if memory == known.memory:
-                return known.layers, known.rows
-        modules = tuple(self._modules.values())
+        if known is not None and _children(known.sequences) == known.modules and _memory(known.owners) == known.memory:
+            return known.layers, known.rows
+        sequences = [module._modules for module in self.modules() if module is self or type(module) in CONTAINERS]
+        modules = _children(sequences)
         owners = [module._parameters for module in modules if module is not None and module._parameters]
-        memory = [weight.data_ptr() for owned in owners for weight in owned.values() if weight is not None]
-        layers = [_layer(module) for module in modules]
-        found = None if None in layers else [layer for layer in layers if layer is not None]
+        layers = _layers(self)
         rows = FEW // max(1, sum(weight.numel() for weight in self.parameters()))
-        self.__dict__["known"] = _Known(modules, owners, memory, found, rows)  # no module's business: it is not saved
-        return found, rows
+        # No module, no parameter: it is neither saved nor copied.
+        self.__dict__["known"] = _Known(sequences, modules, owners, _memory(owners), layers, rows)
+        return layers, rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "known"}
 
 
-def _layer(module: nn.Module | None) -> Layer | None:
+CONTAINERS = (SmallSequential, nn.Sequential)
+
+
+def _children(sequences: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
+    return [module for modules in sequences for module in modules.values()]
+
+
+def _memory(owners: list[dict[str, Any]]) -> list[int]:
+    return [weight.data_ptr() for owned in owners for weight in owned.values() if weight is not None]
+
+
+def _layers(sequence: nn.Sequential) -> list[Layer] | None:
+    layers: list[Layer] = []
+    for module in sequence._modules.values():
+        if module is None or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if isinstance(module, nn.Sequential) and type(module) in CONTAINERS:
+            inner = _layers(module)
+        else:
+            layer = _layer(module)
+            inner = None if layer is None else [layer]
+        if inner is None:
+            return None
+        layers += inner
+    return layers
+
+
+def _layer(module: nn.Module) -> Layer | None:
     # Exactly these types: a subclass may compute something else.
-    if module is None or module._forward_hooks or module._forward_pre_hooks:
-        return None
     if type(module) is nn.ReLU:
         return lambda inputs: np.maximum(inputs, 0)
     if type(module) is nn.Tanh:
         return np.tanh
-    if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+    if (
+        type(module) in (nn.Linear, Head)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    ):
         weight = module.weight.detach().numpy().T
-        bias = np.float32(0) if module.bias is None else module.bias.detach().numpy()
+        bias: Any = 0 if module.bias is None else module.bias.detach().numpy()  # type: ignore[operator]
         return lambda inputs: inputs @ weight + bias
     return None
+
+
+def for_few(network: nn.Module, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Return a function of vectors (B, n) that calls a network, without PyTorch where NumPy computes all of it.
+
+    That is where the network is a `SmallSequential` without a `forward` of its own, and on the processor.
+    """
+    if not isinstance(network, SmallSequential) or type(network).forward is not SmallSequential.forward:
+        return function
+
+    def for_few_vectors(inputs: Array) -> Array:
+        if inputs.ndim != 2:
+            return function(inputs)
+        layers, rows = network.in_numpy()
+        if layers is None or len(inputs) > rows or network._forward_hooks or network._forward_pre_hooks:
+            return function(inputs)
+        values = inputs.astype(np.float32, copy=False)
+        for layer in layers:
+            values = layer(values)
+        return values
+
+    return for_few_vectors
 
 
 class InTraining:
