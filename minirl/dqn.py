@@ -52,7 +52,7 @@ from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
-CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "updates", "rng", "memory", "envs", "obs")
+CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "updates", "unlogged", "rng", "memory", "envs", "obs")
 
 
 @dataclass(frozen=True)
@@ -437,6 +437,8 @@ def train(
         obs = start_envs(envs, config.seed, saved)
         if saved is not None:
             set_random_state(saved)
+            if saved["envs"] is None:  # these could not be saved, and new games have begun
+                memory.cut()
         updates = int(saved["updates"]) if saved else 0
 
         def networks() -> State:
@@ -447,6 +449,7 @@ def train(
                 **networks(),
                 "episodes": now.episodes,
                 "updates": updates,
+                "unlogged": torch.stack(losses) if losses else torch.zeros(0, 3),
                 "rng": rng.bit_generator.state,
                 "memory": memory_files.save(memory),
                 **env_state(envs, obs),
@@ -456,7 +459,7 @@ def train(
             Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run,
             threads_for(online),
         ):
-            losses: list[Tensor] = []
+            losses = list(saved["unlogged"].to(torch_device)) if saved else []
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:

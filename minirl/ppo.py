@@ -497,10 +497,8 @@ def train(
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
-        learned: dict[str, Part] = {
-            "model": agent,
-            "optimizer": optimizer,
-        }  # saved and loaded: whatever has a state_dict
+        # What a checkpoint holds: whatever has `state_dict` and `load_state_dict` is saved and loaded by a line here.
+        learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
         rollout = Rollout(config.num_steps, config.num_envs, torch_device)
 
         images = is_image(envs.observation_space)

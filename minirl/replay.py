@@ -101,6 +101,10 @@ class ReplayBuffer:
         self.observations.write(slot, observations, next_observations, terminated | truncated)
         self.added += 1
 
+    def cut(self) -> None:
+        """Cut the episodes: the next observations that come belong to new ones, of a resumed run say."""
+        self.observations.cut()
+
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement.
 
@@ -188,6 +192,9 @@ class _Pairs:
         shape = (-1, *self.current.shape[2:])
         return self.current.reshape(shape).take(where, axis=0), self.following.reshape(shape).take(where, axis=0)
 
+    def cut(self) -> None:
+        pass
+
     def available(self, added: int) -> list[int]:
         return [added] * len(self.current)
 
@@ -268,6 +275,12 @@ class _Frames:
         frames = self.frames[env, rows]  # (C + 1, B, H, W)
         current, following = (channels_last(stack.swapaxes(0, 1)) for stack in (frames[:-1], frames[1:]))
         return current.transpose(0, 3, 1, 2), following.transpose(0, 3, 1, 2)
+
+    def cut(self) -> None:
+        if self.added:  # the row that is there is the last transition's successor
+            self.row += 1
+            self.age[self.envs, self.row % self.num_rows] = 0
+            self._forget()
 
     def available(self, added: int) -> list[int]:
         sizes: list[int] = (added - self.oldest).tolist()

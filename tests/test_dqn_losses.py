@@ -190,3 +190,16 @@ def test_images_go_through_the_nature_cnn() -> None:
 def test_other_observations_are_refused(space: gym.Space[object]) -> None:
     with pytest.raises(ConfigError, match="--env-id"):
         QNetwork(space, 2)
+
+
+@pytest.mark.parametrize("huber", [False, True])
+@pytest.mark.parametrize("rewards", [torch.tensor([1, 2]), torch.tensor([1.0, 2.0], dtype=torch.float64)])
+def test_rewards_of_another_dtype_are_counted_whole(rewards: torch.Tensor, huber: bool) -> None:
+    q_values = torch.tensor([[0.5, 0.0], [0.0, 1.25]], requires_grad=True)
+    targets = double_dqn_target(rewards, torch.tensor([True, False]), q_values, torch.full((2, 2), 0.5), 0.5)
+    assert targets.tolist() == [1.0, 2.25]
+    loss = dqn_loss(q_values, torch.tensor([0, 1]), targets, huber=huber)
+    loss.backward()
+    assert loss.item() == pytest.approx((0.125 + 0.5) / 2 if huber else (0.25 + 1) / 2)
+    assert q_values.grad is not None
+    assert q_values.grad.dtype == torch.float32

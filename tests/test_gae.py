@@ -112,3 +112,15 @@ def test_shapes_must_match(name: str) -> None:
     tensors[name] = torch.zeros(3, 1)
     with pytest.raises(ValueError, match=rf"{name} \(3, 1\)"):
         compute_gae(**tensors, gamma=0.9, gae_lambda=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float16, torch.float32])
+def test_rewards_of_any_dtype_give_the_advantages_of_the_values_dtype(dtype: torch.dtype) -> None:
+    rewards, values = torch.ones(2, 1, dtype=dtype), torch.tensor([[0.3], [0.3]])
+    next_values, no = torch.tensor([[0.3], [0.7]]), torch.zeros(2, 1, dtype=torch.bool)
+    advantages, returns = compute_gae(rewards, values, next_values, no, no, 0.99, 0.95)
+    # 1 + 0.99 * 0.7 - 0.3 = 1.393, and 1 + 0.99 * 0.3 - 0.3 + 0.99 * 0.95 * 1.393 = 2.3071
+    assert advantages.dtype == returns.dtype == torch.float32
+    assert advantages.flatten().tolist() == pytest.approx([0.997 + 0.99 * 0.95 * 1.393, 1.393], rel=1e-6)
+    assert returns.flatten().tolist() == pytest.approx([1.297 + 0.99 * 0.95 * 1.393, 1.693], rel=1e-6)
+    assert compute_gae(rewards, values.double(), next_values, no, no, 0.99, 0.95)[0].dtype == torch.float64

@@ -173,3 +173,31 @@ def test_the_losses_alone_refuse_it_too() -> None:
         value_loss(flat, tall)
     with pytest.raises(ValueError, match="old_values"):
         value_loss(flat, flat, tall, 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("advantage", "loss"), [(1.0, -1.05), (0.0, -0.5)])
+def test_a_ratio_that_overflows_is_clipped_with_a_gradient_of_0(
+    advantage: float, loss: float, dtype: torch.dtype
+) -> None:
+    """r = e^90 is clipped to 1.1, and e^800 too; the other sample's is 1: -(1.1 A + 1) / 2."""
+    log_prob = torch.tensor([0.0, -1.0], dtype=dtype, requires_grad=True)
+    old = torch.tensor([-90.0 if dtype == torch.float32 else -800.0, -1.0], dtype=dtype)
+    outcome = clipped_surrogate_loss(log_prob, old, torch.tensor([advantage, 1.0], dtype=dtype), 0.1)
+    outcome.backward()
+    assert log_prob.grad is not None
+    assert outcome.item() == pytest.approx(loss)
+    assert log_prob.grad.tolist() == [0.0, -0.5]
+
+
+def test_small_divergences_are_not_lost_and_never_negative() -> None:
+    zero = torch.zeros(1)
+
+    def approx_kl(log_ratio: float) -> float:
+        log_prob = torch.tensor([log_ratio])
+        _, stats = ppo_loss(log_prob, zero, zero, zero, zero, zero, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
+        return stats["approx_kl"].item()
+
+    assert approx_kl(1e-6) == pytest.approx(5e-13, rel=0.15)  # x^2 / 2; float32 has 7 digits of e^x - 1
+    assert approx_kl(0.5) == pytest.approx(math.exp(0.5) - 1.5)
+    assert min(approx_kl(10.0**-power * sign) for power in range(10) for sign in (-1, 1)) >= 0

@@ -129,6 +129,19 @@ def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_siz
             check(buffer, players, min(64, len(buffer)))
 
 
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_after_a_cut_the_old_episodes_end_and_the_new_ones_start_with_their_own_frames(num_envs: int) -> None:
+    """A resumed run whose environments could not be saved starts new games in the middle of the old ones."""
+    buffer, players = ReplayBuffer(30 * num_envs, PIXELS, num_envs, stacked=True), Players(num_envs, 50, seed=0)
+    buffer.cut()
+    for step in range(80):
+        players.step(buffer)
+        if step % 7 == 3:
+            buffer.cut()
+            players.stacks = np.stack([players.first_stack() for _ in range(num_envs)])
+        check(buffer, players, min(32, len(buffer)))
+
+
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_episodes_of_a_usual_length_fill_the_capacity(num_envs: int) -> None:
     buffer = ReplayBuffer(200 * num_envs, PIXELS, num_envs, stacked=True)

@@ -20,6 +20,7 @@ from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
 from minirl.runs.run import Run
+from tests.scalars import read_scalars
 
 ROOT = Path(__file__).parent.parent
 NOT_COMPARED = {"seconds", "memory", "path"}  # the clock, and which files these are
@@ -130,6 +131,9 @@ def test_a_killed_run_ends_as_one_left_alone(
     train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
     assert_same(alone, killed)
+    logged = [read_scalars(tmp_path / name) for name in ("alone", "killed")]
+    for tag in logged[0].keys() - {"charts/SPS", "charts/minutes"}:
+        assert logged[0][tag] == logged[1][tag], f"{tag}: means over updates go on, too"
     if config.env_id == "CartPole-v1" and algorithm == "dqn":
         one, other = (load_checkpoint(tmp_path / name, algorithm, file=BEST_FILE) for name in ("alone", "killed"))
         assert_same(one, other)

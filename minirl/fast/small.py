@@ -99,14 +99,11 @@ def _layer(module: nn.Module) -> Layer | None:
         return lambda inputs: np.maximum(inputs, 0)
     if type(module) is nn.Tanh:
         return np.tanh
-    if (
-        type(module) in (nn.Linear, Head)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-    ):
-        weight = module.weight.detach().numpy().T
-        bias: Any = 0 if module.bias is None else module.bias.detach().numpy()  # type: ignore[operator]
-        return lambda inputs: inputs @ weight + bias
+    if isinstance(module, nn.Linear) and type(module) in (nn.Linear, Head):
+        weight, bias = module.weight.detach(), module.bias
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            product, sum_ = weight.numpy().T, 0 if bias is None else bias.detach().numpy()
+            return lambda inputs: inputs @ product + sum_
     return None
 
 
