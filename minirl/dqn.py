@@ -7,7 +7,7 @@
             a* = argmax_a Q(s', a)                      the online network chooses,
             y  = r + gamma Q_target(s', a*)             the target network judges    double_dqn_target
             loss = mean((Q(s, a) - y)^2), one step of Adam                           dqn_loss
-        now and then Q_target <- Q                                                   update_target
+        now and then Q_target <- Q                                                   Target
 
 Nothing follows a terminal state, so y = r there; a cut episode goes on in principle and keeps its bootstrap.
 
@@ -419,6 +419,7 @@ def train(
         online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))
         target.load_state_dict(online.state_dict())
         optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
+        rates = [group["lr"] for group in optimizer.param_groups]
         learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer}  # saved and loaded
         target_step = Target(target, online, config.tau)
         memory = make_memory(config, envs, rng)
@@ -464,9 +465,10 @@ def train(
             finished = is_finished(config, now)
             while not finished:
                 epsilon = epsilon_at(config, now)
-                learning_rate = config.learning_rate * (1 - now.steps / config.last_step if config.anneal_lr else 1)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                remaining = 1 - now.steps / config.last_step if config.anneal_lr else 1.0
+                if config.anneal_lr:
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * remaining
 
                 actions = epsilon_greedy(q_values(obs), epsilon, rng)
                 played = envs.step(actions)
@@ -489,7 +491,7 @@ def train(
                 run.log_episodes(now.steps, played.episodes)
                 judged = judge.is_due(before.steps, now.steps, finished=finished)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
-                    schedules = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
+                    schedules = {"charts/epsilon": epsilon, "charts/learning_rate": config.learning_rate * remaining}
                     run.log(now.steps, {**schedules, **means(losses, updates)})
                     losses.clear()
                 if judged:

@@ -497,6 +497,7 @@ def train(
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
+        rates = [group["lr"] for group in optimizer.param_groups]
         # What a checkpoint holds: whatever has `state_dict` and `load_state_dict` is saved and loaded by a line here.
         learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
         rollout = Rollout(config.num_steps, config.num_envs, torch_device)
@@ -525,8 +526,9 @@ def train(
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                if config.anneal_lr:
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * remaining
 
                 agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
                 with threads_beside(envs.num_workers), rounded_weights(agent, precision):

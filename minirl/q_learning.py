@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.envs.make import make_bare_env
-from minirl.envs.state import decode, encode
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
 from minirl.results.video import Videos
@@ -212,7 +211,7 @@ def train(
     if saved is not None:
         with reading(saved):
             q_table = load_table(saved, env)
-            rng.setstate(decode(saved["rng"]))
+            rng.setstate((random.Random.VERSION, tuple(saved["rng"].tolist()), None))
             env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
             episode, global_step = int(saved["episode"]), saved["global_step"]
             unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
@@ -226,7 +225,7 @@ def train(
             "q_table": torch.tensor(q_table),
             "episode": episode,
             "unlogged": [list(played) for played in unlogged],
-            "rng": encode(rng.getstate()),
+            "rng": np.array(rng.getstate()[1], np.uint32),
             "env_rng": env.unwrapped.np_random.bit_generator.state,
         }
 

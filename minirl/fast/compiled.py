@@ -120,6 +120,7 @@ class Compiled:
         if trained != self.trained:
             self._make_gradients(arguments)
             self.trained = trained
+        self.spelling.reached.clear()  # here: in what is compiled, it would be another value at the second call
         if self.whole is not None:
             return self.whole(*arguments)
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
@@ -135,7 +136,6 @@ class Compiled:
 
     def _traced(self, *arguments: Any) -> Any:
         """What is compiled: the function, with what PyTorch can't compile spelt in a way that it can."""
-        self.spelling.reached.clear()
         with self.spelling:
             return self.function(*self.stand_ins, *arguments)
 
@@ -160,8 +160,6 @@ class Compiled:
 
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
         """Go on with the plain function."""
-        if __import__("os").environ.get("DBG"):
-            print(error)
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=1)  # once, whoever called
         self.enabled = False

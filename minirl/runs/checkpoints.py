@@ -25,6 +25,9 @@ BEST_FILE = "best.pt"
 # What every algorithm's checkpoint holds.
 COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": float, "random_state": dict}
 
+# What PyTorch's optimisers keep of each weight, in the weight's shape; other things have others.
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+
 State = dict[str, Any]
 
 
@@ -153,18 +156,18 @@ def load_parts(parts: Mapping[str, Part], saved: State) -> None:
 
 
 def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give what an optimiser keeps of its parameters their layout: fused kernels go through memory, not shapes.
+    """Give an optimiser's moments their parameters' layout: fused kernels go through memory, not shapes.
 
     Raises:
-        ValueError: if it is of other shapes.
+        ValueError: if they are of other shapes.
     """
     for parameter, state in optimizer.state.items():
-        for name, moment in state.items():
-            if not isinstance(moment, torch.Tensor) or moment.ndim == 0:
+        for name in MOMENTS & state.keys():
+            if state[name] is None:
                 continue
-            if moment.shape != parameter.shape:
+            if state[name].shape != parameter.shape:
                 raise ValueError("the optimiser is of a network of other shapes")
-            state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+            state[name] = torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
@@ -212,9 +215,14 @@ def require_finite(learned: State, global_step: int) -> None:
 
 
 def not_finite(learned: State) -> list[str]:
-    """Return the names of the weights that are not finite, or of a Q-table that is not."""
-    weights = {**learned.get("model", {}), "q_table": learned.get("q_table", torch.zeros(()))}
-    return [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    """Return the names of the weights that are not finite: a Q-table's, or those of any network of a checkpoint."""
+    weights: dict[str, Any] = {"q_table": learned.get("q_table")}
+    for part in learned.values():
+        if isinstance(part, dict):
+            weights |= part
+    return [
+        name for name, value in weights.items() if isinstance(value, torch.Tensor) and not torch.isfinite(value).all()
+    ]
 
 
 def random_state() -> State:
