@@ -241,7 +241,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_a_line_says_why(what: str) ->
     before = parameters(network)
     with pytest.warns(UserWarning, match="compilation failed, going on without: "):
         compiled(step, network, optimizer)(torch.ones(2, 1))
-    assert len(called) == 1
+    assert len(called) == (1 if what == "hooks of the optimiser" else 3), "twice to look for gradients, and once"
     assert not torch.equal(parameters(network), before)
 
 
@@ -326,10 +326,11 @@ def test_conditions_on_values_are_kept() -> None:
         guard_type: str
         name: str = "L['batch']"
 
-    kinds = ["TENSOR_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "SHAPE_ENV", "GRAD_MODE", "SEQUENCE_LENGTH", *CODE]
+    kinds = ["TENSOR_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "SHAPE_ENV", "GRAD_MODE", "ID_MATCH", *CODE]
     assert of_values([Condition(kind) for kind in kinds]) == [True] * 6 + [False] * len(CODE)
-    names = ["self.bound[0].scale", "function.__defaults__[0]", "self.steppable.optimizer.state[0]['step']"]
-    assert of_values([Condition("EQUALS_MATCH", name) for name in names]) == [True, False, False]
+    names = ["self.bound[0].scale", "function.__defaults__[0]"]
+    assert of_values([Condition("EQUALS_MATCH", name) for name in names]) == [True, False]
+    assert of_values([Condition("DICT_KEYS_MATCH", "self.stand_ins[0].steppable.optimizer.state")]) == [True]
 
 
 @pytest.mark.parametrize(("batch_size", "bias", "products"), [(64, True, True), (70, True, False), (64, False, False)])

@@ -59,8 +59,7 @@ CODE = {
     "NOT_PRESENT_IN_GENERIC_DICT",
     "TYPE_MATCH",
 }
-# The same, by what they look at. An optimiser's state is looked at by `Compiled` itself.
-CODE_PARTS = ("__closure__", "__defaults__", "__func__", "__mro__", ".steppable.optimizer.state[")
+CODE_PARTS = ("__closure__", "__defaults__", "__func__", "__mro__")  # the same, by what they look at
 
 
 def compiled(function: Callable[..., Any], *bound: Any, enabled: bool = True) -> Callable[..., Any]:
@@ -114,8 +113,7 @@ class Compiled:
 
     def _call(self, arguments: Sequence[Any]) -> Any:
         for optimizer in self.optimizers:
-            if optimizer.prepare():
-                self.whole = None  # other moments, from a checkpoint: the compiled function has the memory of the old
+            optimizer.prepare()
         trained = [weight.requires_grad for weight in self.parameters]
         if trained != self.trained:
             self._make_gradients(arguments)
@@ -171,7 +169,9 @@ class Compiled:
 def of_values(conditions: Sequence[Any]) -> list[bool]:
     """Say which of a compiled function's conditions are looked at again at each call: all but those in `CODE`."""
     return [
-        condition.guard_type not in CODE and not any(part in condition.name for part in CODE_PARTS)
+        # An optimiser's state comes into being with its first step, and another one from a checkpoint.
+        ".steppable.optimizer.state" in condition.name
+        or (condition.guard_type not in CODE and not any(part in condition.name for part in CODE_PARTS))
         for condition in conditions
     ]
 
@@ -188,12 +188,11 @@ class Steppable:
         self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
         self.rates = [torch.empty((), device=self.parameters[0].device) for _ in optimizer.param_groups]
-        self.state = optimizer.state
         self.given = [math.nan for _ in optimizer.param_groups]  # what the rates are
         self.fused = [group.get("fused") for group in optimizer.param_groups]
 
-    def prepare(self) -> bool:
-        """Look at the learning rates, which may have been set; return whether there is another state.
+    def prepare(self) -> None:
+        """Look at the learning rates, which may have been set, or come from a checkpoint.
 
         Raises:
             RuntimeError: if the optimiser has hooks, which would not be called, or has got other parameters.
@@ -211,8 +210,6 @@ class Steppable:
             if "fused" in group:
                 group["fused"] = False
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
-        other, self.state = optimizer.state is not self.state, optimizer.state
-        return other
 
     def put_back(self) -> None:
         """Make the optimiser what it was."""
