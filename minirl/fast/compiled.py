@@ -36,8 +36,9 @@ FEW = 40_000  # multiplications: up to here, to call a matrix product costs more
 
 # On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
 # like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
-# Random numbers are those of the plain function. (Not taken: `aot_inductor.allow_stack_allocation`, which returns
-# results in memory that the next call overwrites, and `cpp.use_decompose_tanh`, which loses tanh near 0.)
+# Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not taken:
+# `aot_inductor.allow_stack_allocation`, which returns results in memory that the next call overwrites, and
+# `cpp.use_decompose_tanh`, which loses tanh near 0.)
 INDUCTOR: dict[str, dict[str, Any]] = {
     "cpu": {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "fallback_random": True},
     "cuda": {"fallback_random": True},
