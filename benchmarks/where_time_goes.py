@@ -23,7 +23,7 @@ from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
 from minirl.fast.compiled import compiled
-from minirl.fast.machine import keep_freed_memory, rounded_weights, select_precision, threads_beside
+from minirl.fast.machine import keep_freed_memory, one_thread, rounded_weights, select_precision
 from minirl.networks import observation_tensor
 from minirl.ppo import ActorCritic, PPOConfig, Rollout, act, collect_rollout, gradient_step, train, update_policy
 from minirl.runs.run import Run
@@ -102,7 +102,7 @@ def parts() -> dict[str, float]:
 
         gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
         collect = functools.partial(collect_rollout, agent, precision, policy, envs, obs, rollout, run, 0)
-        with threads_beside(envs.num_workers), rounded_weights(agent, precision):
+        with one_thread(), rounded_weights(agent, precision):
             milliseconds = {
                 "environments": 1e3 * environments,
                 "acting": 1e3 * seconds(play, 300),

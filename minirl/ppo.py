@@ -32,11 +32,11 @@ from minirl.fast.compiled import compiled
 from minirl.fast.machine import (
     Head,
     keep_freed_memory,
+    one_thread,
     products_in,
     rounded_weights,
     select_device,
     select_precision,
-    threads_beside,
     threads_for,
 )
 from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
@@ -531,7 +531,7 @@ def train(
                         group["lr"] = rate * remaining
 
                 agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
-                with threads_beside(envs.num_workers), rounded_weights(agent, precision):
+                with one_thread(), rounded_weights(agent, precision):
                     obs = collect_rollout(agent, precision, policy, envs, obs, rollout, run, update * config.batch_size)
                 advantages, returns = compute_gae(
                     rollout["rewards"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from minirl.fast.machine import Head, keep_freed_memory, products_in, rounded_weights, threads_beside, threads_for
+from minirl.fast.machine import Head, keep_freed_memory, one_thread, products_in, rounded_weights, threads_for
 
 ROOT = Path(__file__).parent.parent
 KEPT = """
@@ -36,8 +36,9 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
         assert torch.get_num_threads() == 3
         with threads_for(nn.Linear(200, 400)):  # 80,400 weights
             assert torch.get_num_threads() == 3
-            with threads_beside(2):  # this process, and a worker that needs a core
-                assert torch.get_num_threads() == 2
+            with one_thread():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 3
         with pytest.raises(ValueError, match="a step goes wrong"), threads_for(nn.Linear(1, 1)):
             raise ValueError("a step goes wrong")
         assert torch.get_num_threads() == 3

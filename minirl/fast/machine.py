@@ -75,30 +75,24 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def threads_beside(num_workers: int) -> Iterator[None]:
-    """Leave cores to the processes that play: between PyTorch's calls, too, its threads would keep them busy.
+def one_thread() -> Iterator[None]:
+    """Within the block, compute by one thread: while workers play, PyTorch's others would keep their cores busy.
 
-    Args:
-        num_workers: processes, this one among them.
+    They spin between its calls, too. However many workers there are, it is one: sums round otherwise by two threads,
+    and the number of workers may change nothing but the speed.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - num_workers + 1))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def threads_for(network: nn.Module) -> Iterator[None]:
+def threads_for(network: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Compute a small network by one thread: to hand out so little work takes longer than to do it."""
-    threads = torch.get_num_threads()
-    if sum(parameter.numel() for parameter in network.parameters()) < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    return one_thread() if weights < SMALL else contextlib.nullcontext()
 
 
 def products_in(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
