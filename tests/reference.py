@@ -1,0 +1,279 @@
+"""What the algorithms compute, once more: in float64, formula by formula, with no code of the package.
+
+Equal to float64 is no float32 number. How far off one may be is asked of the formulas themselves: each intermediate
+number is disturbed at random, in relative size by the unit roundoff of its format (`Rounding`), and what comes out is
+compared with what came out undisturbed. Rounding errors of a sum of n terms behave as random ones (Higham and Mary
+2019, https://doi.org/10.1137/18M1226312): n roundings of one sign would give n units, random ones sqrt(n).
+The bound of a number is `SPREADS` root mean squares of a few draws. A wrong sign, factor, index or mask is larger by
+orders of magnitude in float32; in bfloat16, where results are good to a percent, what changes less than that is not
+seen, which is why each path is run in float32, too.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Weights = dict[str, Tensor]
+Numbers = dict[str, Tensor]
+
+SINGLE, BFLOAT16 = 2.0**-24, 2.0**-8  # unit roundoffs: half of the last of 24 bits, of 8 bits
+SPREADS = 10  # few draws, so that their root mean square may be half of what it should be; errors beyond 5 are unlikely
+DRAWS = 5
+
+
+class Rounding:
+    """Leaves numbers as they are, or, with a seed, disturbs them as rounding would."""
+
+    def __init__(self, seed: int | None = None, products: float = SINGLE) -> None:
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.products = products  # unit roundoff of what matrices and convolutions multiply
+
+    def __call__(self, x: Tensor, terms: int = 1, unit: float = SINGLE) -> Tensor:
+        """Disturb a result, of a sum of so many terms."""
+        if self.generator is None:
+            return x
+        noise = 2 * torch.rand(x.shape, generator=self.generator) - 1
+        if x.ndim and bool((x == x[:1]).all()):  # equal numbers are rounded alike: their errors don't average out
+            noise = noise[:1].expand(x.shape)
+        return x * (1 + unit * math.sqrt(terms) * noise)
+
+    def product(self, x: Tensor, terms: int = 1) -> Tensor:
+        """Disturb what is multiplied, or came out of it: rounded to the format of products, summed up in float32."""
+        return self(x, unit=max(self.products, SINGLE * math.sqrt(terms)))
+
+
+def with_bounds(compute: Callable[[Rounding], Numbers], products: float) -> dict[str, tuple[Tensor, float]]:
+    """Return each of the numbers that `compute` returns, and how far (in the 2-norm) a computed one may be from it."""
+    exact = compute(Rounding())
+    drawn = [compute(Rounding(seed, products)) for seed in range(DRAWS)]
+    bounds = {}
+    for name, value in exact.items():
+        squares = sum(float((other[name] - value).norm()) ** 2 for other in drawn) / DRAWS
+        # Each number is stored as a float32 in the end.
+        bounds[name] = (value, SPREADS * math.sqrt(squares) + 2 * SINGLE * float(value.norm()))
+    return bounds
+
+
+# Layers and networks: weights by name, (B, ...) -> (B, ...)
+
+
+def linear(w: Weights, name: str, x: Tensor, r: Rounding, *, last: bool = False) -> Tensor:
+    """x W^T + b; the last layer of the package's own networks is always in float32."""
+    weight = w[f"{name}.weight"]
+    terms = weight.shape[1] + len(x)  # the weights' gradient is a sum over the batch
+    if last:
+        return r(r(x, terms) @ r(weight, terms).T + w[f"{name}.bias"])
+    return r.product(r.product(x, terms) @ r.product(weight, terms).T + w[f"{name}.bias"])
+
+
+def convolution(w: Weights, name: str, x: Tensor, r: Rounding, stride: int) -> Tensor:
+    """A convolution without padding."""
+    weight = w[f"{name}.weight"]
+    terms = weight[0].numel() + x[:, 0].numel() // stride**2
+    return r.product(F.conv2d(r.product(x, terms), r.product(weight, terms), w[f"{name}.bias"], stride))
+
+
+def tanh(x: Tensor, r: Rounding) -> Tensor:
+    """As it says."""
+    return r.product(x.tanh())
+
+
+def nature(w: Weights, name: str, images: Tensor, r: Rounding) -> Tensor:
+    """The CNN of Mnih et al. (2015); its features lie pixel by pixel, not map by map."""
+    x = images / 255
+    for layer, stride in [(0, 4), (2, 2), (4, 1)]:
+        x = convolution(w, f"{name}.convolutions.{layer}", x, r, stride).relu()
+    return linear(w, f"{name}.dense.0", x.permute(0, 2, 3, 1).flatten(1), r).relu()
+
+
+def batch_norm(w: Weights, name: str, x: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Weights]:
+    """Ioffe and Szegedy (2015): maps to mean 0 and variance 1, of the batch or of those seen; also the new buffers."""
+    mean, variance = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+    buffers = {}
+    if training:
+        count = x[:, 0].numel()
+        mean = r(x.mean((0, 2, 3)), count)
+        variance = r((x - mean[:, None, None]).square().mean((0, 2, 3)), count)
+        buffers = {
+            f"{name}.running_mean": 0.9 * w[f"{name}.running_mean"] + 0.1 * mean.detach(),
+            f"{name}.running_var": 0.9 * w[f"{name}.running_var"] + 0.1 * variance.detach() * count / (count - 1),
+            f"{name}.num_batches_tracked": w[f"{name}.num_batches_tracked"] + 1,
+        }
+    scale = w[f"{name}.weight"] / (variance + 1e-5).sqrt()
+    shifted = (x - mean[:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+    return r.product(shifted), buffers
+
+
+def own_body(w: Weights, images: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Weights]:
+    """The body of `tests.recorded.OwnBody`."""
+    x = convolution(w, "body.first", images / 255, r, 4)
+    x, buffers = batch_norm(w, "body.norm", x, r, training=training)
+    x = convolution(w, "body.second", x.relu(), r, 2).relu().flatten(1)
+    return tanh(linear(w, "body.frozen", x, r), r), buffers
+
+
+def actor_critic(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Tensor, Weights]:
+    """Logits (B, A), values (B,), and buffers as they are afterwards."""
+    buffers: Weights = {}
+    if "body.first.weight" in w:
+        features, buffers = own_body(w, obs, r, training=training)
+        return linear(w, "actor", features, r), linear(w, "critic", features, r)[:, 0], buffers
+    if "critic_body.0.weight" not in w:
+        features = nature(w, "actor_body", obs, r)
+        return linear(w, "actor", features, r, last=True), linear(w, "critic", features, r, last=True)[:, 0], buffers
+    outputs = []
+    for head in ("actor", "critic"):
+        hidden = tanh(linear(w, f"{head}_body.0", obs, r), r)
+        outputs.append(linear(w, head, tanh(linear(w, f"{head}_body.2", hidden, r), r), r, last=True))
+    return outputs[0], outputs[1][:, 0], buffers
+
+
+def q_network(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Weights]:
+    """Q(s, .) (B, A), and buffers as they are afterwards."""
+    if "body.first.weight" in w:
+        features, buffers = own_body(w, obs, r, training=training)
+        return linear(w, "head", features, r), buffers
+    if "body.dense.0.weight" in w:
+        features = nature(w, "body", obs, r)
+    else:
+        features = linear(w, "body.2", linear(w, "body.0", obs, r).relu(), r).relu()
+    return linear(w, "head", features, r, last=True), {}
+
+
+# Losses
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages (T, N), each a sum of its own over what follows; also the sum of the sizes of what was summed up.
+
+    Each TD error is rounded at most 4 times, and each step of the recursion rounds twice what was summed up behind it:
+    a computed advantage is within 2 T + 6 unit roundoffs of these sizes.
+    """
+    steps, envs = rewards.shape
+    advantages, sizes = torch.zeros(2, steps, envs, dtype=torch.float64)
+    for env in range(envs):
+        for start in range(steps):
+            weight = 1.0
+            for t in range(start, steps):
+                future = 0.0 if terminated[t, env] else gamma * float(next_values[t, env])
+                reward, value = float(rewards[t, env]), float(values[t, env])
+                advantages[start, env] += weight * (reward + future - value)
+                sizes[start, env] += weight * (abs(reward) + abs(future) + abs(value))
+                if terminated[t, env] or truncated[t, env]:
+                    break
+                weight *= gamma * gae_lambda
+    return advantages, sizes
+
+
+def normalized(advantages: Tensor, r: Rounding) -> Tensor:
+    """To mean 0 and (unbiased) standard deviation 1."""
+    if bool((advantages == advantages[0]).all()):
+        return torch.zeros_like(advantages)
+    count = len(advantages)
+    shifted = r(advantages - advantages.sum() / count, count)
+    return r(shifted / ((shifted.square().sum() / (count - 1)).sqrt() + 1e-8))
+
+
+def ppo_terms(log_pi: Tensor, values: Tensor, batch: Numbers, config: Any, clip_coef: float, r: Rounding) -> Numbers:
+    """The loss of PPO and what is logged of it, of log-probabilities (B, A), values (B,) and columns (B,)."""
+    count = len(values)
+    log_prob = log_pi[torch.arange(count), batch["actions"].long()]
+    advantages = normalized(batch["advantages"], r) if config.norm_adv else batch["advantages"]
+    log_ratio = log_prob - batch["log_probs"]
+    ratio = r(log_ratio.exp())
+    low, high = 1 - clip_coef, 1 + clip_coef
+    policy_loss = -r(torch.minimum(ratio * advantages, ratio.clip(low, high) * advantages), count).sum() / count
+    errors = (values - batch["returns"]).square()
+    if config.value_clip_coef is not None:
+        moved = (values - batch["values"]).clip(-config.value_clip_coef, config.value_clip_coef)
+        errors = torch.maximum(errors, (batch["values"] + moved - batch["returns"]).square())
+    value_loss = r(errors, count).sum() / count
+    entropy = -r(log_pi.exp() * log_pi, count).sum() / count
+    return {
+        "loss": policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy,
+        "policy_loss": policy_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.detach(),
+        "approx_kl": ((r(log_ratio.expm1(), count) - log_ratio).sum() / count).detach(),
+        "clipfrac": ((ratio < low) | (ratio > high)).double().mean(),
+    }
+
+
+def dqn_terms(q: Tensor, next_q: Tensor, next_q_target: Tensor, batch: Numbers, config: Any, r: Rounding) -> Numbers:
+    """The loss of Double DQN and what is logged of it; networks' outputs are (B, A), columns of `batch` (B,)."""
+    rows, count = torch.arange(len(q)), len(q)
+    judged = next_q_target[rows, next_q.max(1).indices]
+    targets = r(batch["rewards"] + config.gamma * (1 - batch["terminated"].double()) * judged).detach()
+    chosen = q[rows, batch["actions"].long()]
+    distance = (chosen - targets).abs()
+    errors = distance.square()
+    if config.huber:
+        errors = torch.where(distance < 1, errors / 2, distance - 0.5)
+    return {
+        "loss": r(errors, count).sum() / count,
+        "td_loss": r(errors.detach(), count).sum() / count,
+        "q_values": r(chosen.detach(), count).sum() / count,
+    }
+
+
+# Adam (Kingma and Ba 2015)
+
+BETA_1, BETA_2 = 0.9, 0.999
+
+
+def adam_moments(
+    loss: Tensor, trained: Weights, moments: dict[str, tuple[Tensor, Tensor]], max_norm: float, r: Rounding
+) -> Numbers:
+    """The gradient's norm, and both moments of each weight (`m name`, `v name`) after a step."""
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    named = dict(zip(trained, (r.product(gradient) for gradient in gradients), strict=True))
+    norm = torch.stack([gradient.square().sum() for gradient in named.values()]).sum().sqrt()
+    scale = min(1.0, max_norm / (float(norm) + 1e-6))
+    numbers = {"grad_norm": norm}
+    for name, gradient in named.items():
+        m, v = moments.get(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
+        clipped = r(scale * gradient)
+        numbers[f"m {name}"] = r(BETA_1 * m) + r((1 - BETA_1) * clipped)
+        numbers[f"v {name}"] = r(BETA_2 * v) + r((1 - BETA_2) * clipped.square())
+    return numbers
+
+
+def adam_weights(
+    weight: Tensor, m: Tensor, v: Tensor, step: int, learning_rate: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A weight after a step, from its moments after it; also how far float32 may be from it, element by element.
+
+    1 - beta^t is computed in float32, from a power that is good to 2 units: near t = 1 it loses digits. The rest is
+    some ten operations, and the weight is rounded once. Of the second moment only the root counts, half as much.
+    """
+    left_1, left_2 = 1 - BETA_1**step, 1 - BETA_2**step
+    change = learning_rate / left_1 * m / ((v / left_2).sqrt() + eps)
+    units = 16 + 3 / left_1 + 3 / left_2
+    return weight - change, SINGLE * (units * change.abs() + weight.abs() + change.abs())
+
+
+# A table
+
+
+def q_learning(
+    table: Tensor, steps: list[tuple[int, int, float, int, bool]], alphas: list[float], gamma: float
+) -> list[float]:
+    """Go over steps (s, a, r, s', terminated), each with its alpha; the table changes. Return all TD errors."""
+    errors = []
+    for (state, action, reward, next_state, terminated), alpha in zip(steps, alphas, strict=True):
+        future = 0.0 if terminated else gamma * float(table[next_state].max())
+        errors.append(reward + future - float(table[state, action]))
+        table[state, action] += alpha * errors[-1]
+    return errors
