@@ -344,9 +344,9 @@ CASES: list[tuple[str, str, str]] = [
         "the settings must fit into this machine's memory, --num-envs or --num-steps say: .*",
     ),
     ("dqn", "--num-envs 3", "--buffer-size must be a multiple of num_envs = 3, not 100000"),
-    ("dqn", "--batch-size 100001", "--batch-size must be at most buffer_size = 100000, and 100001 is not"),
+    ("dqn", "--batch-size 100001", "--batch-size must be at most buffer_size = 100000, not 100001"),
     ("dqn", "--learning-starts 100000", "--learning-starts must be below total_timesteps = 100000, .*"),
-    ("dqn", "--start-epsilon 0.01", "--end-epsilon must be at most start_epsilon = 0.01, and 0.05 is not"),
+    ("dqn", "--start-epsilon 0.01", "--end-epsilon must be at most start_epsilon = 0.01, not 0.05"),
     ("dqn", "--buffer-size 1000000000000", "--buffer-size must fit into this machine's memory, and 10+ does not: .*"),
     # Environments
     ("ppo", "--env-id=", "--env-id must be an environment that Gymnasium can make: Malformed .*"),
