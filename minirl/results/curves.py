@@ -29,8 +29,8 @@ UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 class Curve:
     """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended.
 
-    Q-learning's episodes are logged in means of `episodes_per_point`, everything else's one by one. `settings` are
-    those of `config.json`.
+    Q-learning's episodes are logged in means of the last `episodes_per_point`, everything else's one by one. `settings`
+    are those of `config.json`.
     """
 
     settings: dict[str, Any]
