@@ -6,7 +6,7 @@
         best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
         memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
         videos/step-*.gif        recorded games, where `video_frequency` asks for them
-        events.out.tfevents...   TensorBoard
+        events.out.tfevents...   TensorBoard; `.0.settings` has the settings
 
 The same for every algorithm. With `run_dir=None` nothing is written.
 """
@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import hparams
 
 from minirl.checks import ConfigError
 from minirl.envs.vector import Episode
@@ -43,7 +42,7 @@ from minirl.runs.checkpoints import (
     require_finite,
     save_checkpoint,
 )
-from minirl.runs.events import Events
+from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
 from minirl.runs.settings import MAX_SEED
 
@@ -127,22 +126,6 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
     settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
     with atomic_file(run_dir / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def log_settings(events: Events, algorithm: str, config: Any) -> None:
-    """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
-
-    `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
-    that the table needs. Settings that are None are left out: there the table shows nothing.
-    """
-    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
-    shown = {
-        name: value if type(value) in (int, float) else str(value)  # True would be shown as 1
-        for name, value in settings.items()
-        if value is not None
-    }
-    _, session_start, _ = hparams(shown, {})
-    events.add(session_start)
 
 
 def load_settings(run_dir: Path) -> dict[str, Any]:
@@ -239,8 +222,7 @@ class Run:
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
                 purge_step = self.first_step + 1 if resumed else None
                 self.events = Events(run_dir, purge_step)
-                if resumed is None:
-                    log_settings(self.events, algorithm, config)
+                save_settings_row(run_dir, algorithm, config)
             except OSError as error:
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
