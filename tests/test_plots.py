@@ -136,7 +136,7 @@ def test_a_curve_of_one_point_can_be_seen() -> None:
     (axes,) = curves_figure([point, other], "steps").axes
     assert axes.lines[0].get_marker() == "o"
     (band,) = axes.collections
-    assert band.get_linewidth()[0] > 0, "from the lowest to the highest, as wide as a point"
+    assert np.min(band.get_linewidth()) > 0, "from the lowest to the highest, as wide as a point"
 
 
 def test_plots_writes_a_picture(small_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
