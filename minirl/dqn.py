@@ -228,6 +228,15 @@ def is_finished(config: DQNConfig, now: Clock) -> bool:
     return now.steps >= config.last_step or (config.num_episodes is not None and now.episodes >= config.num_episodes)
 
 
+def expected_steps(config: DQNConfig, now: Clock) -> int:
+    """Return the agent steps of the whole run, if episodes stay as long as they were so far."""
+    if is_finished(config, now):
+        return now.steps
+    if config.num_episodes is None or now.episodes == 0:
+        return config.last_step
+    return min(config.last_step, now.steps * config.num_episodes // now.episodes)
+
+
 def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> QNetwork:
     """Make a network for these environments.
 
@@ -441,7 +450,7 @@ def train(
                 judged = judge.is_due(before.steps, now.steps, finished=finished)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
                     schedules = {"charts/epsilon": epsilon, "charts/learning_rate": config.learning_rate * remaining}
-                    run.log(now.steps, {**schedules, **means(losses, updates)})
+                    run.log(now.steps, {**schedules, **means(losses, updates)}, total=expected_steps(config, now))
                     losses.clear()
                 if judged:
                     mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)

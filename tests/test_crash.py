@@ -19,14 +19,14 @@ from tests.test_resume import ROOT, assert_same
 
 DQN = "--total-timesteps 2000 --buffer-size 400 --batch-size 16 --learning-starts 100 --checkpoint-frequency 100"
 
-# Runs a script in a process that kills itself at a moment of its tenth atomic write: half of the file written, all of
-# it but not flushed, flushed but not yet in its place, in its place. Memory files and checkpoints take turns.
+# Runs a script in a process that kills itself at a moment of its eleventh atomic write: half of the file written, all
+# of it but not flushed, flushed but not yet in its place, in its place. Memory files and checkpoints take turns.
 SUICIDE = """
 import os, runpy, signal, sys
 from pathlib import Path
 
 moment, sys.argv = sys.argv[1], sys.argv[2:]
-replace, fsync, left = os.replace, os.fsync, [10]
+replace, fsync, left = os.replace, os.fsync, [11]
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

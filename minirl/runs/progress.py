@@ -62,9 +62,11 @@ class Progress:
         if self.stream.isatty():
             self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
-    def update(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total is done; `note` follows on the line."""
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Say that `done` of the total, which may be another one from now on, is done; `note` follows on the line."""
+        self.total = self.total if total is None else total
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.done)
         just_finished = done >= self.total > self.done

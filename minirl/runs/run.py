@@ -6,7 +6,7 @@
         best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
         memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
         videos/step-*.gif        recorded games, where `video_frequency` asks for them
-        events.out.tfevents...   TensorBoard
+        events.out.tfevents...   TensorBoard; `.0.settings` has the settings
 
 The same for every algorithm. With `run_dir=None` nothing is written.
 """
@@ -30,20 +30,21 @@ from typing import Any
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import hparams
 
 from minirl.checks import ConfigError
+from minirl.envs.ids import is_atari
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
     State,
     atomic_file,
+    load_checkpoint,
     random_state,
     require_finite,
     save_checkpoint,
 )
-from minirl.runs.events import Events
+from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
 from minirl.runs.settings import MAX_SEED
 
@@ -129,22 +130,6 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def log_settings(events: Events, algorithm: str, config: Any) -> None:
-    """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
-
-    `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
-    that the table needs. Settings that are None are left out: there the table shows nothing.
-    """
-    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
-    shown = {
-        name: value if type(value) in (int, float) else str(value)  # True would be shown as 1
-        for name, value in settings.items()
-        if value is not None
-    }
-    _, session_start, _ = hparams(shown, {})
-    events.add(session_start)
-
-
 def load_settings(run_dir: Path) -> dict[str, Any]:
     """Read `config.json` of a run directory.
 
@@ -162,6 +147,47 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):
         raise ConfigError(f"{path} must hold the settings of a run")
     return settings
+
+
+def files_after(run_dir: Path, algorithm: str, global_step: int) -> list[Path]:
+    """Return the files that a run wrote after the checkpoint of this agent step: they are not what it goes on from.
+
+    Raises:
+        ConfigError: if `best.pt` can't be read.
+    """
+    later = [
+        path
+        for path in run_dir.glob("videos/step-*.gif")
+        if (step := path.stem.removeprefix("step-")).isdecimal() and int(step) > global_step
+    ]
+    best = run_dir / BEST_FILE
+    if best.exists() and load_checkpoint(run_dir, algorithm, file=BEST_FILE)["global_step"] > global_step:
+        later.append(best)
+    return later
+
+
+# What changes no result, or how far a run goes only, or which games are shown.
+NO_RECIPE = {
+    *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers"),
+    *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
+}
+# Tasks that README.md has settings for, beside those of the defaults.
+RECIPES = {
+    "ppo": ("CartPole-v1",),
+    "dqn": ("PongNoFrameskip-v4",),
+    "q_learning": ("CliffWalking-v1", "FrozenLake-v1", "Taxi-v4"),
+}
+
+
+def recipe_note(algorithm: str, config: Any) -> str | None:
+    """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
+    defaults, others = type(config)(), RECIPES.get(algorithm)
+    chosen = {name for name, value in vars(config).items() if value != vars(defaults)[name]}
+    of_its_kind = is_atari(config.env_id) and is_atari(defaults.env_id)
+    if others is None or "env_id" not in chosen or chosen - NO_RECIPE or of_its_kind:
+        return None
+    where = f"those for {config.env_id}" if config.env_id in others else f"some for {' and '.join(others)}"
+    return f'all settings are the defaults, which are for {defaults.env_id}; README.md, "Train", has {where}'
 
 
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
@@ -226,6 +252,7 @@ class Run:
         self.started = time.monotonic()
         self.first_step: int = resumed["global_step"] if resumed else 0
         self.last_saved = self.first_step
+        self.found_better = False  # since the last checkpoint
         self.stop_signal: int | None = None
         self.events: Events | None = None
         self.lock: int | None = None
@@ -234,19 +261,23 @@ class Run:
                 claim(run_dir)
             self.lock = lock(run_dir)
             before = load_settings(run_dir) if resumed is not None else None
+            later = files_after(run_dir, algorithm, self.first_step) if resumed is not None else []
             try:
+                for path in later:
+                    path.unlink()
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
                 purge_step = self.first_step + 1 if resumed else None
                 self.events = Events(run_dir, purge_step)
-                if resumed is None:
-                    log_settings(self.events, algorithm, config)
+                save_settings_row(run_dir, algorithm, config)
             except OSError as error:
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
                 raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
             print(f"run directory: {run_dir}", file=sys.stderr)
             if before is not None and (note := new_schedules(before, config, done / total)) is not None:
+                print(note, file=sys.stderr)
+            if before is None and (note := recipe_note(algorithm, config)) is not None:
                 print(note, file=sys.stderr)
         self.progress = Progress(total, done=done, unit=unit)
 
@@ -288,10 +319,15 @@ class Run:
         finally:
             self.started += time.monotonic() - began
 
-    def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
-        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
+    def log(
+        self, global_step: int, scalars: dict[str, float], *, done: int | None = None, total: int | None = None
+    ) -> None:
+        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps.
+
+        `total` is when the run will be done, where that is no longer what it was.
+        """
         try:
-            self.progress.update(global_step if done is None else done, self._note())
+            self.progress.update(global_step if done is None else done, self._note(), total)
         except OSError:
             silence()
             self.stop_signal = self.stop_signal or BROKEN_PIPE
@@ -331,13 +367,15 @@ class Run:
     def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
+        After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with.
+
         Raises:
             SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM) or 141 (nobody listens).
         """
-        due = global_step - self.last_saved >= self.config.checkpoint_frequency
+        due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
-            self.last_saved = global_step
+            self.last_saved, self.found_better = global_step, False
         if self.stop_signal is not None and not finished:
             raise SystemExit(128 + self.stop_signal)
 
@@ -347,7 +385,7 @@ class Run:
             return
         self._write({"eval/mean_return": mean_return}, global_step)
         if mean_return > self.best_return:
-            self.best_return = mean_return
+            self.best_return, self.found_better = mean_return, True
             self._save(BEST_FILE, global_step, state)
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
