@@ -261,13 +261,24 @@ def test_one_directory_is_one_runs(tmp_path: Path) -> None:
     assert all("continue it with --resume" in failure for failure in failures)
 
 
-def test_a_default_directory_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_directory_is_never_taken_and_goes_if_nothing_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minirl.runs.run.time.strftime", lambda format: "20260102-030405")
-    for name in ("seed42", "seed42-2", "seed42-3"):
-        run_dir = default_run_dir("ppo", PPOConfig(env_id="ALE/Pong-v5"))
-        assert run_dir == Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}"
-        claim(run_dir)
+    config = PPOConfig(env_id="ALE/Pong-v5")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        tries = [pool.submit(stack.enter_context, default_run_dir("ppo", config)) for _ in range(8)]
+        chosen = sorted(attempt.result() for attempt in tries)
+        names = ["seed42", *(f"seed42-{number}" for number in range(2, 9))]
+        assert chosen == [Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}" for name in names]
+        for run_dir in chosen[:3]:
+            claim(run_dir)
+    assert sorted(path.parent for path in Path().rglob("config.json")) == chosen[:3]
+    assert sorted(Path("runs/ppo/ALE-Pong-v5").iterdir()) == chosen[:3]
+    with default_run_dir("dqn", config):
+        pass
+    assert not Path("runs/dqn").exists()
 
 
 def test_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,6 +265,7 @@ def test_default_directories_are_the_usual_ones(tmp_path: Path, monkeypatch: pyt
     for seed, run_dir in seen["run_dirs"].items():
         assert re.fullmatch(rf"runs/ppo/ALE-Pong-v5/\d+-\d+-seed{seed}", str(run_dir))
     assert list(seen["run_dirs"]) == [0, 7]
+    assert not list(tmp_path.iterdir()), "nothing came of them"
     parser = make_parser(PPOConfig, "", TRAINING_SCRIPTS)
     assert vars(parser.parse_args(seen["flags"])) == vars(parser.parse_args(flags.split()[2:]))
 

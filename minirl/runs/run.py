@@ -71,16 +71,32 @@ def derived_seed(seed: int, *purpose: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
-def default_run_dir(algorithm: str, config: Any) -> Path:
-    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken."""
+@contextlib.contextmanager
+def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
+    """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken.
+
+    What is still empty when the block ends goes again.
+
+    Raises:
+        ConfigError: if it can't be made.
+    """
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     run_dir = Path("runs") / algorithm / env_name / name
     for number in itertools.count(2):
-        if not run_dir.exists():
+        try:
+            run_dir.mkdir(parents=True)
             break
-        run_dir = run_dir.with_name(f"{name}-{number}")
-    return run_dir
+        except FileExistsError:
+            run_dir = run_dir.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+    try:
+        yield run_dir
+    finally:
+        with contextlib.suppress(OSError):  # not empty, mostly
+            for folder in (run_dir, *run_dir.parents[:3]):
+                folder.rmdir()
 
 
 def claim(run_dir: Path) -> None:
