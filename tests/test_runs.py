@@ -271,11 +271,11 @@ def test_a_default_directory_is_never_taken_and_goes_if_nothing_came_of_it(
         tries = [pool.submit(stack.enter_context, default_run_dir("ppo", config)) for _ in range(8)]
         chosen = sorted(attempt.result() for attempt in tries)
         names = ["seed42", *(f"seed42-{number}" for number in range(2, 9))]
-        assert chosen == [Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}" for name in names]
+        assert chosen == [tmp_path / Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}" for name in names]
         for run_dir in chosen[:3]:
             claim(run_dir)
-    assert sorted(path.parent for path in Path().rglob("config.json")) == chosen[:3]
-    assert sorted(Path("runs/ppo/ALE-Pong-v5").iterdir()) == chosen[:3]
+    assert sorted(path.parent for path in tmp_path.rglob("config.json")) == chosen[:3]
+    assert sorted((tmp_path / "runs/ppo/ALE-Pong-v5").iterdir()) == chosen[:3]
     with default_run_dir("dqn", config):
         pass
     assert not Path("runs/dqn").exists()

@@ -152,10 +152,10 @@ def shown(default: Any) -> str:
 
 
 def read_path(text: str) -> Path:
-    """Return the path that a flag gives; nothing would be the working directory."""
+    """Return the path that a flag gives, absolute: environments may change the working directory, which '' would be."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, not ''")
-    return Path(text)
+    return Path(text).absolute()
 
 
 def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:

@@ -27,12 +27,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 
 from minirl.checks import ConfigError
+from minirl.envs.ids import registered_id, user_errors
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
@@ -78,11 +80,13 @@ def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     What is still empty when the block ends goes again.
 
     Raises:
-        ConfigError: if it can't be made.
+        ConfigError: if there is no such environment, or the directory can't be made.
     """
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
-    run_dir = Path("runs") / algorithm / env_name / name
+    run_dir = Path("runs").absolute() / algorithm / env_name / name
+    with user_errors():
+        gym.spec(registered_id(config.env_id))  # or the directory of what does not exist might be refused instead
     for number in itertools.count(2):
         try:
             run_dir.mkdir(parents=True)
