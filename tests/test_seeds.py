@@ -121,6 +121,8 @@ def test_a_seed_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     settings = "--env-id CartPole-v1 --num-steps 16 --minibatch-size 128 --no-compile"
+    tmp_path = tmp_path / "of mine"
+    tmp_path.mkdir()
     process = start("train_ppo.py", f"{settings} --seeds 0-7 --run-dir all", tmp_path)
     checkpoint = tmp_path / "all" / "seed0" / "checkpoint.pt"
     while not checkpoint.exists():
@@ -132,7 +134,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert output == ""
     assert "stopped: 0 of 8 seeds done" in error
-    assert f"go on with seed 0: python {ROOT / 'train_ppo.py'} --resume {checkpoint.parent}" in error
+    assert f"go on with seed 0: python {ROOT / 'train_ppo.py'} --resume '{checkpoint.parent}'" in error
     assert re.search(r"not begun: --seeds [\d,]*7$", error, re.MULTILINE)
     assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.tmp"))

@@ -28,7 +28,7 @@ from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
-from minirl.runs.progress import Progress
+from minirl.runs.progress import Progress, answer
 from minirl.runs.run import load_settings, seed_everything
 from minirl.runs.settings import MAX_SEED
 
@@ -185,16 +185,14 @@ def main(argv: list[str] | None = None) -> None:
     as_json = arguments.pop("json")
     try:
         result = evaluate(**arguments)
-    except ConfigError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if as_json:
-        print(json.dumps(result))
-    else:
         how = "sampled" if arguments["stochastic"] else "greedy"
-        print(
+        sentence = (
             f"return over {result['episodes']} games, {how} actions: "
             f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
             f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
         )
+        answer(json.dumps(result) if as_json else sentence)
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -15,7 +15,7 @@ from minirl.q_learning import LOG_EVERY
 from minirl.results.curves import Curve, curves_figure, read_curve
 from minirl.results.figure import check_output, save_figure
 from minirl.runs.flags import Parser, fail, read_path
-from minirl.runs.progress import Progress
+from minirl.runs.progress import Progress, answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             raise ConfigError(f"--kind {arguments.kind} must go with one RUN_DIR, not {len(arguments.run_dirs)}")
         save_figure(figure, output)
+        answer(output)
     except ConfigError as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    print(output)

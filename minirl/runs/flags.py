@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
+from minirl.runs.progress import open_streams
 from minirl.runs.run import CONFIG_FILE
 from minirl.runs.seeds import read_seeds
 from minirl.runs.settings import Sizes, field_types, flag_name
@@ -27,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, scripts: dict[str, type], **options: Any) -> None:
+        open_streams()
         self.scripts = scripts
         layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
