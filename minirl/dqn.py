@@ -366,7 +366,7 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "dqn", *CHECKPOINT_KEYS) if resume else None
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:

@@ -458,7 +458,7 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "ppo", "model", "optimizer", "envs", "obs") if resume else None
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size

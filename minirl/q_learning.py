@@ -198,7 +198,7 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
     seed_everything(config.seed)
     env, max_steps = make_tabular_env(config.env_id)

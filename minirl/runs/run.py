@@ -18,21 +18,24 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
-from minirl.envs.ids import is_atari
+from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
@@ -72,16 +75,34 @@ def derived_seed(seed: int, *purpose: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
-def default_run_dir(algorithm: str, config: Any) -> Path:
-    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken."""
+@contextlib.contextmanager
+def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
+    """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken.
+
+    What is still empty when the block ends goes again.
+
+    Raises:
+        ConfigError: if there is no such environment, or the directory can't be made.
+    """
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
-    run_dir = Path("runs") / algorithm / env_name / name
+    run_dir = Path("runs").absolute() / algorithm / env_name / name
+    with user_errors():
+        gym.spec(registered_id(config.env_id))  # or the directory of what does not exist might be refused instead
     for number in itertools.count(2):
-        if not run_dir.exists():
+        try:
+            run_dir.mkdir(parents=True)
             break
-        run_dir = run_dir.with_name(f"{name}-{number}")
-    return run_dir
+        except FileExistsError:
+            run_dir = run_dir.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+    try:
+        yield run_dir
+    finally:
+        with contextlib.suppress(OSError):  # not empty, mostly
+            for folder in (run_dir, *run_dir.parents[:3]):
+                folder.rmdir()
 
 
 def claim(run_dir: Path) -> None:
@@ -96,8 +117,9 @@ def claim(run_dir: Path) -> None:
     except FileExistsError as error:
         if not run_dir.is_dir():
             raise ConfigError(f"--run-dir must be a directory, and {run_dir} is a file") from error
+        go_on = shlex.join(["--resume", str(run_dir)])
         raise ConfigError(
-            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
+            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with {go_on}"
         ) from error
     except OSError as error:
         raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
@@ -107,7 +129,8 @@ def lock(run_dir: Path) -> int | None:
     """Keep other processes from writing to a run directory, until what is returned is closed or this process ends.
 
     Returns:
-        A file descriptor of the directory; None where the platform has no such locks (Windows).
+        A file descriptor of the directory; None where the platform (Windows) or, with a warning, the file system has
+        no such locks.
 
     Raises:
         ConfigError: if another process is writing there.
@@ -117,10 +140,26 @@ def lock(run_dir: Path) -> int | None:
     directory = os.open(run_dir, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(directory)
         raise ConfigError(f"--resume must name a run that has stopped: another process writes to {run_dir}") from None
+    except OSError as error:  # some network file systems
+        os.close(directory)
+        warnings.warn(f"{run_dir} can't be locked, see to it that no other process writes there: {error}", stacklevel=2)
+        return None
     return directory
+
+
+def stop_signals() -> list[int]:
+    """Return those that mean to save and stop: Ctrl-C, SIGTERM and, without `nohup`, that the terminal is gone."""
+    if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def is_hangup(number: int) -> bool:
+    """Whether a signal says that the terminal is gone. Shell and system both say so: a second one hurries nobody."""
+    return sys.platform != "win32" and number == signal.SIGHUP
 
 
 def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
@@ -218,9 +257,9 @@ def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | Non
 class Run:
     """One training run: logs it, shows its progress, saves it, and stops it when asked to.
 
-    Use it as a context manager. Ctrl-C or SIGTERM is kept until the algorithm next calls `checkpoint`, which saves and
-    then raises SystemExit with status 130 or 143; a second one stops at once. The same, with status 141, when standard
-    error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
+    Use it as a context manager. Ctrl-C, SIGTERM or SIGHUP is kept until the algorithm next calls `checkpoint`, which
+    saves and then raises SystemExit with status 130, 143 or 129; a second one stops at once. The same, with status 141,
+    when standard error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
 
     Args:
         algorithm: its name, for `config.json`.
@@ -259,10 +298,10 @@ class Run:
         if run_dir is not None:
             if resumed is None:
                 claim(run_dir)
-            self.lock = lock(run_dir)
             before = load_settings(run_dir) if resumed is not None else None
             later = files_after(run_dir, algorithm, self.first_step) if resumed is not None else []
             try:
+                self.lock = lock(run_dir)
                 for path in later:
                     path.unlink()
                 save_config(run_dir, algorithm, config)
@@ -270,10 +309,12 @@ class Run:
                 purge_step = self.first_step + 1 if resumed else None
                 self.events = Events(run_dir, purge_step)
                 save_settings_row(run_dir, algorithm, config)
-            except OSError as error:
+            except BaseException as error:
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
-                raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
+                if isinstance(error, OSError):
+                    raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
+                raise
             print(f"run directory: {run_dir}", file=sys.stderr)
             if before is not None and (note := new_schedules(before, config, done / total)) is not None:
                 print(note, file=sys.stderr)
@@ -284,7 +325,7 @@ class Run:
     def __enter__(self) -> "Run":
         self._old_handlers: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -306,6 +347,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_signal not in (None, BROKEN_PIPE):
+            if is_hangup(number):
+                return
             raise SystemExit(128 + number)
         self.stop_signal = number
         say("saving before it stops; once more stops at once")
@@ -329,7 +372,7 @@ class Run:
         try:
             self.progress.update(global_step if done is None else done, self._note(), total)
         except OSError:
-            silence()
+            silence(sys.stderr.fileno())
             self.stop_signal = self.stop_signal or BROKEN_PIPE
         seconds = time.monotonic() - self.started
         speed = {
@@ -370,7 +413,7 @@ class Run:
         After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with.
 
         Raises:
-            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM) or 141 (nobody listens).
+            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 141 (nobody listens).
         """
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
