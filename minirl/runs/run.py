@@ -310,8 +310,11 @@ class Run:
                 self.events = Events(run_dir, purge_step)
                 save_settings_row(run_dir, algorithm, config)
             except BaseException as error:
+                # So that the same command can be tried again, by this process, too:
+                if self.lock is not None:
+                    os.close(self.lock)
                 if resumed is None:
-                    (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
+                    (run_dir / CONFIG_FILE).unlink(missing_ok=True)
                 if isinstance(error, OSError):
                     raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
                 raise
