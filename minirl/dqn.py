@@ -31,27 +31,20 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.machine import Head, keep_freed_memory, products_in, select_device, select_precision, threads_for
+from minirl.fast.machine import Head, products_in, select_device, select_precision, tuned
 from minirl.fast.small import InTraining, SmallSequential, for_few
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import (
-    Part,
-    State,
-    load_checkpoint,
-    load_parts,
-    reading,
-    require_finite_losses,
-    set_random_state,
-)
+from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, reading, require_finite_losses
 from minirl.runs.resume import MemoryFiles, env_state, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
+LEARNS_FROM = ("learning_starts", "batch_size", "train_frequency")  # the settings that say when
 CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "updates", "unlogged", "rng", "memory", "envs", "obs")
 
 
@@ -65,50 +58,28 @@ class DQNConfig:
     num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
     num_envs: int = setting(1, "environments played side by side (N)", at_least=1, group="environments and memory")
     buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
-    hidden_sizes: tuple[int, ...] = setting(
-        (24, 24), "widths of the hidden layers on vectors, as in 24,24", at_least=1, group="network and loss"
-    )
+    hidden_sizes: tuple[int, ...] = setting((24, 24), "hidden layers on vectors", at_least=1, group="network and loss")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
-    learning_starts: int = setting(
-        1_000, "agent steps before the first gradient step", at_least=0, group="gradient steps"
-    )
+    learning_starts: int = setting(1_000, "agent steps before the first one", at_least=0, group="gradient steps")
     train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
     batch_size: int = setting(64, "transitions per gradient step", at_least=1)
     learning_rate: float = setting(5e-3, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
     max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
-    target_network_frequency: int = setting(
-        1, "agent steps between updates of the target network", at_least=1, group="target network"
-    )
-    target_network_episodes: int | None = setting(
-        None, "episodes between updates of the target network, instead of steps", at_least=1
-    )
+    target_network_frequency: int = setting(1, "agent steps between its updates", at_least=1, group="target network")
+    target_network_episodes: int | None = setting(None, "episodes between them, instead of steps", at_least=1)
     tau: float = setting(0.01, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
-    start_epsilon: float = setting(
-        1.0, "probability of a random action at the start", at_least=0, at_most=1, group="exploration"
-    )
-    end_epsilon: float = setting(0.05, "probability of a random action in the end", at_least=0, at_most=1)
-    exploration_fraction: float = setting(
-        0.1, "share of the steps over which epsilon falls linearly", above=0, at_most=1
-    )
-    epsilon_decay: float | None = setting(
-        None, "multiply epsilon by this after each episode, instead of a linear fall", above=0, at_most=1
-    )
-    eval_frequency: int | None = setting(
-        1_000, "agent steps between greedy games that pick best.pt; none: never", at_least=1, group="greedy games"
-    )
-    eval_episodes: int = setting(20, "greedy games each time", at_least=1)
+    start_epsilon: float = setting(1.0, "share of random actions at first", at_least=0, at_most=1, group="exploration")
+    end_epsilon: float = setting(0.05, "share of random actions in the end", at_least=0, at_most=1)
+    exploration_fraction: float = setting(0.1, "share of the steps that it falls over, linearly", above=0, at_most=1)
+    epsilon_decay: float | None = setting(None, "its factor after each episode, instead", above=0, at_most=1)
+    eval_frequency: int | None = setting(1_000, "every so many agent steps, or none", at_least=1, group="greedy games")
+    eval_episodes: int = setting(20, "greedy games each time; the best network goes to best.pt", at_least=1)
     confirm_episodes: int = setting(200, "more games of a network that seems to be the best so far", at_least=0)
-    compile: bool | None = setting(
-        None,
-        "compile the update into one function; unless said, if 50,000 updates pay for it",
-        group="machine and files",
-    )
+    compile: bool | None = setting(None, "compile the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
-    num_workers: int | None = setting(
-        None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
-    )
+    num_workers: int | None = setting(None, "processes that play; none: one a core on Atari, otherwise 1", at_least=1)
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
@@ -117,26 +88,18 @@ class DQNConfig:
         if self.buffer_size % self.num_envs != 0:
             raise ConfigError(f"--buffer-size must be a multiple of num_envs = {self.num_envs}, not {self.buffer_size}")
         if self.batch_size > self.buffer_size:
-            raise ConfigError(
-                f"--batch-size must be at most buffer_size = {self.buffer_size}, and {self.batch_size} is not"
-            )
+            raise ConfigError(f"--batch-size must be at most buffer_size = {self.buffer_size}, not {self.batch_size}")
+        learns_from = max(self.learning_starts, self.batch_size)
+        learns_from = math.ceil(learns_from / self.train_frequency) * self.train_frequency
         if self.learning_starts >= self.total_timesteps:
-            raise ConfigError(
-                f"--learning-starts must be below total_timesteps = {self.total_timesteps}, "
-                f"or nothing is learned, and {self.learning_starts} is not"
-            )
-        learns_from = (
-            math.ceil(max(self.learning_starts, self.batch_size) / self.train_frequency) * self.train_frequency
-        )
+            wanted = f"below total_timesteps = {self.total_timesteps}, or nothing is learned"
+            raise ConfigError(f"--learning-starts must be {wanted}, not {self.learning_starts}")
         if learns_from > self.last_step:
-            raise ConfigError(
-                f"--total-timesteps must be at least {learns_from}, or nothing is learned: learning_starts is "
-                f"{self.learning_starts}, batch_size {self.batch_size}, train_frequency {self.train_frequency}"
-            )
+            because = ", ".join(f"{name} is {getattr(self, name)}" for name in LEARNS_FROM)
+            raise ConfigError(f"--total-timesteps must be at least {learns_from}, or nothing is learned: {because}")
         if self.end_epsilon > self.start_epsilon:
-            raise ConfigError(
-                f"--end-epsilon must be at most start_epsilon = {self.start_epsilon}, and {self.end_epsilon} is not"
-            )
+            limit = f"start_epsilon = {self.start_epsilon}"
+            raise ConfigError(f"--end-epsilon must be at most {limit}, not {self.end_epsilon}")
 
     @property
     def compiles(self) -> bool:
@@ -263,6 +226,15 @@ def target_updates_due(config: DQNConfig, before: Clock, now: Clock) -> int:
 def is_finished(config: DQNConfig, now: Clock) -> bool:
     """Whether the run has all its steps, or all its episodes."""
     return now.steps >= config.last_step or (config.num_episodes is not None and now.episodes >= config.num_episodes)
+
+
+def expected_steps(config: DQNConfig, now: Clock) -> int:
+    """Return the agent steps of the whole run, if episodes stay as long as they were so far."""
+    if is_finished(config, now):
+        return now.steps
+    if config.num_episodes is None or now.episodes == 0:
+        return config.last_step
+    return min(config.last_step, now.steps * config.num_episodes // now.episodes)
 
 
 def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> QNetwork:
@@ -394,27 +366,18 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "dqn", *CHECKPOINT_KEYS) if resume else None
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
-    keep_freed_memory()
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
-    eval_frequency = None if run_dir is None else config.eval_frequency
     with (
         make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
-        Judge(
-            config.env_id,
-            config.eval_episodes,
-            config.confirm_episodes,
-            config.seed,
-            eval_frequency,
-            config.num_workers,
-        ) as judge,
+        Judge(config, run_dir) as judge,
     ):
         online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))
         target.load_state_dict(online.state_dict())
@@ -430,17 +393,16 @@ def train(
         in_training = InTraining(online)  # batch norm learns, and dropout is on, in gradient steps only
         q_values, greedy = q_function(online, torch_device), greedy_policy(online, torch_device)
 
+        load_parts(learned, saved)
+        obs = start_envs(envs, config.seed, saved)
+        updates, losses = 0, list[Tensor]()  # of the updates since the last time that their means were logged
         if saved is not None:
-            load_parts(learned, saved)
             with reading(saved):
                 memory_files.load(memory, saved["memory"])
                 rng.bit_generator.state = saved["rng"]
-        obs = start_envs(envs, config.seed, saved)
-        if saved is not None:
-            set_random_state(saved)
+                updates, losses = int(saved["updates"]), list(saved["unlogged"].to(torch_device))
             if saved["envs"] is None:  # these could not be saved, and new games have begun
                 memory.cut()
-        updates = int(saved["updates"]) if saved else 0
 
         def networks() -> State:
             return {name: part.state_dict() for name, part in learned.items()}
@@ -456,11 +418,7 @@ def train(
                 **env_state(envs, obs),
             }
 
-        with (
-            Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run,
-            threads_for(online),
-        ):
-            losses = list(saved["unlogged"].to(torch_device)) if saved else []
+        with Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run, tuned(online):
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
@@ -492,7 +450,7 @@ def train(
                 judged = judge.is_due(before.steps, now.steps, finished=finished)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
                     schedules = {"charts/epsilon": epsilon, "charts/learning_rate": config.learning_rate * remaining}
-                    run.log(now.steps, {**schedules, **means(losses, updates)})
+                    run.log(now.steps, {**schedules, **means(losses, updates)}, total=expected_steps(config, now))
                     losses.clear()
                 if judged:
                     mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)

@@ -29,19 +29,10 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.machine import (
-    Head,
-    keep_freed_memory,
-    one_thread,
-    products_in,
-    rounded_weights,
-    select_device,
-    select_precision,
-    threads_for,
-)
+from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
 from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses, set_random_state
+from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses
 from minirl.runs.resume import env_state, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
@@ -64,9 +55,7 @@ class PPOConfig:
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
-    minibatch_size: int = setting(
-        256, "samples per gradient step; must divide N x T", at_least=1, group="gradient steps"
-    )
+    minibatch_size: int = setting(256, "samples a gradient step; must divide N x T", at_least=1, group="gradient steps")
     update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
@@ -77,25 +66,17 @@ class PPOConfig:
     vf_coef: float = setting(0.5, "weight of the value loss, which has no factor 1/2", at_least=0)
     value_clip_coef: float | None = setting(None, "clip the change of the values to this; none: no clipping", above=0)
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
-    compile: bool | None = setting(
-        None,
-        "compile acting and the update; unless said, if 5,000 gradient steps on images pay for it",
-        group="machine and files",
-    )
+    compile: bool | None = setting(None, "compile acting and the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
-    num_workers: int | None = setting(
-        None, "processes for the environments; none: one per core on Atari, otherwise 1", at_least=1
-    )
+    num_workers: int | None = setting(None, "processes that play; none: one a core on Atari, otherwise 1", at_least=1)
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.batch_size % self.minibatch_size != 0:
-            raise ConfigError(
-                f"--minibatch-size must divide num_envs x num_steps = {self.batch_size}, "
-                f"and {self.minibatch_size} does not"
-            )
+            sizes = f"num_envs x num_steps = {self.batch_size}, and {self.minibatch_size} does not"
+            raise ConfigError(f"--minibatch-size must divide {sizes}")
         if self.norm_adv and self.minibatch_size == 1:
             raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
 
@@ -313,33 +294,39 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class Rollout:
-    """T steps of N environments, on the device: a column (T, N, ...) for each quantity, made when it first comes.
+    """T steps of N environments: a column (T, N, ...) for each quantity, made when it first comes.
 
-    A column has its quantity's dtype and layout: pixels stay bytes, channels-last.
+    A column has its quantity's dtype and layout: pixels stay bytes, channels-last. Tensors are kept on the device; what
+    environments give, in NumPy, goes there when it is read, all at once.
     """
 
     def __init__(self, num_steps: int, num_envs: int, device: torch.device) -> None:
         self.shape = (num_steps, num_envs)
         self.device = device
-        self.columns: Columns = {}
+        self.columns: dict[str, Any] = {}
 
-    def put(self, t: int, rows: slice, **quantities: Tensor) -> None:
-        """Store what step t gave in some of the environments: tensors (rows, ...) by name."""
+    def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
+        """Store what step t gave in some of the environments: tensors and arrays (rows, ...) by name."""
         for name, values in quantities.items():
             if name not in self.columns:
-                layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-                flat = (math.prod(self.shape), *values.shape[1:])
-                column = torch.empty(flat, dtype=values.dtype, device=self.device, memory_format=layout)
-                self.columns[name] = column.unflatten(0, self.shape)
+                self.columns[name] = self._column(values)
             self.columns[name][t, rows] = values
 
+    def _column(self, values: Tensor | NDArray[Any]) -> Any:
+        if isinstance(values, np.ndarray):
+            return np.empty((*self.shape, *values.shape[1:]), values.dtype)
+        layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
+        flat = (math.prod(self.shape), *values.shape[1:])
+        column = torch.empty(flat, dtype=values.dtype, device=self.device, memory_format=layout)
+        return column.unflatten(0, self.shape)
+
     def __getitem__(self, name: str) -> Tensor:
-        """Return a column (T, N, ...)."""
-        return self.columns[name]
+        """Return a column (T, N, ...), on the device."""
+        return torch.as_tensor(self.columns[name], device=self.device)
 
     def samples(self, **more: Tensor) -> Columns:
         """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
-        return {name: column.flatten(0, 1) for name, column in {**self.columns, **more}.items()}
+        return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
 
 
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,45 +349,31 @@ def collect_rollout(
     global_step: int,
 ) -> NDArray[Any]:
     """Play T steps with the agent's policy (`act`) from `obs` (N, ...) on, into `rollout`; return the next `obs`."""
-    obs = obs.copy()
-    device, (num_steps, num_envs) = rollout.device, rollout.shape
-    rewards = np.zeros(rollout.shape, np.float32)
-    terminated, truncated = np.zeros(rollout.shape, np.bool_), np.zeros(rollout.shape, np.bool_)
+    obs, device, (num_steps, num_envs) = obs.copy(), rollout.device, rollout.shape
     final_values = torch.zeros(rollout.shape, device=device)  # of the last observations of episodes that were cut
 
-    def value(observations: Tensor) -> Tensor:
+    def value(observations: NDArray[Any]) -> Tensor:
         with products_in(precision, device):
-            values: Tensor = agent(observations)[1]
+            values: Tensor = agent(observation_tensor(observations, device))[1]
         return values
 
-    def choose(t: int, rows: slice) -> None:
+    def choose(t: int, rows: slice) -> NDArray[np.int64]:
         observations = observation_tensor(obs[rows], device)
         actions, log_probs, values = policy(observations)
         rollout.put(t, rows, observations=observations, actions=actions, log_probs=log_probs, values=values)
-        envs.start(rows, actions.cpu().numpy())
+        chosen: NDArray[np.int64] = actions.cpu().numpy()
+        return chosen
 
-    def see(t: int, rows: slice) -> None:
-        step = envs.finish(rows)
+    for t, rows, step in envs.play(num_steps, choose):
         obs[rows] = step.observations
-        rewards[t, rows], terminated[t, rows], truncated[t, rows] = step.rewards, step.terminated, step.truncated
+        rollout.put(t, rows, rewards=step.rewards, terminated=step.terminated, truncated=step.truncated)
         if step.truncated.any():
             cut = rows.start + np.flatnonzero(step.truncated)
-            final_values[t, cut] = value(observation_tensor(step.final_observations[step.truncated], device))
+            final_values[t, cut] = value(step.final_observations[step.truncated])
         run.log_episodes(global_step + (t + 1) * num_envs, step.episodes)
-
-    for t in range(num_steps + 1):
-        for rows in envs.halves:  # on Atari, one half plays while the network looks at the other
-            if t > 0:
-                see(t - 1, rows)
-            if t < num_steps:
-                choose(t, rows)
-    last_values = value(observation_tensor(obs, device))
-    following = torch.cat([rollout["values"][1:], last_values[None]])
-    cut = torch.from_numpy(truncated).to(device)
-    rollout.columns["rewards"] = torch.from_numpy(rewards).to(device)
-    rollout.columns["terminated"] = torch.from_numpy(terminated).to(device)
-    rollout.columns["truncated"] = cut
-    rollout.columns["next_values"] = torch.where(cut, final_values, following)  # V of the true successors
+    following = torch.cat([rollout["values"][1:], value(obs)[None]])
+    # V of the true successors.
+    rollout.columns["next_values"] = torch.where(rollout["truncated"], final_values, following)
     return obs
 
 
@@ -485,7 +458,7 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "ppo", "model", "optimizer", "envs", "obs") if resume else None
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
@@ -493,7 +466,6 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    keep_freed_memory()
     with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
@@ -507,20 +479,14 @@ def train(
         policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
 
-        if saved is not None:
-            load_parts(learned, saved)
+        load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
         rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))  # is there memory for it?
-        if saved is not None:
-            set_random_state(saved)
 
         def state() -> State:
             return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
 
-        with (
-            Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run,
-            threads_for(agent),
-        ):
+        with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run, tuned(agent):
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates

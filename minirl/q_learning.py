@@ -11,6 +11,8 @@ on in principle and keeps its gamma max Q(s', a').
 
 import functools
 import random
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +32,9 @@ from minirl.runs.run import Run, derived_seed, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 QTable = NDArray[np.float64]  # (S, A)
-LOG_EVERY = 100  # episodes
+LOG_EVERY = 100  # episodes, and as many are in each mean: they are too short to log each
 EXPLORATION = 1  # sets the seed of the actions apart from all others
-CHECKPOINT_KEYS = ("q_table", "episode", "unlogged", "rng", "env_rng")
+CHECKPOINT_KEYS = ("q_table", "episode", "recent", "rng", "env_rng")
 MAX_SWEEPS = 1_000_000  # of value iteration
 
 
@@ -196,10 +198,8 @@ def train(
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir)
-    saved = (
-        load_checkpoint(run_dir, "q_learning", "q_table", "episode", "unlogged", "rng", "env_rng") if resume else None
-    )
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
+    saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
     seed_everything(config.seed)
     env, max_steps = make_tabular_env(config.env_id)
     env.reset(seed=config.seed)
@@ -207,14 +207,14 @@ def train(
     # Not the stream that others make of the same seed: exploration would follow the environment's noise.
     rng = random.Random(derived_seed(config.seed, EXPLORATION))
     episode = global_step = 0
-    unlogged: list[Played] = []
+    recent: deque[Played] = deque(maxlen=LOG_EVERY)
     if saved is not None:
         with reading(saved):
             q_table = load_table(saved, env)
             rng.setstate((random.Random.VERSION, tuple(saved["rng"].tolist()), None))
             env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
             episode, global_step = int(saved["episode"]), saved["global_step"]
-            unlogged = [Played(*numbers) for numbers in saved["unlogged"]]
+            recent.extend(Played(*numbers) for numbers in saved["recent"])
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
     videos = Videos(config, run_dir, global_step)
@@ -224,7 +224,7 @@ def train(
         return {
             "q_table": torch.tensor(q_table),
             "episode": episode,
-            "unlogged": [list(played) for played in unlogged],
+            "recent": [list(played) for played in recent],
             "rng": np.array(rng.getstate()[1], np.uint32),
             "env_rng": env.unwrapped.np_random.bit_generator.state,
         }
@@ -240,25 +240,23 @@ def train(
             episode += 1
             require_finite_losses({"losses/td_error": played.total_error}, f"episode {episode:,}")
             global_step += played.length
-            unlogged.append(played)
-            if len(unlogged) == LOG_EVERY or episode == total:
-                log_episodes(run, global_step, episode, unlogged)
-                unlogged.clear()
+            recent.append(played)
+            run.returns.append(played.episodic_return)
+            if episode % LOG_EVERY == 0 or episode == total:
+                run.log(global_step, means(recent), done=episode)
             videos.record(run, global_step, greedy)
             run.checkpoint(global_step, state, finished=episode == total)
     return q_table
 
 
-def log_episodes(run: Run, global_step: int, episode: int, played: list[Played]) -> None:
-    """Log the mean return, length and |TD error| of some episodes: they are too short to log each."""
+def means(played: Iterable[Played]) -> dict[str, float]:
+    """Return the mean return, length and |TD error| of some episodes, by TensorBoard's tags."""
     returns, lengths, total_errors = zip(*played, strict=True)
-    run.returns.extend(returns)
-    scalars = {
+    return {
         "charts/episodic_return": sum(returns) / len(returns),
         "charts/episodic_length": sum(lengths) / len(lengths),
         "losses/td_error": sum(total_errors) / sum(lengths),
     }
-    run.log(global_step, scalars, done=episode)
 
 
 def make_tabular_env(env_id: str) -> tuple[gym.Env[int, int], int]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from minirl.networks import channels_last, is_image
 
+COLUMNS = {"actions": np.int64, "rewards": np.float32, "terminated": np.bool_}  # of a transition, beside observations
 SPARE = 20  # one row in so many is spare, for the last frames of episodes
 
 
@@ -65,9 +66,8 @@ class ReplayBuffer:
         self.length = capacity // num_envs  # of each environment's ring
         self.rng = np.random.default_rng(seed)
         self.added = 0  # transitions of each environment, ever
-        self.actions = np.zeros((num_envs, self.length), np.int64)
-        self.rewards = np.zeros((num_envs, self.length), np.float32)
-        self.terminated = np.zeros((num_envs, self.length), np.bool_)
+        shape = (num_envs, self.length)
+        self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
         kind = _Frames if stacked else _Pairs
         self.observations: _Pairs | _Frames = kind(num_envs, self.length, observation_space)
 
@@ -95,9 +95,8 @@ class ReplayBuffer:
             truncated: (N,) cuts.
         """
         slot = self.added % self.length
-        self.actions[:, slot] = actions
-        self.rewards[:, slot] = rewards
-        self.terminated[:, slot] = terminated
+        for name, values in {"actions": actions, "rewards": rewards, "terminated": terminated}.items():
+            self.columns[name][:, slot] = values
         self.observations.write(slot, observations, next_observations, terminated | truncated)
         self.added += 1
 
@@ -124,13 +123,8 @@ class ReplayBuffer:
         slot = (self.added + index - newest) % self.length  # counted back from each environment's newest transition
         where = env * self.length + slot  # in all rings, one after the other
         observations, next_observations = self.observations.read(env, slot, where)
-        return Batch(
-            observations,
-            self.actions.take(where),
-            self.rewards.take(where),
-            next_observations,
-            self.terminated.take(where),
-        )
+        columns = {name: column.take(where) for name, column in self.columns.items()}
+        return Batch(observations=observations, next_observations=next_observations, **columns)
 
     def since(self, first: int) -> dict[str, NDArray[Any]]:
         """Return the transitions of each environment from number `first` on, counted from the first ever, to be saved.
@@ -141,19 +135,14 @@ class ReplayBuffer:
         if not max(0, self.added - self.length) <= first <= self.added:
             raise ValueError(f"the transitions from {first} on are not all in the memory")
         slots = np.arange(first, self.added) % self.length
-        return {
-            "actions": self.actions[:, slots],
-            "rewards": self.rewards[:, slots],
-            "terminated": self.terminated[:, slots],
-            **self.observations.since(slots, first),
-        }
+        columns = {name: column[:, slots] for name, column in self.columns.items()}
+        return {**columns, **self.observations.since(slots, first)}
 
     def put(self, first: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Put back what `since` returned; `set_counters` must follow."""
         slots = np.arange(first, first + arrays["actions"].shape[1]) % self.length
-        self.actions[:, slots] = arrays["actions"]
-        self.rewards[:, slots] = arrays["rewards"]
-        self.terminated[:, slots] = arrays["terminated"]
+        for name, column in self.columns.items():
+            column[:, slots] = arrays[name]
         self.observations.put(slots, arrays)
 
     def counters(self) -> dict[str, list[int]]:

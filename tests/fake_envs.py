@@ -164,6 +164,21 @@ class Drawn(Counter):
         return picture
 
 
+class Wanderer(Drawn):
+    """Changes the working directory, as simulators do that look for their files."""
+
+    def __init__(self, ends_at: int | None = None, render_mode: str | None = None) -> None:
+        super().__init__(ends_at, render_mode)
+        os.chdir("/")
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        os.chdir("/proc")
+        return super().reset(seed=seed)
+
+
+gym.register("Wanderer-v0", "tests.fake_envs:Wanderer", kwargs={"ends_at": 20})
 gym.register("Drawn-v0", "tests.fake_envs:Drawn", kwargs={"ends_at": 20})
 gym.register("DrawnForEver-v0", "tests.fake_envs:Drawn")
 gym.register("Uint8Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.uint8})

@@ -1,16 +1,23 @@
 """A compiled function is the plain one: of any network, optimiser and loss, whatever changes while it is used."""
 
 import copy
+import shlex
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import cpp_builder
+from torch._inductor.exc import CppCompileError
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import fresh_cache
 
-from minirl.fast.compiled import CODE, FEW, Compiled, StandIn, Steppable, Traceable, compiled, of_values
+from minirl.fast.compiled import CODE, FEW, Compiled, StandIn, Steppable, Traceable, compiled, is_whole, of_values
 from tests.devices import DEVICES
 from tests.weights import parameters
 
@@ -218,6 +225,82 @@ def test_a_compilation_that_fails_is_one_warning_and_then_the_plain_function(
     assert torch.equal(network.weight, plain.weight)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
     assert isinstance(optimizer.param_groups[0]["lr"], float), "the optimiser is what it was"
+
+
+class Killed(BaseException):
+    """What a killed process sees: nothing is tidied up on the way out."""
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "Ctrl-C"])
+def test_a_compilation_that_was_stopped_in_its_last_link_is_done_once_more(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches the C++ compiler, too, while the training goes on until it has saved."""
+    build = cpp_builder.run_compile_cmd
+    left: list[Path] = []
+
+    def stopped_once(command: str, cwd: str) -> None:
+        output = [Path(word) for word in shlex.split(command) if word.endswith(".main.so")]
+        if left or not output:
+            return build(command, cwd)
+        left.extend(output)
+        output[0].touch()
+        raise Killed if end == "SIGKILL" else CppCompileError(["g++"], "")
+
+    monkeypatch.setattr(cpp_builder, "run_compile_cmd", stopped_once)
+    with fresh_cache(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch.compiler.reset()
+        _, optimizer, step = small()
+        if end == "SIGKILL":
+            with pytest.raises(Killed):
+                step(torch.ones(2))
+            assert left[0].stat().st_size == 0
+            _, optimizer, step = small()
+        step(torch.ones(2))
+        assert step.enabled
+        assert optimizer.param_groups[0]["compiled"]
+        assert is_whole(left[0])
+        assert not list(Path(cache_dir()).glob("*/*_CxxBuild"))
+
+
+def test_a_library_that_was_cut_is_not_whole(tmp_path: Path) -> None:
+    library = tmp_path / "a.so"
+    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch.so", library)
+    assert is_whole(library)
+    for size in (library.stat().st_size - 1, 5_000, 64, 20, 0):
+        with library.open("rb+") as file:
+            file.truncate(size)
+        assert not is_whole(library), size
+    library.write_bytes(bytes(5_000))
+    assert not is_whole(library), "its length was written, and nothing else"
+
+
+@pytest.mark.parametrize("before", [None, True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_a_resumed_run_says_when_it_compiles_otherwise_than_before(
+    now: bool, before: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_or_not(function: Any, **options: Any) -> Any:
+        if not now:
+            raise RuntimeError("no C++ compiler here")
+        return lambda batch: batch
+
+    monkeypatch.setattr(torch, "compile", compile_or_not)
+    _, optimizer, step = small()
+    saved = optimizer.state_dict()
+    if before is not None:
+        saved["param_groups"][0]["compiled"] = before
+    optimizer.load_state_dict(saved)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        step(torch.ones(2))
+    said = [
+        str(warning.message) for warning in seen if "its bits differ from those of a run left" in str(warning.message)
+    ]
+    assert len(said) == (before is not None and before != now)
+    assert ("no longer compiled" in "".join(said)) == (said != [] and not now)
+    assert optimizer.state_dict()["param_groups"][0]["compiled"] == now
 
 
 @pytest.mark.parametrize("what", ["Python that can't be compiled", "hooks of the optimiser"])

@@ -19,8 +19,9 @@ from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
+from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.flags import make_parser
-from minirl.runs.run import new_schedules, save_config
+from minirl.runs.run import RECIPES, Run, new_schedules, save_config
 from minirl.runs.settings import check_settings, flag_name, setting
 from minirl.scripts.train import run_training
 
@@ -246,6 +247,41 @@ def test_a_flag_that_repeats_the_runs_own_setting_may_go_with_resume(tmp_path: P
 def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: float, note: str | None) -> None:
     before = PPOConfig(total_timesteps=100)
     assert new_schedules(dataclasses.asdict(before), dataclasses.replace(before, **now), done) == note
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "config", "where"),
+    [
+        ("ppo", PPOConfig(), None),
+        ("ppo", PPOConfig("BreakoutNoFrameskip-v4"), None),
+        ("ppo", PPOConfig("CartPole-v1", num_steps=32), None),
+        ("ppo", PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False), "those for CartPole-v1"),
+        ("ppo", PPOConfig("Acrobot-v1"), "some for CartPole-v1"),
+        ("dqn", DQNConfig(total_timesteps=9_000), None),
+        ("dqn", DQNConfig("PongNoFrameskip-v4", eval_frequency=None), "those for PongNoFrameskip-v4"),
+        ("q_learning", QLearningConfig("Taxi-v4", num_episodes=9), "those for Taxi-v4"),
+    ],
+)
+def test_who_chooses_a_task_and_no_setting_is_told_where_settings_are(
+    algorithm: str, config: Any, where: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run(algorithm, config, tmp_path / "run", total=1) as run:
+        run.checkpoint(0, dict)
+    lines = capsys.readouterr().err.splitlines()[1:]
+    default = type(config)().env_id
+    note = f'all settings are the defaults, which are for {default}; README.md, "Train", has {where}'
+    assert lines == ([] if where is None else [note])
+    resumed = load_checkpoint(tmp_path / "run", algorithm)
+    with Run(algorithm, config, tmp_path / "run", total=1, resumed=resumed):
+        assert capsys.readouterr().err.splitlines()[1:] == [], "once"
+
+
+def test_the_readme_has_the_settings_that_a_run_speaks_of() -> None:
+    train_section = (ROOT / "README.md").read_text().split("\n## Train\n")[1].split("\n## ")[0]
+    for algorithm, env_ids in RECIPES.items():
+        script = f"python train_{'q' if algorithm == 'q_learning' else algorithm}.py"
+        for env_id in env_ids:
+            assert f"\n{script} --env-id {env_id} --" in train_section
 
 
 def test_a_longer_run_of_double_dqn_says_what_epsilon_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

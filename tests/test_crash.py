@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,14 +20,14 @@ from tests.test_resume import ROOT, assert_same
 
 DQN = "--total-timesteps 2000 --buffer-size 400 --batch-size 16 --learning-starts 100 --checkpoint-frequency 100"
 
-# Runs a script in a process that kills itself at a moment of its tenth atomic write: half of the file written, all of
-# it but not flushed, flushed but not yet in its place, in its place. Memory files and checkpoints take turns.
+# Runs a script in a process that kills itself at a moment of its eleventh atomic write: half of the file written, all
+# of it but not flushed, flushed but not yet in its place, in its place. Memory files and checkpoints take turns.
 SUICIDE = """
 import os, runpy, signal, sys
 from pathlib import Path
 
 moment, sys.argv = sys.argv[1], sys.argv[2:]
-replace, fsync, left = os.replace, os.fsync, [10]
+replace, fsync, left = os.replace, os.fsync, [11]
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,6 +69,19 @@ def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
         process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] > 0
+
+
+@pytest.mark.parametrize(("streams", "status"), [("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2)])
+def test_streams_that_are_closed_or_full_end_in_no_traceback(streams: str, status: int, tmp_path: Path) -> None:
+    for command in ("train_q.py --num-episodes 100 --run-dir", "-m minirl.evaluate"):
+        line = f"{shlex.quote(sys.executable)} {command} {shlex.quote(str(tmp_path / 'run'))} {streams}"
+        result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == status, result.stderr
+        assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] > 0
+        assert "Traceback" not in result.stderr
+        if status:
+            error = result.stderr.splitlines()[-1]
+            assert error.startswith("error: standard output must take the result, and can't be written: ")
 
 
 def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:

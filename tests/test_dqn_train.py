@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minirl.checks import ConfigError
-from minirl.dqn import DQNConfig, QNetwork, Target, epsilon_greedy, gradient_step, make_memory, means, train
+from minirl.dqn import (
+    Clock,
+    DQNConfig,
+    QNetwork,
+    Target,
+    epsilon_greedy,
+    expected_steps,
+    gradient_step,
+    make_memory,
+    means,
+    train,
+)
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
@@ -23,6 +35,7 @@ from minirl.evaluate import main as evaluate_main
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
+from minirl.runs.run import Run
 from minirl.scripts.train import run_training
 from tests.devices import DEVICES
 from tests.fake_envs import counter
@@ -214,12 +227,21 @@ def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.M
     assert read_scalars(tmp_path / "run")["losses/td_loss"] == [(30, 36.0), (60, 11.0)]
 
 
-def test_a_run_can_end_by_episodes(tmp_path: Path) -> None:
+def test_a_run_can_end_by_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(TINY, num_episodes=5, target_network_episodes=2, eval_frequency=None)
     train(config, run_dir=tmp_path / "run", device="cpu")
     saved = load_checkpoint(tmp_path / "run", "dqn")
     assert (saved["global_step"], saved["episodes"]) == (35, 5)
     assert saved["returns"] == [28.0] * 5
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("35 of 35 steps, ")
+    assert last_line.endswith(" 0:00:00 left, mean return 28.0 (last 5)")
+
+
+def test_the_end_of_a_run_by_episodes_is_foreseen_from_their_length() -> None:
+    config = dataclasses.replace(TINY, num_episodes=5)
+    assert [expected_steps(config, Clock(*now)) for now in ((6, 0), (14, 1), (14, 2), (35, 5))] == [60, 60, 35, 35]
+    assert expected_steps(TINY, Clock(14, 2)) == 60
 
 
 def test_a_run_whose_last_step_ends_several_episodes_is_done(tmp_path: Path) -> None:
@@ -316,14 +338,36 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
         assert all(torch.equal(restored[key], original[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
-def test_a_resumed_run_keeps_a_better_network_that_was_found_after_the_checkpoint(
+def test_what_is_later_than_the_checkpoint_does_not_survive_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([3.0, 9.0, 5.0, 8.0])
-    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: next(scores))
-    train(TINY, run_dir=tmp_path / "run", device="cpu")
-    train(dataclasses.replace(TINY, total_timesteps=74), run_dir=tmp_path / "run", resume=True, device="cpu")
-    assert load_checkpoint(tmp_path / "run", "dqn", file=BEST_FILE)["best_return"] == 9.0
+    scores = {25: 3.0, 40: 1.0, 50: 9.0, 60: 5.0, 74: 8.0}
+    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: scores[global_step])
+    checkpoint = Run.checkpoint
+
+    def killed(run: Run, global_step: int, *arguments: Any, **options: Any) -> None:
+        if global_step == 50:  # best.pt is written, and its checkpoint is not
+            raise InterruptedError
+        checkpoint(run, global_step, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Run, "checkpoint", killed)
+        train(TINY, run_dir=tmp_path / "run", device="cpu")
+    assert load_checkpoint(tmp_path / "run", "dqn")["global_step"] == 25, "each better network has its checkpoint"
+    (tmp_path / "run" / "videos").mkdir()
+    for step in (25, 50):
+        (tmp_path / "run" / "videos" / f"step-{step:09}.gif").touch()
+    shutil.copytree(tmp_path / "run", tmp_path / "further")
+
+    train(dataclasses.replace(TINY, total_timesteps=40), run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert not (tmp_path / "run" / BEST_FILE).exists(), "this run has never come to step 50"
+    assert [path.name for path in (tmp_path / "run" / "videos").iterdir()] == ["step-000000025.gif"]
+
+    for total in (60, 74):  # what is not as good as the best replaces nothing, in a session after it, too
+        config = dataclasses.replace(TINY, total_timesteps=total)
+        train(config, run_dir=tmp_path / "further", resume=True, device="cpu")
+        best = load_checkpoint(tmp_path / "further", "dqn", file=BEST_FILE)
+        assert (best["global_step"], best["best_return"]) == (50, 9.0)
 
 
 @pytest.mark.parametrize("kind", ["uint8 vector", "float64 vector", "colours"])

@@ -11,12 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from minirl import evaluate as evaluation
+from minirl.dqn import DQNConfig
+from minirl.dqn import train as train_dqn
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.ppo import PPOConfig, train
 from minirl.results.play import play_games
 from minirl.runs.run import save_config
+from minirl.scripts.train import run_training
 from tests.fake_envs import Counter
 
 
@@ -25,6 +28,32 @@ def cartpole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("cartpole") / "run"
     train(PPOConfig(env_id="CartPole-v1", num_steps=32, total_timesteps=2048), run_dir=run_dir, device="cpu")
     return run_dir
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
+def test_an_environment_may_change_the_working_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: Any = {
+        "ppo": PPOConfig(env_id="tests.fake_envs:Wanderer-v0", num_steps=8, minibatch_size=64, total_timesteps=64),
+        "dqn": DQNConfig(
+            env_id="tests.fake_envs:Wanderer-v0", total_timesteps=40, buffer_size=40, learning_starts=20, batch_size=8
+        ),
+    }[name]
+    train_it: Any = {"ppo": train, "dqn": train_dqn}[name]
+    more = [] if name == "ppo" else ["--run-dir", "b", "--learning-starts", "20"]
+    flags = ["--env-id", config.env_id, "--total-timesteps", str(2 * config.total_timesteps), "--device", "cpu"]
+    for use in (
+        lambda: train_it(config, run_dir="run", device="cpu"),
+        lambda: evaluate("run", episodes=1, video="game.gif"),
+        lambda: evaluation.main(["run", "--episodes", "1", "--video", "game.mp4"]),
+        lambda: run_training(name, type(config), train_it, "", ["--resume", "run", *flags]),
+        lambda: run_training(name, type(config), train_it, "", [*flags, *more]),
+    ):
+        monkeypatch.chdir(tmp_path)
+        use()
+    monkeypatch.chdir(tmp_path)
+    assert {"run", "game.gif", "game.mp4", "runs" if name == "ppo" else "b"} == {path.name for path in Path().iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from minirl.fast.machine import Head, keep_freed_memory, one_thread, products_in, rounded_weights, threads_for
+from minirl.fast.machine import Head, keep_freed_memory, one_thread, products_in, rounded_weights, tuned
 
 ROOT = Path(__file__).parent.parent
 KEPT = """
@@ -31,15 +31,15 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with threads_for(nn.Linear(100, 400)):
+        with tuned(nn.Linear(100, 400)):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
-        with threads_for(nn.Linear(200, 400)):  # 80,400 weights
+        with tuned(nn.Linear(200, 400)):  # 80,400 weights
             assert torch.get_num_threads() == 3
             with one_thread():
                 assert torch.get_num_threads() == 1
             assert torch.get_num_threads() == 3
-        with pytest.raises(ValueError, match="a step goes wrong"), threads_for(nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="a step goes wrong"), tuned(nn.Linear(1, 1)):
             raise ValueError("a step goes wrong")
         assert torch.get_num_threads() == 3
     finally:

@@ -129,6 +129,16 @@ def test_one_axis_may_be_chosen_and_a_single_run_has_no_band() -> None:
     assert figure.get_suptitle() == "Return in training, CartPole-v1"
 
 
+def test_a_curve_of_one_point_can_be_seen() -> None:
+    point, other, line = curve_of(1, [5.0], [10]), curve_of(2, [7.0], [10]), curve_of(1, [0.0, 2.0], [1, 3], gamma=0.5)
+    alone, usual = curves_figure([point, line], "steps").axes[0].lines
+    assert (alone.get_marker(), usual.get_marker()) == ("o", "None")
+    (axes,) = curves_figure([point, other], "steps").axes
+    assert axes.lines[0].get_marker() == "o"
+    (band,) = axes.collections
+    assert np.min(band.get_linewidth()) > 0, "from the lowest to the highest, as wide as a point"
+
+
 def test_plots_writes_a_picture(small_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plots.main(
         [str(small_runs / "ppo"), str(small_runs / "ppo"), str(small_runs / "dqn"), "--output", str(tmp_path / "curve")]

@@ -93,7 +93,7 @@ def everything(buffer: ReplayBuffer) -> list[NDArray[Any]]:
     kept: list[NDArray[Any]] = []
     for env, size in enumerate(buffer._sizes()):
         slot = np.arange(buffer.added - size, buffer.added) % buffer.length
-        columns = (buffer.actions, buffer.rewards, buffer.terminated)
+        columns = tuple(buffer.columns.values())
         where = env * buffer.length + slot
         kept += [*buffer.observations.read(np.full(size, env), slot, where), *(column[env, slot] for column in columns)]
     return kept
@@ -166,7 +166,7 @@ def test_very_short_episodes_cost_old_transitions_and_nothing_else() -> None:
 def test_a_million_pong_transitions_take_at_most_7_5_gb() -> None:
     length, space = 1_000_000, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     buffer = ReplayBuffer(length, space, stacked=True)  # memory that is not written to is not taken
-    arrays: list[NDArray[Any]] = [buffer.actions, buffer.rewards, buffer.terminated]
+    arrays: list[NDArray[Any]] = [*buffer.columns.values()]
     arrays += [value for value in buffer.observations.__dict__.values() if isinstance(value, np.ndarray)]
     assert 7.0e9 < sum(array.nbytes for array in arrays) <= 7.5e9
 

@@ -1,5 +1,6 @@
 """What a finished training adds to TensorBoard, and that nothing of it can spoil the training."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_the_pictures_fit_the_run(
     run: str, kinds: list[str], small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(report, "SummaryWriter", lambda run_dir: Recorder(drawn))
+    monkeypatch.setattr(report, "SummaryWriter", lambda run_dir, filename_suffix: Recorder(drawn))
     report.report(small_runs / run, 0, "cpu")
     assert sorted(drawn) == [f"pictures/{kind}" for kind in kinds]
 
@@ -86,12 +87,15 @@ class Recorder:
         pass
 
 
+def row_of_hyperparameters(run_dir: Path) -> Any:
+    content = read_events(run_dir).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+
+
 def test_the_settings_are_one_row_of_the_table_of_hyperparameters(tmp_path: Path) -> None:
     config = DQNConfig(hidden_sizes=(8, 8), total_timesteps=300, learning_starts=200, eval_frequency=None)
     train_dqn(config, run_dir=tmp_path / "run", device="cpu")
-    events = read_events(tmp_path / "run")
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    row = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    row = row_of_hyperparameters(tmp_path / "run")
     assert row["algorithm"].string_value == "dqn"
     assert row["env_id"].string_value == "CartPole-v1"
     assert row["hidden_sizes"].string_value == "(8, 8)"
@@ -99,6 +103,22 @@ def test_the_settings_are_one_row_of_the_table_of_hyperparameters(tmp_path: Path
     assert row["total_timesteps"].number_value == 300
     assert (row["anneal_lr"].string_value, row["huber"].string_value) == ("True", "False")
     assert "eval_frequency" not in row, "there the table shows nothing"
+    more = dataclasses.replace(config, total_timesteps=310, num_workers=1)
+    train_dqn(more, run_dir=tmp_path / "run", resume=True, device="cpu")
+    row = row_of_hyperparameters(tmp_path / "run")
+    assert (row["total_timesteps"].number_value, row["num_workers"].number_value) == (310, 1), "of the resumed run"
+
+
+def test_a_finished_run_that_is_resumed_has_one_value_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "play_final_games", lambda run_dir, settings, games, *_: float(games))
+    train_on_grid(tmp_path)
+    before = read_scalars(tmp_path)
+    for games, mean_return in [(0, 10.0), (3, 3.0)]:
+        line = f"--resume {tmp_path} --final-games {games}"
+        run_training("q_learning", QLearningConfig, train_q, "", line.split())
+        before["eval/mean_return"] = [(before["charts/SPS"][-1][0], mean_return)]
+        assert read_scalars(tmp_path) == before
+        assert len(read_events(tmp_path).Images("pictures/q-values")) == 1
 
 
 @pytest.mark.parametrize("games", [0, 3])

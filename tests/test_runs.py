@@ -1,6 +1,7 @@
 """Checkpoints, signals, progress and what goes to TensorBoard."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -161,16 +162,31 @@ def test_a_frequency_between_updates_saves_at_the_next_one(tmp_path: Path) -> No
     assert saved_steps(tmp_path, range(0, 101, 25)) == [0, 50, 100]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         run.checkpoint(0, lambda: {"episodes": 0})
         signal.raise_signal(number)
+        if number == signal.SIGHUP:
+            signal.raise_signal(number)  # by the shell, and by the system
         run.checkpoint(1, lambda: {"episodes": 1})
-    assert stop.value.code == status
+    assert stop.value.code == 128 + number
     assert load_checkpoint(tmp_path / "run", "ppo")["episodes"] == 1
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+
+
+def test_with_nohup_a_terminal_that_is_closed_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Run("ppo", CONFIG, None, total=100) as run:
+            signal.raise_signal(signal.SIGHUP)
+            run.checkpoint(5, dict)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Signalling(io.RawIOBase):
@@ -261,13 +277,24 @@ def test_one_directory_is_one_runs(tmp_path: Path) -> None:
     assert all("continue it with --resume" in failure for failure in failures)
 
 
-def test_a_default_directory_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_directory_is_never_taken_and_goes_if_nothing_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minirl.runs.run.time.strftime", lambda format: "20260102-030405")
-    for name in ("seed42", "seed42-2", "seed42-3"):
-        run_dir = default_run_dir("ppo", PPOConfig(env_id="ALE/Pong-v5"))
-        assert run_dir == Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}"
-        claim(run_dir)
+    config = PPOConfig(env_id="ALE/Pong-v5")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        tries = [pool.submit(stack.enter_context, default_run_dir("ppo", config)) for _ in range(8)]
+        chosen = sorted(attempt.result() for attempt in tries)
+        names = ["seed42", *(f"seed42-{number}" for number in range(2, 9))]
+        assert chosen == [tmp_path / Path("runs/ppo/ALE-Pong-v5") / f"20260102-030405-{name}" for name in names]
+        for run_dir in chosen[:3]:
+            claim(run_dir)
+    assert sorted(path.parent for path in tmp_path.rglob("config.json")) == chosen[:3]
+    assert sorted((tmp_path / "runs/ppo/ALE-Pong-v5").iterdir()) == chosen[:3]
+    with default_run_dir("dqn", config):
+        pass
+    assert not Path("runs/dqn").exists()
 
 
 def test_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +376,36 @@ def test_two_processes_never_write_into_one_directory(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--resume must name a run that has stopped: another process writes to"):
             Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved)
     with Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved):
+        pass
+
+
+def test_a_file_system_without_locks_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("minirl.runs.run.fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match=r"run can't be locked, .*No locks available") as seen:
+        run = Run("ppo", CONFIG, tmp_path / "run", total=100)
+    assert len(seen) == 1
+    with run:
+        run.checkpoint(0, dict)
+    assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_that_cannot_be_set_up_leaves_its_directory_free(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    for part in ("lock", "save_config", "Events"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"minirl.runs.run.{part}", fail)
+            with pytest.raises((ConfigError, KeyboardInterrupt)):
+                Run("ppo", CONFIG, tmp_path / "run", total=100)
+        assert not list((tmp_path / "run").iterdir())
+    with Run("ppo", CONFIG, tmp_path / "run", total=100):
         pass
 
 

@@ -96,7 +96,7 @@ def test_each_seed_has_a_run_as_if_it_were_alone(tmp_path: Path) -> None:
     assert head.split() == ["seed", "steps", "mean", "of", "the", "last", "100", "returns", "minutes", "directory"]
     for row, seed, table, value in zip(rows, ("0", "1", "5"), tables, means, strict=True):
         assert row.split()[:3] == [seed, f"{table['global_step']:,}", f"{value:.2f}"]
-        assert row.split()[4] == f"all/seed{seed}"
+        assert row.split()[4] == str(tmp_path / "all" / f"seed{seed}")
     assert mean.split()[:2] == ["mean", f"{sum(means) / 3:.2f}"]
     variance = sum((value - sum(means) / 3) ** 2 for value in means) / 3
     assert std.split()[:2] == ["std", f"{variance**0.5:.2f}"]
@@ -121,6 +121,8 @@ def test_a_seed_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     settings = "--env-id CartPole-v1 --num-steps 16 --minibatch-size 128 --no-compile"
+    tmp_path = tmp_path / "of mine"
+    tmp_path.mkdir()
     process = start("train_ppo.py", f"{settings} --seeds 0-7 --run-dir all", tmp_path)
     checkpoint = tmp_path / "all" / "seed0" / "checkpoint.pt"
     while not checkpoint.exists():
@@ -132,7 +134,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert output == ""
     assert "stopped: 0 of 8 seeds done" in error
-    assert f"go on with seed 0: python {ROOT / 'train_ppo.py'} --resume all/seed0" in error
+    assert f"go on with seed 0: python {ROOT / 'train_ppo.py'} --resume '{checkpoint.parent}'" in error
     assert re.search(r"not begun: --seeds [\d,]*7$", error, re.MULTILINE)
     assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.tmp"))
@@ -242,7 +244,7 @@ def test_mistakes(
         run_training("q_learning", QLearningConfig, q_learning.train, "", line.split())
     output = capsys.readouterr()
     assert (stop.value.code, output.out) == (2, "")
-    assert output.err.startswith(f"error: {message}")
+    assert output.err.replace(f"{tmp_path}/", "").startswith(f"error: {message}")
     assert output.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -263,8 +265,9 @@ def test_default_directories_are_the_usual_ones(tmp_path: Path, monkeypatch: pyt
         run_training("ppo", PPOConfig, ppo.train, "", flags.split())
     assert stop.value.code == 0
     for seed, run_dir in seen["run_dirs"].items():
-        assert re.fullmatch(rf"runs/ppo/ALE-Pong-v5/\d+-\d+-seed{seed}", str(run_dir))
+        assert re.fullmatch(rf"{tmp_path}/runs/ppo/ALE-Pong-v5/\d+-\d+-seed{seed}", str(run_dir))
     assert list(seen["run_dirs"]) == [0, 7]
+    assert not list(tmp_path.iterdir()), "nothing came of them"
     parser = make_parser(PPOConfig, "", TRAINING_SCRIPTS)
     assert vars(parser.parse_args(seen["flags"])) == vars(parser.parse_args(flags.split()[2:]))
 

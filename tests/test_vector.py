@@ -358,6 +358,13 @@ def start_script(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_script_from_standard_input_is_told_why_it_has_no_workers() -> None:
+    code = "import minirl.envs.make as m; m.make_vector_env('CartPole-v1', 2, num_workers=2)"
+    result = subprocess.run([sys.executable], input=code, capture_output=True, text=True, cwd=ROOT)
+    message = "--num-workers must be 1 for a script from standard input: workers load it from a file"
+    assert result.stderr.splitlines()[-1] == f"minirl.checks.ConfigError: {message}"
+
+
 def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> None:
     process = start_script(tmp_path, "60")
     process.kill()

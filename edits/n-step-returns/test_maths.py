@@ -86,17 +86,17 @@ def test_a_cut_bootstraps_and_a_real_end_does_not_by_hand() -> None:
 def test_what_is_saved_and_put_back_gives_the_same_batches() -> None:
     memory, _ = play(stacked=False)
     other, _ = play(stacked=False)
-    other.episode[:], other.current_episode[:] = 0, 0
+    other.columns["episodes"][:], other.episode[:] = 0, 0
     other.put(T - LENGTH, memory.since(T - LENGTH))
     other.set_counters(memory.counters())
-    assert np.array_equal(other.current_episode, memory.current_episode)
+    assert np.array_equal(other.episode, memory.episode)
     for mine, theirs in zip(memory.sample(64, 3, GAMMA), other.sample(64, 3, GAMMA), strict=True):
         assert np.array_equal(mine, theirs)
 
 
 def test_a_resumed_run_that_starts_new_games_sums_nothing_of_them() -> None:
     memory, _ = play(stacked=False)
-    memory.current_episode[:] = memory.episode[:, (T - 1) % LENGTH]  # nothing has ended
+    memory.episode[:] = memory.columns["episodes"][:, (T - 1) % LENGTH]  # nothing has ended
     memory.cut()
     memory.add(np.zeros((N, 1)), np.arange(N), np.full(N, 100.0), np.zeros((N, 1)), *np.zeros((2, N), np.bool_))
     batch = memory.sample(len(memory), 50, 1.0)

@@ -17,6 +17,7 @@ plays none then, thinks about the other.
 import atexit
 import itertools
 import os
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -140,6 +141,21 @@ class VectorEnv:
         self._playing.pop(0)
         episodes = mine.step(self._arrays, self.halves.index(half)) + self._hear_workers()
         return self._arrays.rows(half, episodes)
+
+    def play(
+        self, num_steps: int, choose: Callable[[int, slice], NDArray[np.int64]]
+    ) -> Iterator[tuple[int, slice, VectorStep]]:
+        """Play T steps: yield, for each step and each of `halves`, t, its rows and what they gave (rows, ...).
+
+        `choose(t, rows)` returns the actions of step t in these rows, once the block has seen what step t - 1 gave
+        there. While one half plays, the block and `choose` have the other.
+        """
+        for t in range(num_steps + 1):
+            for rows in self.halves:
+                if t > 0:
+                    yield t - 1, rows, self.finish(rows)
+                if t < num_steps:
+                    self.start(rows, choose(t, rows))
 
     def capture(self) -> list[Any]:
         """Return the state of each environment, as plain data (`minirl.envs.state`). Changes nothing of it.

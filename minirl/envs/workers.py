@@ -229,9 +229,14 @@ class Worker:
     """A process that holds a group of environments, seen from the training process.
 
     It is spawned: a fork would copy torch's locked threads, and a fork server is a process more, of 7 MB.
+
+    Raises:
+        ConfigError: if the script comes from standard input: a spawned process loads it, too, from its file.
     """
 
     def __init__(self, make_env: MakeEnv, parts: Sequence[range], arrays: SharedArrays) -> None:
+        if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
+            raise ConfigError("--num-workers must be 1 for a script from standard input: workers load it from a file")
         context = multiprocessing.get_context("spawn")
         rows = " and ".join(f"{part[0]} to {part[-1]}" for part in parts)
         self.name = f"environment worker (environments {rows})"
@@ -286,9 +291,9 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
 
     The first message makes the environments; the others reset or step them, or carry their states.
     """
-    # Ctrl-C, and often SIGTERM, reaches every process of the group: the training process decides, and hangs up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, and often the others, reach every process of the group: the training process decides, and hangs up.
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(1)
     group: EnvGroup | None = None
     with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone

@@ -27,8 +27,8 @@ from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
-from minirl.runs.flags import Parser, fail, reader, saved_config
-from minirl.runs.progress import Progress
+from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
+from minirl.runs.progress import Progress, answer
 from minirl.runs.run import load_settings, seed_everything
 from minirl.runs.settings import MAX_SEED
 
@@ -72,10 +72,10 @@ def evaluate(
         raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"--seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
-    video = None if video is None else Path(video)
+    video = None if video is None else Path(video).absolute()
     if video is not None and (video.suffix not in (".mp4", ".gif") or not video.parent.is_dir()):
         raise ConfigError(f"--video must be a file that ends in .mp4 or .gif, in a directory that exists, not {video}")
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).absolute()
     settings = load_settings(run_dir)
     torch_device = select_device(device)
     if seed is None:
@@ -172,11 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m minirl.evaluate",
         description="Play full games with what a run has learned.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("run_dir", type=read_path, metavar="RUN_DIR", help="directory of the run")
     parser.add_argument("--episodes", type=reader(int), default=100, metavar="N", help="games to play (default: 100)")
     parser.add_argument("--seed", type=reader(int), metavar="S", help="seed (default: that of the training + 10,000)")
     parser.add_argument("--stochastic", action="store_true", help="sample PPO's actions (default: the likeliest)")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="record a game to this .mp4 or .gif file")
+    parser.add_argument("--video", type=read_path, metavar="FILE", help="record a game to this .mp4 or .gif file")
     parser.add_argument("--render", action="store_true", help="play the games in a window, one after the other")
     parser.add_argument("--last", action="store_true", help="play with DQN's last network, not with best.pt")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -185,16 +185,14 @@ def main(argv: list[str] | None = None) -> None:
     as_json = arguments.pop("json")
     try:
         result = evaluate(**arguments)
-    except ConfigError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if as_json:
-        print(json.dumps(result))
-    else:
         how = "sampled" if arguments["stochastic"] else "greedy"
-        print(
+        sentence = (
             f"return over {result['episodes']} games, {how} actions: "
             f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
             f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
         )
+        answer(json.dumps(result) if as_json else sentence)
+    except ConfigError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -13,7 +13,8 @@
 What is trained is handed over here; the tensors of a batch come with each call. What the function computes stays what
 is written there, to rounding. The numbers that it reads from Python, the shapes of a batch and which parameters are
 frozen are looked at again at each call, and what depends on them is compiled anew. Where that can't be (no compiler, or
-Python that PyTorch can't compile), a warning says why, and the plain function runs.
+Python that PyTorch can't compile), a warning says why, and the plain function runs. Whether an optimiser's steps are
+compiled is part of its state, `group["compiled"]`: a resumed run in which that changes says so.
 """
 
 import contextlib
@@ -21,16 +22,22 @@ import copy
 import functools
 import inspect
 import math
+import shutil
+import struct
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._filelock import FileLock
 
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
@@ -102,7 +109,8 @@ class Compiled:
         try:
             return self._call(arguments)
         except TorchDynamoException as error:
-            # A parameter that has a gradient now may have had none when it was last looked at: the other way, too.
+            # A parameter that has a gradient now may have had none when it was last looked at: the other way, too. Or
+            # Ctrl-C has ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
             self.trained = None
             with contextlib.suppress(TorchDynamoException):
                 return self._call(arguments)
@@ -122,6 +130,8 @@ class Compiled:
         self.spelling.reached.clear()  # here: in what is compiled, it would be another value at the second call
         if self.whole is not None:
             return self.whole(*arguments)
+        with contextlib.suppress(OSError):  # a cache that others clean up, too
+            drop_unfinished_files()
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         options: dict[str, Any] = {**INDUCTOR[self.device.type], "guard_filter_fn": of_values}
         # Each has a compiled function of its own: otherwise another's, of other networks, would do its work.
@@ -131,6 +141,7 @@ class Compiled:
             warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
             result = whole(*arguments)
         self.whole = whole
+        self._remember(True)
         return result
 
     def _traced(self, *arguments: Any) -> Any:
@@ -164,7 +175,44 @@ class Compiled:
         self.enabled = False
         for optimizer in self.optimizers:
             optimizer.put_back()
+        self._remember(False)
         return self.plain(*arguments)
+
+    def _remember(self, compiled: bool) -> None:
+        """Keep whether steps are compiled where checkpoints have it, and say if it was otherwise so far."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.optimizer.param_groups]
+        if any(group.get("compiled", compiled) != compiled for group in groups):
+            now = "compiled from here on, and was not" if compiled else "no longer compiled, as it was"
+            warnings.warn(f"this run is {now}: its bits differ from those of a run left alone", stacklevel=1)
+        for group in groups:
+            group["compiled"] = compiled
+
+
+def drop_unfinished_files() -> None:
+    """Remove from the compiler's cache what a stopped compilation has left half written: it would be taken for whole.
+
+    Where the C++ compiler writes a file, it works in a directory beside, which goes when it is done, and holds a lock.
+    """
+    headers = Path(default_cache_dir()) / "precompiled_headers"
+    for place, pattern in ((Path(cache_dir()), "*/*"), (headers, "*")):
+        begun = {str(work).removesuffix("_CxxBuild") for work in place.glob(f"{pattern}_CxxBuild")}
+        cut = {str(library.with_suffix("")) for library in place.glob(f"{pattern}.so") if not is_whole(library)}
+        for name in begun | cut:
+            lock = place / "locks" / f"{Path(name).name.split('.')[0]}.lock"
+            with contextlib.suppress(TimeoutError), FileLock(lock, timeout=0):  # another process is writing it
+                for ending in (".so", ".o", ".gch"):
+                    Path(name + ending).unlink(missing_ok=True)
+                shutil.rmtree(f"{name}_CxxBuild", ignore_errors=True)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a library is as long as its header says: to load one that was cut ends the process. Linux only."""
+    if sys.platform != "linux":
+        return True
+    with library.open("rb") as file:
+        head = file.read(64).ljust(64, b"\0")
+    table, size, number = struct.unpack_from("Q10xHH", head, 40)  # an ELF file ends in a table of its sections
+    return head.startswith(b"\x7fELF") and 0 < table <= library.stat().st_size - size * number
 
 
 def of_values(conditions: Sequence[Any]) -> list[bool]:

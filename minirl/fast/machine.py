@@ -89,8 +89,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def threads_for(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Compute a small network by one thread: to hand out so little work takes longer than to do it."""
+def tuned(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Keep freed memory from here on, and within the block compute a small network by one thread.
+
+    To hand out so little work takes longer than to do it.
+    """
+    keep_freed_memory()
     weights = sum(parameter.numel() for parameter in network.parameters())
     return one_thread() if weights < SMALL else contextlib.nullcontext()
 

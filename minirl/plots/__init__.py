@@ -14,8 +14,8 @@ from minirl.plots.of_run import KINDS, draw_picture
 from minirl.q_learning import LOG_EVERY
 from minirl.results.curves import Curve, curves_figure, read_curve
 from minirl.results.figure import check_output, save_figure
-from minirl.runs.flags import Parser, fail
-from minirl.runs.progress import Progress
+from minirl.runs.flags import Parser, fail, read_path
+from minirl.runs.progress import Progress, answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and draw."""
     parser = Parser(scripts=TRAINING_SCRIPTS, prog="python -m minirl.plots", description="Draw pictures of runs.")
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
+    parser.add_argument("run_dirs", type=read_path, nargs="+", metavar="RUN_DIR", help="directories of runs")
     kinds = ["curves", *KINDS]
     about = f"what to draw: {', '.join(kinds)} (default: curves)"
     parser.add_argument("--kind", choices=kinds, default="curves", metavar="KIND", help=about)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=read_path,
         metavar="FILE",
         help="picture to write (default: curve.png or KIND.png in the first run)",
     )
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             raise ConfigError(f"--kind {arguments.kind} must go with one RUN_DIR, not {len(arguments.run_dirs)}")
         save_figure(figure, output)
+        answer(output)
     except ConfigError as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    print(output)

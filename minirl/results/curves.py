@@ -29,8 +29,8 @@ UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 class Curve:
     """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended.
 
-    Q-learning's episodes are logged in means of `episodes_per_point`, everything else's one by one. `settings` are
-    those of `config.json`.
+    Q-learning's episodes are logged in means of the last `episodes_per_point`, everything else's one by one. `settings`
+    are those of `config.json`.
     """
 
     settings: dict[str, Any]
@@ -168,12 +168,12 @@ def _draw_groups(axes: "Axes", groups: list[list[Curve]], side: str) -> None:
     for number, group in enumerate(groups):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
         xs, ys = [curve.along(side) for curve in group], [curve.mean_of_last() for curve in group]
-        if len(group) == 1:
-            axes.plot(xs[0], ys[0], **style)
-        else:
-            grid, mean, low, high = mean_and_range(xs, ys)
-            axes.plot(grid, mean, **style)
-            axes.fill_between(grid, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        x, y = xs[0], ys[0]
+        if len(group) > 1:
+            x, y, low, high = mean_and_range(xs, ys)
+            width = 2 if x[0] == x[-1] else 0  # of the band's edge: one that is no wider than a point has no area
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=width)
+        axes.plot(x, y, marker="o" if x[0] == x[-1] else None, **style)  # a line of one point can't be seen
     if side == "steps":
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set(xlabel=UNITS[side])

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -52,31 +53,18 @@ class Judge:
     third win twenty games in a row, and of many that are looked at, the best-looking one is likely to be such.
 
     Args:
-        env_id: the environment.
-        episodes: games each time.
-        confirm_episodes: more games.
-        seed: of the training.
-        frequency: agent steps from one time to the next; None for never.
-        num_workers: processes for its environments, as for the training's.
+        config: the training's settings. Every `eval_frequency` agent steps (None: never) it plays `eval_episodes`
+            games, and `confirm_episodes` more.
+        run_dir: where the best network would go; None for no games at all.
     """
 
-    def __init__(
-        self,
-        env_id: str,
-        episodes: int,
-        confirm_episodes: int,
-        seed: int,
-        frequency: int | None,
-        num_workers: int | None = None,
-    ) -> None:
-        self.episodes = episodes
-        self.confirm_episodes = confirm_episodes
-        self.seed = seed
-        self.frequency = frequency
+    def __init__(self, config: Any, run_dir: Path | None) -> None:
+        self.config = config
+        self.frequency: int | None = None if run_dir is None else config.eval_frequency
         self.envs: VectorEnv | None = None
-        if frequency is not None:
-            side_by_side = min(max(episodes, confirm_episodes), SIDE_BY_SIDE)
-            self.envs = make_vector_env(env_id, side_by_side, num_workers=num_workers)
+        if self.frequency is not None:
+            side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
+            self.envs = make_vector_env(config.env_id, side_by_side, num_workers=config.num_workers)
 
     def __enter__(self) -> "Judge":
         return self
@@ -96,8 +84,8 @@ class Judge:
     def mean_return(self, policy: Policy, global_step: int, *, to_beat: float) -> float:
         """Play, and more games if the mean return is above `to_beat`; return the mean of all of them."""
         assert self.envs is not None
-        returns = play_games(policy, self.envs, self.episodes, derived_seed(self.seed, JUDGE, global_step))
+        seed, more_seed = (derived_seed(self.config.seed, branch, global_step) for branch in (JUDGE, CONFIRM))
+        returns = play_games(policy, self.envs, self.config.eval_episodes, seed)
         if statistics.fmean(returns) > to_beat:
-            seed = derived_seed(self.seed, CONFIRM, global_step)
-            returns += play_games(policy, self.envs, self.confirm_episodes, seed)
+            returns += play_games(policy, self.envs, self.config.confirm_episodes, more_seed)
         return statistics.fmean(returns)

@@ -142,12 +142,14 @@ class Part(Protocol):
         """Put it back."""
 
 
-def load_parts(parts: Mapping[str, Part], saved: State) -> None:
-    """Put back what a checkpoint holds of each part, by its name.
+def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
+    """Put back what a checkpoint holds of each part, by its name; without a checkpoint do nothing.
 
     Raises:
         ConfigError: if it does not fit: the run was on another environment, or its file comes from elsewhere.
     """
+    if saved is None:
+        return
     with reading(saved):
         for name, part in parts.items():
             part.load_state_dict(saved[name])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
+from minirl.runs.progress import open_streams
 from minirl.runs.run import CONFIG_FILE
 from minirl.runs.seeds import read_seeds
 from minirl.runs.settings import Sizes, field_types, flag_name
@@ -27,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, scripts: dict[str, type], **options: Any) -> None:
+        open_streams()
         self.scripts = scripts
         layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
         super().__init__(allow_abbrev=False, formatter_class=layout, **options)
@@ -152,10 +154,10 @@ def shown(default: Any) -> str:
 
 
 def read_path(text: str) -> Path:
-    """Return the path that a flag gives; nothing would be the working directory."""
+    """Return the path that a flag gives, absolute: environments may change the working directory, which '' would be."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, not ''")
-    return Path(text)
+    return Path(text).absolute()
 
 
 def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:

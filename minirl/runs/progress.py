@@ -8,6 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from minirl.checks import ConfigError
+
 
 def say(text: str) -> bool:
     """Write a line to standard error, from any thread or signal handler; return whether it can still be written.
@@ -19,16 +21,41 @@ def say(text: str) -> bool:
     except RuntimeError:
         return True
     except OSError:
-        silence()
+        silence(sys.stderr.fileno())
         return False
     return True
 
 
-def silence() -> None:
-    """Let standard error lead nowhere from now on. It can't be written any more, and Python would try until the end."""
+def silence(number: int) -> None:
+    """Let standard error or output, by its number, lead nowhere: it can't be written, and Python would go on trying."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stderr.fileno())
-    os.close(nowhere)
+    os.dup2(nowhere, number)
+    if nowhere != number:  # it was closed
+        os.close(nowhere)
+
+
+def open_streams() -> None:
+    """Let standard output and error lead nowhere where they are closed: a file would get their number, and be written.
+
+    Some job schedulers and `pythonw` start programs in that way.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            silence(number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - for good
+
+
+def answer(text: object) -> None:
+    """Print a result to standard output.
+
+    Raises:
+        ConfigError: if it can't be written: it is full, say.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        silence(sys.stdout.fileno())
+        raise ConfigError(f"standard output must take the result, and can't be written: {error}") from error
 
 
 class Progress:
@@ -56,15 +83,18 @@ class Progress:
         self.done = self.done_at_start = done
         self.unit = unit
         self.interval = interval
+        open_streams()
         self.stream = sys.stderr if stream is None else stream
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if self.stream.isatty():
             self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
-    def update(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total is done; `note` follows on the line."""
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Say that `done` of the total, which may be another one from now on, is done; `note` follows on the line."""
+        self.total = self.total if total is None else total
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.done)
         just_finished = done >= self.total > self.done

@@ -18,7 +18,7 @@ from minirl.checks import ConfigError
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
-from minirl.runs.checkpoints import State, atomic_file, reading
+from minirl.runs.checkpoints import State, atomic_file, reading, set_random_state
 from minirl.runs.run import derived_seed
 
 RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all others
@@ -38,21 +38,26 @@ def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
 
 
 def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
-    """Start the environments, or put them back to where a checkpoint left them; return what they show, (N, ...).
+    """Start the environments, or put them, and random numbers, back to where a checkpoint left them.
+
+    Returns:
+        What they show, (N, ...).
 
     Raises:
         ConfigError: if the checkpoint comes from other environments.
     """
     if saved is None:
         return envs.reset(seed=seed).copy()
+    obs: NDArray[Any] = saved["obs"].numpy()
     if saved["envs"] is None:
-        return envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
-    with reading(saved):
-        envs.restore(saved["envs"])
-        obs: NDArray[Any] = saved["obs"].numpy()
-        shape = (envs.num_envs, *(envs.observation_space.shape or ()))
-        if obs.shape != shape:
-            raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
+        obs = envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
+    else:
+        with reading(saved):
+            envs.restore(saved["envs"])
+            shape = (envs.num_envs, *(envs.observation_space.shape or ()))
+            if obs.shape != shape:
+                raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
+    set_random_state(saved)
     return obs
 
 

@@ -6,7 +6,7 @@
         best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
         memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
         videos/step-*.gif        recorded games, where `video_frequency` asks for them
-        events.out.tfevents...   TensorBoard
+        events.out.tfevents...   TensorBoard; `.0.settings` has the settings
 
 The same for every algorithm. With `run_dir=None` nothing is written.
 """
@@ -18,32 +18,36 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard.summary import hparams
 
 from minirl.checks import ConfigError
+from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
     State,
     atomic_file,
+    load_checkpoint,
     random_state,
     require_finite,
     save_checkpoint,
 )
-from minirl.runs.events import Events
+from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
 from minirl.runs.settings import MAX_SEED
 
@@ -71,16 +75,34 @@ def derived_seed(seed: int, *purpose: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
-def default_run_dir(algorithm: str, config: Any) -> Path:
-    """Return `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken."""
+@contextlib.contextmanager
+def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
+    """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken.
+
+    What is still empty when the block ends goes again.
+
+    Raises:
+        ConfigError: if there is no such environment, or the directory can't be made.
+    """
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
-    run_dir = Path("runs") / algorithm / env_name / name
+    run_dir = Path("runs").absolute() / algorithm / env_name / name
+    with user_errors():
+        gym.spec(registered_id(config.env_id))  # or the directory of what does not exist might be refused instead
     for number in itertools.count(2):
-        if not run_dir.exists():
+        try:
+            run_dir.mkdir(parents=True)
             break
-        run_dir = run_dir.with_name(f"{name}-{number}")
-    return run_dir
+        except FileExistsError:
+            run_dir = run_dir.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
+    try:
+        yield run_dir
+    finally:
+        with contextlib.suppress(OSError):  # not empty, mostly
+            for folder in (run_dir, *run_dir.parents[:3]):
+                folder.rmdir()
 
 
 def claim(run_dir: Path) -> None:
@@ -95,8 +117,9 @@ def claim(run_dir: Path) -> None:
     except FileExistsError as error:
         if not run_dir.is_dir():
             raise ConfigError(f"--run-dir must be a directory, and {run_dir} is a file") from error
+        go_on = shlex.join(["--resume", str(run_dir)])
         raise ConfigError(
-            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with --resume {run_dir}"
+            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with {go_on}"
         ) from error
     except OSError as error:
         raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
@@ -106,7 +129,8 @@ def lock(run_dir: Path) -> int | None:
     """Keep other processes from writing to a run directory, until what is returned is closed or this process ends.
 
     Returns:
-        A file descriptor of the directory; None where the platform has no such locks (Windows).
+        A file descriptor of the directory; None where the platform (Windows) or, with a warning, the file system has
+        no such locks.
 
     Raises:
         ConfigError: if another process is writing there.
@@ -116,10 +140,26 @@ def lock(run_dir: Path) -> int | None:
     directory = os.open(run_dir, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(directory)
         raise ConfigError(f"--resume must name a run that has stopped: another process writes to {run_dir}") from None
+    except OSError as error:  # some network file systems
+        os.close(directory)
+        warnings.warn(f"{run_dir} can't be locked, see to it that no other process writes there: {error}", stacklevel=2)
+        return None
     return directory
+
+
+def stop_signals() -> list[int]:
+    """Return those that mean to save and stop: Ctrl-C, SIGTERM and, without `nohup`, that the terminal is gone."""
+    if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def is_hangup(number: int) -> bool:
+    """Whether a signal says that the terminal is gone. Shell and system both say so: a second one hurries nobody."""
+    return sys.platform != "win32" and number == signal.SIGHUP
 
 
 def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
@@ -127,22 +167,6 @@ def save_config(run_dir: Path, algorithm: str, config: Any) -> None:
     settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
     with atomic_file(run_dir / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def log_settings(events: Events, algorithm: str, config: Any) -> None:
-    """Write all settings to TensorBoard, whose table "HPARAMS" then has a row for this run.
-
-    `SummaryWriter.add_hparams` would make a second run of it, in a directory of its own; the start of a session is all
-    that the table needs. Settings that are None are left out: there the table shows nothing.
-    """
-    settings = {"algorithm": algorithm, **dataclasses.asdict(config)}
-    shown = {
-        name: value if type(value) in (int, float) else str(value)  # True would be shown as 1
-        for name, value in settings.items()
-        if value is not None
-    }
-    _, session_start, _ = hparams(shown, {})
-    events.add(session_start)
 
 
 def load_settings(run_dir: Path) -> dict[str, Any]:
@@ -162,6 +186,47 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):
         raise ConfigError(f"{path} must hold the settings of a run")
     return settings
+
+
+def files_after(run_dir: Path, algorithm: str, global_step: int) -> list[Path]:
+    """Return the files that a run wrote after the checkpoint of this agent step: they are not what it goes on from.
+
+    Raises:
+        ConfigError: if `best.pt` can't be read.
+    """
+    later = [
+        path
+        for path in run_dir.glob("videos/step-*.gif")
+        if (step := path.stem.removeprefix("step-")).isdecimal() and int(step) > global_step
+    ]
+    best = run_dir / BEST_FILE
+    if best.exists() and load_checkpoint(run_dir, algorithm, file=BEST_FILE)["global_step"] > global_step:
+        later.append(best)
+    return later
+
+
+# What changes no result, or how far a run goes only, or which games are shown.
+NO_RECIPE = {
+    *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers"),
+    *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
+}
+# Tasks that README.md has settings for, beside those of the defaults.
+RECIPES = {
+    "ppo": ("CartPole-v1",),
+    "dqn": ("PongNoFrameskip-v4",),
+    "q_learning": ("CliffWalking-v1", "FrozenLake-v1", "Taxi-v4"),
+}
+
+
+def recipe_note(algorithm: str, config: Any) -> str | None:
+    """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
+    defaults, others = type(config)(), RECIPES.get(algorithm)
+    chosen = {name for name, value in vars(config).items() if value != vars(defaults)[name]}
+    of_its_kind = is_atari(config.env_id) and is_atari(defaults.env_id)
+    if others is None or "env_id" not in chosen or chosen - NO_RECIPE or of_its_kind:
+        return None
+    where = f"those for {config.env_id}" if config.env_id in others else f"some for {' and '.join(others)}"
+    return f'all settings are the defaults, which are for {defaults.env_id}; README.md, "Train", has {where}'
 
 
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
@@ -192,9 +257,9 @@ def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | Non
 class Run:
     """One training run: logs it, shows its progress, saves it, and stops it when asked to.
 
-    Use it as a context manager. Ctrl-C or SIGTERM is kept until the algorithm next calls `checkpoint`, which saves and
-    then raises SystemExit with status 130 or 143; a second one stops at once. The same, with status 141, when standard
-    error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
+    Use it as a context manager. Ctrl-C, SIGTERM or SIGHUP is kept until the algorithm next calls `checkpoint`, which
+    saves and then raises SystemExit with status 130, 143 or 129; a second one stops at once. The same, with status 141,
+    when standard error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
 
     Args:
         algorithm: its name, for `config.json`.
@@ -226,34 +291,44 @@ class Run:
         self.started = time.monotonic()
         self.first_step: int = resumed["global_step"] if resumed else 0
         self.last_saved = self.first_step
+        self.found_better = False  # since the last checkpoint
         self.stop_signal: int | None = None
         self.events: Events | None = None
         self.lock: int | None = None
         if run_dir is not None:
             if resumed is None:
                 claim(run_dir)
-            self.lock = lock(run_dir)
             before = load_settings(run_dir) if resumed is not None else None
+            later = files_after(run_dir, algorithm, self.first_step) if resumed is not None else []
             try:
+                self.lock = lock(run_dir)
+                for path in later:
+                    path.unlink()
                 save_config(run_dir, algorithm, config)
                 # What an interrupted session logged after its last checkpoint is dropped: it is done again.
                 purge_step = self.first_step + 1 if resumed else None
                 self.events = Events(run_dir, purge_step)
+                save_settings_row(run_dir, algorithm, config)
+            except BaseException as error:
+                # So that the same command can be tried again, by this process, too:
+                if self.lock is not None:
+                    os.close(self.lock)
                 if resumed is None:
-                    log_settings(self.events, algorithm, config)
-            except OSError as error:
-                if resumed is None:
-                    (run_dir / CONFIG_FILE).unlink(missing_ok=True)  # so that the same command can be tried again
-                raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
+                    (run_dir / CONFIG_FILE).unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
+                raise
             print(f"run directory: {run_dir}", file=sys.stderr)
             if before is not None and (note := new_schedules(before, config, done / total)) is not None:
+                print(note, file=sys.stderr)
+            if before is None and (note := recipe_note(algorithm, config)) is not None:
                 print(note, file=sys.stderr)
         self.progress = Progress(total, done=done, unit=unit)
 
     def __enter__(self) -> "Run":
         self._old_handlers: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stop_signals():
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -275,6 +350,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_signal not in (None, BROKEN_PIPE):
+            if is_hangup(number):
+                return
             raise SystemExit(128 + number)
         self.stop_signal = number
         say("saving before it stops; once more stops at once")
@@ -288,12 +365,17 @@ class Run:
         finally:
             self.started += time.monotonic() - began
 
-    def log(self, global_step: int, scalars: dict[str, float], *, done: int | None = None) -> None:
-        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps."""
+    def log(
+        self, global_step: int, scalars: dict[str, float], *, done: int | None = None, total: int | None = None
+    ) -> None:
+        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps.
+
+        `total` is when the run will be done, where that is no longer what it was.
+        """
         try:
-            self.progress.update(global_step if done is None else done, self._note())
+            self.progress.update(global_step if done is None else done, self._note(), total)
         except OSError:
-            silence()
+            silence(sys.stderr.fileno())
             self.stop_signal = self.stop_signal or BROKEN_PIPE
         seconds = time.monotonic() - self.started
         speed = {
@@ -331,13 +413,15 @@ class Run:
     def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
+        After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with.
+
         Raises:
-            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM) or 141 (nobody listens).
+            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 141 (nobody listens).
         """
-        due = global_step - self.last_saved >= self.config.checkpoint_frequency
+        due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
-            self.last_saved = global_step
+            self.last_saved, self.found_better = global_step, False
         if self.stop_signal is not None and not finished:
             raise SystemExit(128 + self.stop_signal)
 
@@ -347,7 +431,7 @@ class Run:
             return
         self._write({"eval/mean_return": mean_return}, global_step)
         if mean_return > self.best_return:
-            self.best_return = mean_return
+            self.best_return, self.found_better = mean_return, True
             self._save(BEST_FILE, global_step, state)
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:

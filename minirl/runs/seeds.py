@@ -8,6 +8,7 @@ import argparse
 import datetime
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -25,12 +26,11 @@ from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import available_cores
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
-from minirl.runs.progress import say
-from minirl.runs.run import CONFIG_FILE
+from minirl.runs.progress import answer, say
+from minirl.runs.run import CONFIG_FILE, is_hangup, stop_signals
 from minirl.runs.settings import MAX_SEED
 
 MOST_SEEDS = 1_000
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Status = int | None  # of a process; None for one that was never started
 
@@ -76,7 +76,8 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
         gym.spec(registered_id(config.env_id))
     for run_dir in run_dirs.values():
         if (run_dir / CONFIG_FILE).exists():
-            raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with --resume {run_dir}")
+            go_on = shlex.join(["--resume", str(run_dir)])
+            raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with {go_on}")
     at_once, threads = side_by_side(config, len(run_dirs))
     say(f"{len(run_dirs)} seeds, {at_once} at a time")
     commands = {
@@ -88,7 +89,7 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
     done = [seed for seed, status in statuses.items() if status == 0]
     failed = [seed for seed, status in statuses.items() if status != 0]
     if done:
-        print(summary(algorithm, {seed: run_dirs[seed] for seed in done}))
+        answer(summary(algorithm, {seed: run_dirs[seed] for seed in done}))
     if processes.stopped_by is not None:
         say(f"stopped: {len(done)} of {len(statuses)} seeds done")
         _say_how_to_go_on({seed: run_dirs[seed] for seed in failed})
@@ -133,7 +134,7 @@ class Processes:
 
     def run(self, commands: dict[int, list[str]], at_once: int) -> dict[int, Status]:
         """Run them all; return each one's exit status."""
-        old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        old_handlers = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         statuses: dict[int, Status] = {}
         started = time.monotonic()
         try:
@@ -171,6 +172,8 @@ class Processes:
         return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped and is_hangup(number):
+            return
         first = not self.stopped
         self._stop(number)
         if first:
@@ -211,6 +214,6 @@ def _say_how_to_go_on(run_dirs: dict[int, Path]) -> None:
     not_begun = [seed for seed, run_dir in run_dirs.items() if not (run_dir / CHECKPOINT_FILE).exists()]
     for seed, run_dir in run_dirs.items():
         if seed not in not_begun:
-            say(f"go on with seed {seed}: python {sys.argv[0]} --resume {run_dir}")
+            say(f"go on with seed {seed}: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}")
     if not_begun:
         say(f"not begun: --seeds {','.join(map(str, not_begun))}")

@@ -69,18 +69,33 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
         saved = load_checkpoint(run_dir, settings["algorithm"])
         global_step: int = saved["global_step"]
         patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
-        with contextlib.closing(SummaryWriter(str(run_dir))) as writer:
-            if games != 0 and not judges_itself(settings):
-                with left_out("the games after the training"):
-                    number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
-                    mean_return = play_final_games(run_dir, settings, number, patience, device)
+        if games != 0 and not judges_itself(settings):
+            with left_out("the games after the training"):
+                number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
+                mean_return = play_final_games(run_dir, settings, number, patience, device)
+                with written_anew(run_dir, "games", global_step) as writer:
                     writer.add_scalar("eval/mean_return", mean_return, global_step)
-            with left_out("pictures"):
-                require_matplotlib()  # one line where it is missing, not one for each picture
-                for kind in fitting_kinds(settings):
-                    with left_out(f"the picture {kind}"):
-                        figure = draw_picture(kind, run_dir, device)
+        with left_out("pictures"):
+            require_matplotlib()  # one line where it is missing, not one for each picture
+            for kind in fitting_kinds(settings):
+                with left_out(f"the picture {kind}"):
+                    figure = draw_picture(kind, run_dir, device)
+                    with written_anew(run_dir, kind, global_step) as writer:
                         writer.add_figure(f"pictures/{kind}", figure, global_step, close=False)
+
+
+@contextlib.contextmanager
+def written_anew(run_dir: Path, what: str, global_step: int) -> Iterator[SummaryWriter]:
+    """Yield a writer of events whose file takes the place of what an earlier session wrote of the same at this step.
+
+    A run that is done and resumed comes here again, and would have two values at one step.
+    """
+    suffix = f".{what}-{global_step}"
+    earlier = list(run_dir.glob(f"events.out.tfevents.*{suffix}"))
+    with contextlib.closing(SummaryWriter(str(run_dir), filename_suffix=suffix)) as writer:
+        yield writer
+    for file in earlier:
+        file.unlink()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What `train_ppo.py` and its like do: flags into a config, training, and the report at the end."""
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -54,10 +55,11 @@ def run_training(
             config = resumed_config(algorithm, config_class, resume, arguments)
         else:
             config = config_class(**arguments)
-        run_dir = resume or run_dir or default_run_dir(algorithm, config)
         check_final_games(final_games, config)
-        result = train(config, run_dir=run_dir, resume=resume is not None, device=device)
-        report(run_dir, final_games, device)
+        given = resume or run_dir
+        with contextlib.nullcontext(given) if given else default_run_dir(algorithm, config) as directory:
+            result = train(config, run_dir=directory, resume=resume is not None, device=device)
+            report(directory, final_games, device)
         return config, result
     except ConfigError as error:
         fail(error)
@@ -89,11 +91,15 @@ def train_with_seeds(
     if "seed" in given:
         raise ConfigError("--seeds can't go with --seed")
     configs = [config_class(**given, seed=seed) for seed in seeds]
-    run_dirs = [
-        default_run_dir(algorithm, config) if run_dir is None else run_dir / f"seed{config.seed}" for config in configs
-    ]
     flags = as_flags({**given, **others})
-    return train_seeds(algorithm, configs[0], flags, dict(zip(seeds, run_dirs, strict=True)))
+    with contextlib.ExitStack() as stack:
+        run_dirs = {
+            config.seed: run_dir / f"seed{config.seed}"
+            if run_dir
+            else stack.enter_context(default_run_dir(algorithm, config))
+            for config in configs
+        }
+        return train_seeds(algorithm, configs[0], flags, run_dirs)
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:

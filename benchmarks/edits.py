@@ -1,0 +1,104 @@
+"""What does an edit of `edits/` give? Trains with it and without, on the same seeds, and plays 100 games with each.
+
+    python benchmarks/edits.py dueling-heads --seeds 3
+    python benchmarks/edits.py lstm --flags "train_ppo.py --env-id Acrobot-v1 --num-steps 32 --total-timesteps 200000"
+
+Each training runs in a process of its own, in turn, in a copy of the repository. It comes to two numbers: the mean
+return of 100 greedy games of its last network, and that of the training's last 100 episodes.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from minirl.checks import ConfigError
+from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.flags import Parser, fail, reader
+
+ROOT = Path(__file__).parents[1]
+SIDES = ("without", "with")
+
+PPO = (
+    "train_ppo.py --env-id CartPole-v1 --num-steps 32 --total-timesteps 100000 --learning-rate 1e-3 --anneal-lr "
+    "--gamma 0.98 --gae-lambda 0.8 --clip-coef 0.2 --anneal-clip --update-epochs 10 --ent-coef 0"
+)
+DQN = "train_dqn.py --eval-frequency none"
+RECIPES = {  # what both sides are trained by, and the edit's own flags
+    "adamw-rmsprop": (PPO, ""),
+    "dueling-heads": (DQN, ""),
+    "entropy-annealing": (f"{PPO} --ent-coef 0.02", "--anneal-ent"),
+    "impala-cnn": ("train_ppo.py --total-timesteps 1000000", ""),
+    "layernorm-gelu": (PPO, ""),
+    "learning-rates": (PPO, ""),
+    "lstm": (PPO, ""),
+    "n-step-returns": (DQN, "--n-step 3"),
+    "prioritized-replay": (DQN, ""),
+    "rnd": ("train_ppo.py --env-id MountainCar-v0 --total-timesteps 500000", ""),
+}
+
+
+def run(copy: Path, *command: str) -> str:
+    """Run a command in a copy and return its output; where it fails, say why, and exit with its status."""
+    # Above the copy git must see no repository: it would apply nothing, and say nothing.
+    environment = {**os.environ, "PYTHONPATH": str(copy), "GIT_CEILING_DIRECTORIES": str(copy.parent)}
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        print(*result.stderr.strip().splitlines()[-1:], file=sys.stderr)
+        raise SystemExit(result.returncode)
+    return result.stdout
+
+
+def outcome(copy: Path, flags: list[str], seed: int) -> dict[str, float]:
+    """Train with a seed; return the mean return of 100 greedy games, and of the training's last episodes."""
+    algorithm, run_dir = flags[0][len("train_") : -len(".py")], copy / f"seed{seed}"
+    run(copy, sys.executable, *flags, "--seed", str(seed), "--run-dir", run_dir.name, "--final-games", "0")
+    last = ["--last"] if algorithm == "dqn" else []
+    games = json.loads(run(copy, sys.executable, "-m", "minirl.evaluate", run_dir.name, "--json", *last))
+    episodes = load_checkpoint(run_dir, algorithm)["returns"]
+    return {"greedy": games["mean_return"], "training": statistics.fmean(episodes)}
+
+
+def main() -> None:
+    """Train, and print and write a row for each seed as it is done."""
+    parser = Parser(scripts={}, description="Train with an edit of edits/ and without, on the same seeds.")
+    parser.add_argument("name", choices=RECIPES, metavar="NAME", help="of a folder in edits/")
+    parser.add_argument("--seeds", type=reader(int), default=3, metavar="N", help="how many, from 0 on (default: 3)")
+    parser.add_argument("--flags", metavar="TEXT", help="script and flags of both sides, instead of the recipe")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: runs/edits/NAME.json)")
+    given = parser.parse_args()
+    recipe, own = RECIPES[given.name]
+    common = given.flags or recipe
+    flags = {"without": common, "with": f"{common} {own}".strip()}
+    output: Path = (given.output or ROOT / "runs" / "edits" / f"{given.name}.json").absolute()
+    rows: list[dict[str, Any]] = []
+    try:
+        if given.seeds < 1:
+            raise ConfigError(f"--seeds must be at least 1, not {given.seeds}")
+        script = common.split(" ")[0]
+        if script not in ("train_ppo.py", "train_dqn.py"):
+            raise ConfigError("--flags must start with train_ppo.py or train_dqn.py")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as parent:
+            for side in SIDES:
+                shutil.copytree(ROOT / "minirl", Path(parent) / side / "minirl")
+                shutil.copy(ROOT / script, Path(parent) / side)
+            run(Path(parent) / "with", "git", "apply", str(ROOT / "edits" / given.name / f"{given.name}.patch"))
+            print("| seed | greedy without | with | training without | with |\n| --- | --- | --- | --- | --- |")
+            for seed in range(given.seeds):
+                row = {side: outcome(Path(parent) / side, flags[side].split(), seed) for side in SIDES}
+                means = [f"{row[side][kind]:.1f}" for kind in ("greedy", "training") for side in SIDES]
+                print(f"| {seed} | {' | '.join(means)} |", flush=True)
+                rows.append({"seed": seed, **row})
+                output.write_text(json.dumps({"edit": given.name, "flags": flags, "seeds": rows}, indent=2) + "\n")
+    except (ConfigError, OSError, ValueError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

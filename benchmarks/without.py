@@ -1,0 +1,70 @@
+"""What a trick gives to a whole training, or what a commit changed: with and without, in turn, in pairs.
+
+    python benchmarks/without.py dqn cartpole --trick products        tests/switches.py names the tricks
+    python benchmarks/without.py ppo pong --checkout ../before        a checkout of another commit
+
+Trained and clocked as in `ppo_speed.py` and `dqn_speed.py`, each side in a process of its own. A ratio above 1 is what
+the trick gives, or by how much this tree is faster.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import dqn_speed
+import ppo_speed
+import pytest
+from pairs import report, sample
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from tests.switches import SWITCHES, switch_off  # noqa: E402 - the tests are no package that is installed
+
+SCRIPTS = {"ppo": ppo_speed, "dqn": dqn_speed}
+
+
+def main() -> None:
+    """Measure pairs in turn and print them; or one side, for the process that does."""
+    parser = argparse.ArgumentParser(description="What a trick gives to a whole training, or what a commit changed.")
+    parser.add_argument("algorithm", choices=SCRIPTS)
+    parser.add_argument("work", choices={*ppo_speed.WORKS, *dqn_speed.WORKS})
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--trick", choices=SWITCHES)
+    what.add_argument("--checkout", type=Path, help="a checkout of another commit")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--here", action="store_true", help="measure without the trick in this process")
+    arguments = parser.parse_args()
+    script = SCRIPTS[arguments.algorithm]
+    work = script.WORKS.get(arguments.work)
+    if work is None:
+        parser.error(f"{arguments.algorithm} has no {arguments.work}: it has {', '.join(script.WORKS)}")
+    if arguments.here:
+        switch_off(arguments.trick, pytest.MonkeyPatch())
+        report(script.train_minirl(work), work.clock_to - work.clock_from)
+        return
+
+    side = [arguments.work, "--side", "minirl"]
+    with_it = str(HERE / f"{arguments.algorithm}_speed.py"), side
+    without_it = __file__, [arguments.algorithm, arguments.work, "--trick", str(arguments.trick), "--here"]
+    paths = {"PYTHONPATH": str(HERE.parent)}
+    other = {"PYTHONPATH": str((arguments.checkout or HERE.parent).resolve())}
+    if arguments.checkout:
+        without_it = str(arguments.checkout / "benchmarks" / f"{arguments.algorithm}_speed.py"), side
+    name, ratios = f"{arguments.algorithm} {arguments.work}, {arguments.trick or arguments.checkout}", []
+    for pair in range(1, arguments.pairs + 1):
+        os.environ |= other
+        without = sample(*without_it)
+        os.environ |= paths
+        ours = sample(*with_it)
+        ratios.append(ours.speed / without.speed)
+        print(
+            f"{name}, pair {pair}: {without.speed:,.0f} and {ours.speed:,.0f} steps a second: {ratios[-1]:.2f}",
+            flush=True,
+        )
+    print(f"{name}: median {statistics.median(ratios):.2f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What makes minirl fast, each with the plain thing that can stand in its place: for a test and for a benchmark."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from minirl.dqn import Target
+from minirl.envs.make import make_vector_env
+from minirl.fast.small import InTraining
+
+
+def _plainly(function: Callable[..., Any], *bound: Any, enabled: bool = True) -> Callable[..., Any]:
+    return functools.partial(function, *bound)
+
+
+def _not_in_halves(env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False) -> Any:
+    return make_vector_env(env_id, num_envs, num_workers=num_workers)
+
+
+def _set_mode(context: InTraining, training: bool) -> None:
+    context.network.train(training)
+
+
+class _MovedOneByOne(Target):
+    @torch.no_grad()
+    def update(self) -> None:
+        for mine, other in zip(self.mine, self.others, strict=True):
+            mine.lerp_(other, self.tau)
+        for mine, other in self.buffers:
+            mine.copy_(other)
+
+
+class _Writer:
+    """`Events`, by way of PyTorch's writer and its thread."""
+
+    def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
+        self.writer = SummaryWriter(str(run_dir), purge_step=purge_step)
+
+    def add(self, summary: Summary, global_step: int | None = None) -> None:
+        writer: Any = self.writer._get_file_writer()
+        writer.add_event(Event(summary=summary), global_step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+# A trick -> the places that it stands in, and what is put there to switch it off.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "allocator": {"minirl.fast.machine.keep_freed_memory": lambda: None},
+    "compiling": {"minirl.ppo.compiled": _plainly, "minirl.dqn.compiled": _plainly},
+    "conditions": {"minirl.fast.compiled.of_values": lambda conditions: [True] * len(conditions)},
+    "events": {"minirl.runs.run.Events": _Writer},
+    "frames-once": {"minirl.envs.workers.shows_stacks": lambda env: False},
+    "halves": {"minirl.ppo.make_vector_env": _not_in_halves},
+    "modes": {"minirl.fast.small.InTraining._set": _set_mode},
+    "numpy": {"minirl.fast.small.FEW": 0},
+    "one-call-target": {"minirl.dqn.Target": _MovedOneByOne},
+    "one-thread-beside": {"minirl.ppo.one_thread": contextlib.nullcontext},
+    "one-thread-small": {"minirl.fast.machine.SMALL": 0},
+    "products": {"minirl.fast.compiled.FEW": 0},
+    "rounded-weights": {"minirl.ppo.rounded_weights": lambda network, precision: contextlib.nullcontext()},
+    "skip-and-shrink": {"minirl.envs.atari.why_not_faster": lambda layers: "it is switched off"},
+}
+
+
+def switch_off(trick: str, patch: pytest.MonkeyPatch) -> None:
+    """Put the plain thing in the place of a trick, in this process; workers, which are new ones, keep it."""
+    for place, plain in SWITCHES[trick].items():
+        patch.setattr(place, plain)
