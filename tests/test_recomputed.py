@@ -1,0 +1,64 @@
+"""Each update and each logged number is computed again, in float64, from the raw steps: see `tests.recompute`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minirl import dqn, ppo, q_learning
+from minirl.dqn import DQNConfig
+from minirl.ppo import PPOConfig
+from minirl.q_learning import QLearningConfig
+from tests import recorded
+from tests.recompute import Case, check
+
+PPO: dict[str, Any] = {
+    "env_id": "tests.recorded:Vectors-v0",
+    "num_envs": 4,
+    "num_steps": 12,
+    "minibatch_size": 16,
+    "update_epochs": 2,
+    "total_timesteps": 144,
+    "checkpoint_frequency": 48,
+    "learning_rate": 1e-3,
+    "compile": False,
+    "precision": "float32",
+    "num_workers": 1,
+}
+DQN: dict[str, Any] = {
+    "env_id": "tests.recorded:Vectors-v0",
+    "num_envs": 2,
+    "total_timesteps": 300,
+    "learning_starts": 60,
+    "buffer_size": 120,
+    "batch_size": 16,
+    "train_frequency": 4,
+    "checkpoint_frequency": 70,
+    "eval_frequency": None,
+    "compile": False,
+    "precision": "float32",
+    "num_workers": 1,
+}
+FRAMES = {"env_id": "frames"}
+OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
+CASES = {
+    "ppo": Case(ppo, PPOConfig(**PPO, anneal_lr=True, anneal_clip=True, value_clip_coef=0.2)),
+    "ppo, two workers": Case(ppo, PPOConfig(**PPO | {"num_workers": 2})),
+    "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
+    "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
+    "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
+    "dqn": Case(dqn, DQNConfig(**DQN)),
+    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, max_grad_norm=1.0, huber=True), kills=[130]),
+    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
+    "dqn, compiled": Case(dqn, DQNConfig(**DQN | {"compile": True}, tau=0.5), kills=[90]),
+    "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
+    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES), own=recorded.OwnQNetwork),
+    "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_all_numbers_are_what_the_formulas_give(case: Case, tmp_path: Path) -> None:
+    report = check(case, tmp_path)
+    assert report.worst
+    assert not report.wrong
