@@ -20,9 +20,10 @@ from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.directory import save_config
 from minirl.runs.flags import make_parser
-from minirl.runs.run import RECIPES, Run, new_schedules, save_config
-from minirl.runs.settings import check_settings, flag_name, setting
+from minirl.runs.run import Run
+from minirl.runs.settings import RECIPES, check_settings, flag_name, new_schedules, setting
 from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.ppo import PPOConfig, train
 from minirl.results.play import play_games
-from minirl.runs.run import save_config
+from minirl.runs.directory import save_config
 from minirl.scripts.train import run_training
 from tests.fake_envs import Counter
 

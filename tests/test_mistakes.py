@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from minirl import dqn, ppo, q_learning
+from minirl.runs.directory import load_settings, save_config
 from minirl.runs.flags import saved_config, shown
-from minirl.runs.run import load_settings, save_config
 from minirl.runs.settings import flag_name
 from minirl.scripts.train import run_training
 

@@ -21,7 +21,7 @@ from minirl.ppo import ActorCritic
 from minirl.q_learning import value_iteration
 from minirl.results.pictures import Moment, action_probabilities_figure, policy_map_figure, q_values_figure
 from minirl.runs.checkpoints import load_checkpoint
-from minirl.runs.run import load_settings
+from minirl.runs.directory import load_settings
 
 # Q-values
 

@@ -18,7 +18,8 @@ from minirl.ppo import PPOConfig
 from minirl.q_learning import LOG_EVERY, QLearningConfig
 from minirl.results.curves import group_by_seed, labels, mean_and_range
 from minirl.runs.checkpoints import load_checkpoint
-from minirl.runs.run import Run, save_config
+from minirl.runs.directory import save_config
+from minirl.runs.run import Run
 from tests.test_runs import Bomb
 
 PICTURES = ("q-values", "policy-map", "action-probabilities", "preprocessing")

@@ -37,7 +37,8 @@ from minirl.q_learning import (
 )
 from minirl.results.tables import best_actions_grid, detailed_grid, summary
 from minirl.runs.checkpoints import DivergedError, load_checkpoint
-from minirl.runs.run import derived_seed, save_config
+from minirl.runs.directory import save_config
+from minirl.runs.run import derived_seed
 from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent

@@ -28,8 +28,9 @@ from minirl.runs.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
+from minirl.runs.directory import claim, default_run_dir
 from minirl.runs.progress import Progress
-from minirl.runs.run import Run, claim, default_run_dir, seed_everything
+from minirl.runs.run import Run, seed_everything
 
 CONFIG = PPOConfig(checkpoint_frequency=30)
 COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "best_return": 0.0, "seconds": 0.0, "random_state": {}}
@@ -281,7 +282,7 @@ def test_a_default_directory_is_never_taken_and_goes_if_nothing_came_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minirl.runs.run.time.strftime", lambda format: "20260102-030405")
+    monkeypatch.setattr("minirl.runs.directory.time.strftime", lambda format: "20260102-030405")
     config = PPOConfig(env_id="ALE/Pong-v5")
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         tries = [pool.submit(stack.enter_context, default_run_dir("ppo", config)) for _ in range(8)]
@@ -383,7 +384,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path: Path, monkeypatch:
     def no_locks(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("minirl.runs.run.fcntl.flock", no_locks)
+    monkeypatch.setattr("minirl.runs.directory.fcntl.flock", no_locks)
     with pytest.warns(UserWarning, match=r"run can't be locked, .*No locks available") as seen:
         run = Run("ppo", CONFIG, tmp_path / "run", total=100)
     assert len(seen) == 1

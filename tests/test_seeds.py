@@ -19,8 +19,8 @@ from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.directory import lock, save_config
 from minirl.runs.flags import make_parser
-from minirl.runs.run import lock, save_config
 from minirl.runs.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
 from minirl.scripts.train import run_training
 

@@ -25,7 +25,8 @@ from minirl.results import video, window
 from minirl.results.video import Picture, make_drawn_env, play_and_draw, record_game, write_gif, write_mp4
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import State, load_checkpoint
-from minirl.runs.run import Run, derived_seed, save_config
+from minirl.runs.directory import save_config
+from minirl.runs.run import Run, derived_seed
 from minirl.scripts.train import resumed_config, run_training
 from tests.fake_envs import Drawn
 from tests.scalars import read_scalars

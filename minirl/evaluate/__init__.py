@@ -27,9 +27,10 @@ from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
+from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
 from minirl.runs.progress import Progress, answer
-from minirl.runs.run import load_settings, seed_everything
+from minirl.runs.run import seed_everything
 from minirl.runs.settings import MAX_SEED
 
 TRAINING_SCRIPTS = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}

@@ -33,7 +33,7 @@ from minirl.results.pictures import (
     q_values_figure,
 )
 from minirl.runs.checkpoints import load_checkpoint
-from minirl.runs.run import load_settings
+from minirl.runs.directory import load_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minirl.checks import ConfigError
 from minirl.results.figure import COLOURS, DASHES, new_figure
-from minirl.runs.run import load_settings
+from minirl.runs.directory import load_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

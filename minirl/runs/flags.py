@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
+from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
-from minirl.runs.run import CONFIG_FILE
 from minirl.runs.seeds import read_seeds
 from minirl.runs.settings import Sizes, field_types, flag_name
 

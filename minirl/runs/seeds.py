@@ -26,8 +26,9 @@ from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari, registered_id, user_errors
 from minirl.envs.vector import available_cores
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import answer, say
-from minirl.runs.run import CONFIG_FILE, is_hangup, stop_signals
+from minirl.runs.run import is_hangup, stop_signals
 from minirl.runs.settings import MAX_SEED
 
 MOST_SEEDS = 1_000

@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from minirl.checks import ConfigError
+from minirl.envs.ids import is_atari
 
 MAX_SEED = 2**31 - 1
 MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
@@ -112,3 +113,52 @@ def _describe(plain: type, at_least: float | None, at_most: float | None, above:
         if limit is not None
     ]
     return " ".join([noun, " and ".join(limits)]).strip()
+
+
+# What changes no result, or how far a run goes only, or which games are shown.
+NO_RECIPE = {
+    *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers"),
+    *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
+}
+# Tasks that README.md has settings for, beside those of the defaults.
+RECIPES = {
+    "ppo": ("CartPole-v1",),
+    "dqn": ("PongNoFrameskip-v4",),
+    "q_learning": ("CliffWalking-v1", "FrozenLake-v1", "Taxi-v4"),
+}
+
+
+def recipe_note(algorithm: str, config: Any) -> str | None:
+    """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
+    defaults, others = type(config)(), RECIPES.get(algorithm)
+    chosen = {name for name, value in vars(config).items() if value != vars(defaults)[name]}
+    of_its_kind = is_atari(config.env_id) and is_atari(defaults.env_id)
+    if others is None or "env_id" not in chosen or chosen - NO_RECIPE or of_its_kind:
+        return None
+    where = f"those for {config.env_id}" if config.env_id in others else f"some for {' and '.join(others)}"
+    return f'all settings are the defaults, which are for {defaults.env_id}; README.md, "Train", has {where}'
+
+
+def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
+    """Return a line on what the schedules of a run do whose total has changed, or None if it has not or there are none.
+
+    Args:
+        before: the settings so far.
+        config: the settings from here on.
+        done: the share of the new total that is done.
+    """
+    name = "total_timesteps" if hasattr(config, "total_timesteps") else "num_episodes"
+    total = getattr(config, name)
+    annealed = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name.startswith("anneal_") and getattr(config, field.name)
+    ]
+    parts = []
+    if annealed:
+        parts.append(f"{', '.join(annealed)}: from {1 - done:.0%} of the start value here to 0 at the new end")
+    if hasattr(config, "exploration_fraction") and config.epsilon_decay is None:
+        parts.append(f"epsilon: falls until {config.exploration_fraction:.0%} of the new total")
+    if before.get(name) == total or not parts:
+        return None
+    return f"{name} is {total:,} now, and schedules follow it; {'; '.join(parts)}"

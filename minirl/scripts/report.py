@@ -25,8 +25,9 @@ from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib
 from minirl.results.play import SIDE_BY_SIDE, play_games
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
+from minirl.runs.directory import load_settings
 from minirl.runs.progress import Progress, say
-from minirl.runs.run import load_settings, seed_everything
+from minirl.runs.run import seed_everything
 from minirl.runs.settings import MAX_SEED
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds

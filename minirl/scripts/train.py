@@ -11,8 +11,8 @@ import torch
 from minirl.checks import ConfigError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import DivergedError, brief
+from minirl.runs.directory import default_run_dir, load_settings
 from minirl.runs.flags import as_flags, fail, make_parser, saved_config, shown
-from minirl.runs.run import default_run_dir, load_settings
 from minirl.runs.seeds import train_seeds
 from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
