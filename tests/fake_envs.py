@@ -164,6 +164,13 @@ class Drawn(Counter):
         return picture
 
 
+class Growing(Drawn):
+    """Its pictures become larger as it plays."""
+
+    def render(self) -> NDArray[np.uint8]:
+        return np.pad(super().render(), ((0, self.count), (0, 0), (0, 0)))
+
+
 class Wanderer(Drawn):
     """Changes the working directory, as simulators do that look for their files."""
 
@@ -180,6 +187,7 @@ class Wanderer(Drawn):
 
 gym.register("Wanderer-v0", "tests.fake_envs:Wanderer", kwargs={"ends_at": 20})
 gym.register("Drawn-v0", "tests.fake_envs:Drawn", kwargs={"ends_at": 20})
+gym.register("Growing-v0", "tests.fake_envs:Growing", kwargs={"ends_at": 20})
 gym.register("DrawnForEver-v0", "tests.fake_envs:Drawn")
 gym.register("Uint8Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.uint8})
 gym.register("Float64Vector-v0", "tests.fake_envs:OtherObservations", kwargs={"shape": (5,), "dtype": np.float64})

@@ -323,7 +323,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
 
 # Metrics, versions
 
-# Games are recorded on the grid alone: CartPole is drawn by pygame, which is not among the requirements.
+# Games are recorded on the grid alone.
 SHORT: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo.train, PPOConfig("CartPole-v1", total_timesteps=256, num_envs=2, num_steps=64, minibatch_size=64)),
     "DQN": (dqn.train, DQNConfig(total_timesteps=200, learning_starts=64, eval_frequency=100, eval_episodes=1)),

@@ -164,6 +164,43 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
             record_game(lambda obs: np.zeros(1, np.int64), DRAWN, 0, tmp_path / name)
 
 
+def first_action(obs: NDArray[Any]) -> NDArray[np.int64]:
+    return np.zeros(len(obs), np.int64)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
+@pytest.mark.parametrize("ending", ["gif", "mp4"])
+def test_a_video_that_has_no_room_is_an_error_and_no_file(ending: str, tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / f"a.{ending}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes; as a disk that becomes full
+    try:
+        with pytest.raises(ConfigError, match=r"--video must be a file that can be written, and .* can't"):
+            record_game(first_action, DRAWN, 0, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["gif", "mp4"])
+def test_pictures_that_change_their_size_are_an_error(ending: str, tmp_path: Path) -> None:
+    message = r"--video needs an environment whose pictures keep their size: .* \(35, 51\), .* \(36, 51\)"
+    with pytest.raises(ConfigError, match=message):
+        record_game(first_action, "tests.fake_envs:Growing-v0", 0, tmp_path / f"a.{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pong-12:30.mp4", "%d.mp4", os.fsdecode(b"\xff/a.mp4")])
+def test_a_video_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    assert record_game(first_action, DRAWN, 0, Path(name))
+    copy = Path(name).rename(tmp_path / "copy.mp4")
+    assert len(read_mp4(copy)[0]) == 21
+
+
 # During training
 
 

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import math
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 # Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own writer of GIFs is no substitute: in
 # version 5.0 the colours of Pong come out up to 78 of 255 off, in a file twenty times the size.
-from PIL import Image
+from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
@@ -99,16 +101,25 @@ def steps_per_second(env_id: str) -> float:
 def play_and_draw(
     policy: Policy, env: gym.Env[Any, Any], seed: int, flag: str, stopped: Callable[[], bool]
 ) -> Iterator[Picture]:
-    """Play one whole game; yield its picture at the start and after each agent step."""
+    """Play one whole game; yield its picture at the start and after each agent step.
+
+    Raises:
+        ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
+    """
     first_action = int(getattr(env.action_space, "start", 0))
     obs, info = env.reset(seed=seed)
-    yield draw(env, flag)
+    first = draw(env, flag)
+    yield first
     while "episode" not in info and not stopped():
         action = int(policy(np.asarray(obs)[None])[0]) + first_action
         obs, _, terminated, truncated, info = env.step(action)
         if (terminated or truncated) and "episode" not in info:
             obs, info = env.reset()  # a life was lost; the game goes on
-        yield draw(env, flag)
+        picture = draw(env, flag)
+        if picture.shape != first.shape:  # no file can hold them
+            sizes = f"the first is {first.shape[:2]}, a later one {picture.shape[:2]}"
+            raise ConfigError(f"{flag} needs an environment whose pictures keep their size: {sizes}")
+        yield picture
 
 
 def draw(env: gym.Env[Any, Any], flag: str) -> Picture:
@@ -132,19 +143,40 @@ def write_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> Non
     Raises:
         OSError: if that fails.
     """
+    # OpenCV takes some names for addresses, crashes at others and says nothing of a full disk: it writes under a plain
+    # name, and Python copies what can be read again.
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "game.mp4"
+        written = _encode_mp4(plain, pictures, per_second)
+        capture = cv2.VideoCapture(str(plain))
+        _require_whole(sum(1 for _ in iter(capture.grab, False)), written, "pictures")
+        with atomic_file(path) as temporary:
+            shutil.copyfile(plain, temporary)
+
+
+def _encode_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> int:
+    """Write pictures by OpenCV, and return how many."""
     first = next(pictures)
     height, width = first.shape[:2]
     odd_row, odd_column = height % 2, width % 2  # are doubled: the codec takes even sizes only
     size = (width + odd_column, height + odd_row)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size)
+    number = 0
     try:
         if not writer.isOpened():
             raise OSError("OpenCV can't open it")
         for picture in itertools.chain([first], pictures):
             even = cv2.copyMakeBorder(picture, 0, odd_row, 0, odd_column, cv2.BORDER_REPLICATE)
             writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
+            number += 1
     finally:
         writer.release()
+    return number
+
+
+def _require_whole(read: int, written: int, unit: str) -> None:
+    if read != written:
+        raise OSError(f"of {written} {unit} that were written, {read} can be read again")
 
 
 def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> None:
@@ -157,8 +189,19 @@ def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> Non
     """
     every = math.ceil(per_second / GIF_PICTURES_PER_SECOND)
     images = gif_images(itertools.islice(pictures, 0, None, every), per_second / every)
+    durations: list[int] = []
+
+    def noted() -> Iterator[Image.Image]:
+        for image in images:
+            durations.append(image.info["duration"])
+            yield image
+
     with atomic_file(path) as temporary:
-        next(images).save(temporary, format="GIF", save_all=True, append_images=images, loop=0)
+        noted_images = noted()
+        next(noted_images).save(temporary, format="GIF", save_all=True, append_images=noted_images, loop=0)
+        with Image.open(temporary) as gif:  # pictures that are the same may have become one, which is shown for longer
+            read = sum(image.info["duration"] for image in ImageSequence.Iterator(gif))
+        _require_whole(read, sum(durations), "ms")
 
 
 def gif_images(pictures: Iterable[Picture], per_second: float) -> Iterator[Image.Image]:
