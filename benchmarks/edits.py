@@ -24,10 +24,7 @@ from minirl.runs.flags import Parser, fail, reader
 ROOT = Path(__file__).parents[1]
 SIDES = ("without", "with")
 
-PPO = (
-    "train_ppo.py --env-id CartPole-v1 --num-steps 32 --total-timesteps 100000 --learning-rate 1e-3 --anneal-lr "
-    "--gamma 0.98 --gae-lambda 0.8 --clip-coef 0.2 --anneal-clip --update-epochs 10 --ent-coef 0"
-)
+PPO = "train_ppo.py @recipes/ppo-cartpole.args"
 DQN = "train_dqn.py --eval-frequency none"
 RECIPES = {  # what both sides are trained by, and the edit's own flags
     "adamw-rmsprop": (PPO, ""),
@@ -87,6 +84,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as parent:
             for side in SIDES:
                 shutil.copytree(ROOT / "minirl", Path(parent) / side / "minirl")
+                shutil.copytree(ROOT / "recipes", Path(parent) / side / "recipes")
                 shutil.copy(ROOT / script, Path(parent) / side)
             run(Path(parent) / "with", "git", "apply", str(ROOT / "edits" / given.name / f"{given.name}.patch"))
             print("| seed | greedy without | with | training without | with |\n| --- | --- | --- | --- | --- |")

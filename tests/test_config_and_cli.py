@@ -14,7 +14,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from minirl import dqn
+from minirl import dqn, ppo
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
@@ -25,6 +25,7 @@ from minirl.runs.flags import make_parser
 from minirl.runs.run import Run
 from minirl.runs.settings import RECIPES, check_settings, flag_name, new_schedules, setting
 from minirl.scripts.train import run_training
+from tests.recipes import parsed
 
 ROOT = Path(__file__).parent.parent
 
@@ -256,11 +257,15 @@ def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: floa
         ("ppo", PPOConfig(), None),
         ("ppo", PPOConfig("BreakoutNoFrameskip-v4"), None),
         ("ppo", PPOConfig("CartPole-v1", num_steps=32), None),
-        ("ppo", PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False), "those for CartPole-v1"),
-        ("ppo", PPOConfig("Acrobot-v1"), "some for CartPole-v1"),
+        (
+            "ppo",
+            PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False),
+            "better ones: @recipes/ppo-cartpole.args",
+        ),
+        ("ppo", PPOConfig("Acrobot-v1"), "recipes/ has better ones for some tasks"),
         ("dqn", DQNConfig(total_timesteps=9_000), None),
-        ("dqn", DQNConfig("PongNoFrameskip-v4", eval_frequency=None), "those for PongNoFrameskip-v4"),
-        ("q_learning", QLearningConfig("Taxi-v4", num_episodes=9), "those for Taxi-v4"),
+        ("dqn", DQNConfig("PongNoFrameskip-v4", eval_frequency=None), "better ones: @recipes/dqn-pong.args"),
+        ("q_learning", QLearningConfig("Taxi-v4", num_episodes=9), "better ones: @recipes/q-taxi.args"),
     ],
 )
 def test_who_chooses_a_task_and_no_setting_is_told_where_settings_are(
@@ -270,19 +275,66 @@ def test_who_chooses_a_task_and_no_setting_is_told_where_settings_are(
         run.checkpoint(0, dict)
     lines = capsys.readouterr().err.splitlines()[1:]
     default = type(config)().env_id
-    note = f'all settings are the defaults, which are for {default}; README.md, "Train", has {where}'
+    note = f"all settings are the defaults, which are for {default}; {where}"
     assert lines == ([] if where is None else [note])
     resumed = load_checkpoint(tmp_path / "run", algorithm)
     with Run(algorithm, config, tmp_path / "run", total=1, resumed=resumed):
         assert capsys.readouterr().err.splitlines()[1:] == [], "once"
 
 
-def test_the_readme_has_the_settings_that_a_run_speaks_of() -> None:
-    train_section = (ROOT / "README.md").read_text().split("\n## Train\n")[1].split("\n## ")[0]
-    for algorithm, env_ids in RECIPES.items():
-        script = f"python train_{'q' if algorithm == 'q_learning' else algorithm}.py"
-        for env_id in env_ids:
-            assert f"\n{script} --env-id {env_id} --" in train_section
+# Recipes
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.args")), ids=lambda recipe: recipe.stem)
+def test_a_recipe_is_of_flags_and_says_what_it_came_to(recipe: Path) -> None:
+    script = f"train_{recipe.stem.split('-')[0]}.py"
+    config, given = parsed(script, f"@{recipe}")
+    lines = recipe.read_text().splitlines()
+    assert f"--env-id {config.env_id}" in lines
+    assert lines[0].startswith("# ")
+    flags = " ".join(line for line in lines if line[0] != "#").split(" --")
+    assert len(flags) == len(given), "each flag is a setting, and given once"
+    assert parsed(script, f"@{recipe}", "--seed", "7")[0] == dataclasses.replace(config, seed=7)
+
+
+def test_what_stands_later_than_a_recipe_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.args").write_text("# two flags\n\n--gamma 0.5 --num-envs=2  # and why\n")
+    recipe = f"@{tmp_path / 'a.args'}"
+    assert parsed("train_ppo.py", recipe, "--gamma", "0.7")[0] == PPOConfig(gamma=0.7, num_envs=2)
+    assert parsed("train_ppo.py", "--gamma", "0.7", recipe)[0] == PPOConfig(gamma=0.5, num_envs=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "later", "message"),
+    [
+        (None, [], "No such file or directory: 'a.args'"),
+        ("--seed 1\n--gama 0.9", [], "unrecognized arguments: --gama 0.9; did you mean --gamma? (a.args, line 2)"),
+        ("# x\n--gamma nine", [], "--gamma: must be a number, not 'nine' (a.args, line 2)"),
+        ("--seed 1\n\n--gamma=9", [], "--gamma must be a number from 0 to 1, not 9.0 (a.args, line 3)"),
+        (
+            "0.9",
+            [],
+            "unrecognized arguments: 0.9; names of flags start with --, and switches take no value (a.args, line 1)",
+        ),
+        ("--gamma 0.9", ["--gamma", "9"], "--gamma must be a number from 0 to 1, not 9.0"),
+        ("--env-id 'Pong", [], '"--env-id \'Pong" must be flags: No closing quotation'),
+    ],
+)
+def test_a_fault_in_a_recipe_is_named_with_its_line(
+    content: str | None,
+    later: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("a.args").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run_training("ppo", PPOConfig, ppo.train, "", ["@a.args", *later])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{message}\n")
 
 
 def test_a_longer_run_of_double_dqn_says_what_epsilon_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,20 +221,21 @@ def run(command: str, directory: Path) -> str:
 def clone(directory: Path) -> Path:
     """Copy the package and its scripts, without the tests."""
     shutil.copytree(ROOT / "minirl", directory / "minirl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "recipes", directory / "recipes")
     for script in CONFIGS:
         shutil.copy(ROOT / script, directory)
     return directory
 
 
 def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
-    """FrozenLake and Taxi take longer; their settings are trained with in tests/test_q_learning.py."""
+    """FrozenLake and Taxi take longer; their recipes are trained with in tests/test_q_learning.py."""
     clone(tmp_path)
     (snippet,) = [block for block in blocks(README, "python") if "gymnasium.register" in block]
     (tmp_path / "my_grids.py").write_text(snippet)
     training = [
         command
         for command in commands(README)
-        if command.startswith("python train_q.py") and "FrozenLake" not in command and "Taxi" not in command
+        if command.startswith("python train_q.py") and "frozenlake" not in command and "taxi" not in command
     ]
     assert len(training) >= 3
     printed = {command: run(command, tmp_path) for command in dict.fromkeys(training)}

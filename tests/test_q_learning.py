@@ -40,6 +40,7 @@ from minirl.runs.checkpoints import DivergedError, load_checkpoint
 from minirl.runs.directory import save_config
 from minirl.runs.run import derived_seed
 from minirl.scripts.train import run_training
+from tests.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = QLearningConfig()
@@ -280,31 +281,22 @@ def success_within_the_limit(env: gym.Env[Any, Any], q_table: QTable) -> float:
     return float(values[0])
 
 
-README_SETTINGS = {
-    "CliffWalking-v1": QLearningConfig(env_id="CliffWalking-v1", num_episodes=2000, alpha=0.5, epsilon=0.1),
-    "FrozenLake-v1": QLearningConfig(
-        env_id="FrozenLake-v1", num_episodes=50_000, alpha=0.2, anneal_alpha=True, epsilon=0.5
-    ),
-    "Taxi-v4": QLearningConfig(env_id="Taxi-v4", num_episodes=10_000, alpha=0.5, epsilon=0.1),
-}
-
-
 @pytest.mark.parametrize("seed", [42, 0, 1])
 def test_frozen_lake_reaches_the_best_policy_there_is(seed: int) -> None:
     env = gym.make("FrozenLake-v1")
-    learned = success_within_the_limit(env, train(dataclasses.replace(README_SETTINGS["FrozenLake-v1"], seed=seed)))
+    learned = success_within_the_limit(env, train(dataclasses.replace(recipe("q-frozenlake"), seed=seed)))
     best = success_within_the_limit(env, value_iteration(env, 0.99))
     assert best == pytest.approx(0.7402, abs=1e-4)
     assert learned >= 0.74
 
 
 @pytest.mark.parametrize("seed", [42, 0, 1])
-@pytest.mark.parametrize(("env_id", "least"), [("CliffWalking-v1", -13.0), ("Taxi-v4", 7.5)])
-def test_the_readmes_settings(env_id: str, least: float, seed: int, tmp_path: Path) -> None:
-    train(dataclasses.replace(README_SETTINGS[env_id], seed=seed), run_dir=tmp_path / "run")
+@pytest.mark.parametrize(("name", "least"), [("q-cliffwalking", -13.0), ("q-taxi", 7.5)])
+def test_recipes(name: str, least: float, seed: int, tmp_path: Path) -> None:
+    train(dataclasses.replace(recipe(name), seed=seed), run_dir=tmp_path / "run")
     result = evaluate(tmp_path / "run", episodes=200)
     assert result["mean_return"] >= least
-    if env_id == "CliffWalking-v1":
+    if name == "q-cliffwalking":
         assert set(result["returns"]) == {-13.0}
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from minirl.runs.settings import Sizes, field_types, flag_name
 class Parser(argparse.ArgumentParser):
     """An argument parser that fails with one line on standard error and status 2, and suggests the flag that was meant.
 
-    Flags are written out: a prefix that is taken for a flag today is another's tomorrow.
+    Flags are written out: a prefix that is taken for a flag today is another's tomorrow. `@FILE` stands for the flags
+    in a file, some a line, with comments after `#`; what comes later wins.
 
     Args:
         scripts: the training scripts and their configs; a flag of another one gets a hint.
@@ -30,15 +32,39 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, scripts: dict[str, type], **options: Any) -> None:
         open_streams()
         self.scripts = scripts
+        self.given: list[str] = []
         layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
-        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
+        super().__init__(allow_abbrev=False, formatter_class=layout, fromfile_prefix_chars="@", **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a number, too
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and remember what was given."""
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self.given, namespace)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Split a line of a file of flags."""
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            fail(f"{arg_line.strip()!r} must be flags: {error}")
+
     def error(self, message: str) -> NoReturn:
-        """Print `error: message` and exit."""
+        """Print `error: message` and exit; if it is about a line of a file, name that, too."""
         unknown = message.removeprefix("unrecognized arguments: ")
         hint = "" if unknown == message else self._hint(unknown.split(" ")[0])
-        fail(message.removeprefix("argument ") + hint)
+        about = re.search(r"--[a-z][a-z-]*", message)
+        origin = self._origin(about[0] if about else unknown.split(" ")[0])
+        fail(message.removeprefix("argument ") + hint + origin)
+
+    def _origin(self, word: str) -> str:
+        if any(given.split("=")[0] == word for given in self.given):
+            return ""
+        for path in [Path(given[1:]) for given in self.given if given.startswith("@")]:
+            for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+                if word in re.split(r"[\s=]", line.split("#")[0]):
+                    return f" ({path}, line {number})"
+        return ""
 
     def _hint(self, unknown: str) -> str:
         if not unknown.startswith("-") or not unknown.strip("-"):

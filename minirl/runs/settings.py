@@ -12,8 +12,10 @@ import dataclasses
 import sys
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
+import minirl
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 
@@ -120,23 +122,22 @@ NO_RECIPE = {
     *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers"),
     *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
 }
-# Tasks that README.md has settings for, beside those of the defaults.
-RECIPES = {
-    "ppo": ("CartPole-v1",),
-    "dqn": ("PongNoFrameskip-v4",),
-    "q_learning": ("CliffWalking-v1", "FrozenLake-v1", "Taxi-v4"),
-}
+RECIPES = Path(minirl.__file__).parents[1] / "recipes"  # files of flags, in a clone
 
 
 def recipe_note(algorithm: str, config: Any) -> str | None:
     """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
-    defaults, others = type(config)(), RECIPES.get(algorithm)
+    defaults = type(config)()
     chosen = {name for name, value in vars(config).items() if value != vars(defaults)[name]}
     of_its_kind = is_atari(config.env_id) and is_atari(defaults.env_id)
-    if others is None or "env_id" not in chosen or chosen - NO_RECIPE or of_its_kind:
+    if "env_id" not in chosen or chosen - NO_RECIPE or of_its_kind:
         return None
-    where = f"those for {config.env_id}" if config.env_id in others else f"some for {' and '.join(others)}"
-    return f'all settings are the defaults, which are for {defaults.env_id}; README.md, "Train", has {where}'
+    files = sorted(RECIPES.glob(f"{algorithm.split('_')[0]}-*.args"))
+    fitting = [
+        f"@recipes/{file.name}" for file in files if f"--env-id {config.env_id}" in file.read_text().splitlines()
+    ]
+    where = f"better ones: {' or '.join(fitting)}" if fitting else "recipes/ has better ones for some tasks"
+    return f"all settings are the defaults, which are for {defaults.env_id}; {where}"
 
 
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:

@@ -36,7 +36,8 @@ def run_training(
     Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
     written.
     """
-    arguments = vars(make_parser(config_class, description, TRAINING_SCRIPTS).parse_args(argv))
+    parser = make_parser(config_class, description, TRAINING_SCRIPTS)
+    arguments = vars(parser.parse_args(argv))
     device = arguments.pop("device")
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
@@ -62,7 +63,7 @@ def run_training(
             report(directory, final_games, device)
         return config, result
     except ConfigError as error:
-        fail(error)
+        parser.error(str(error))
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,0 +1,20 @@
+"""Settings as `recipes/` has them."""
+
+from typing import Any
+
+from minirl.evaluate import TRAINING_SCRIPTS
+from minirl.runs.flags import make_parser
+from minirl.runs.settings import RECIPES
+
+
+def parsed(script: str, *argv: str) -> tuple[Any, dict[str, Any]]:
+    """Parse flags as a script does; return the config, and the settings that were given."""
+    config_class = TRAINING_SCRIPTS[script]
+    given = vars(make_parser(config_class, "", TRAINING_SCRIPTS).parse_args(list(argv)))
+    settings = {name: value for name, value in given.items() if name in config_class.__dataclass_fields__}
+    return config_class(**settings), settings
+
+
+def recipe(name: str) -> Any:
+    """Return the config of a recipe, by its file's name without the ending."""
+    return parsed(f"train_{name.split('-')[0]}.py", f"@{RECIPES / name}.args")[0]
