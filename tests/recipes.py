@@ -1,5 +1,6 @@
 """Settings as `recipes/` has them."""
 
+import dataclasses
 from typing import Any
 
 from minirl.evaluate import TRAINING_SCRIPTS
@@ -11,7 +12,8 @@ def parsed(script: str, *argv: str) -> tuple[Any, dict[str, Any]]:
     """Parse flags as a script does; return the config, and the settings that were given."""
     config_class = TRAINING_SCRIPTS[script]
     given = vars(make_parser(config_class, "", TRAINING_SCRIPTS).parse_args(list(argv)))
-    settings = {name: value for name, value in given.items() if name in config_class.__dataclass_fields__}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    settings = {name: value for name, value in given.items() if name in fields}
     return config_class(**settings), settings
 
 
