@@ -1,10 +1,11 @@
 """What does an edit of `edits/` give? Trains with it and without, on the same seeds, and plays 100 games with each.
 
-    python benchmarks/edits.py dueling-heads --seeds 3
+    python benchmarks/edits.py dueling-heads n-step-returns --seeds 3
     python benchmarks/edits.py lstm --flags "train_ppo.py --env-id Acrobot-v1 --num-steps 32 --total-timesteps 200000"
 
-Each training runs in a process of its own, in turn, in a copy of the repository. It comes to two numbers: the mean
-return of 100 greedy games of its last network, and that of the training's last 100 episodes.
+Each training runs in a process of its own, in turn, in a copy of the repository; what several edits are compared with
+is trained once. It comes to two numbers: the mean return of 100 greedy games of its last network, and that of the
+training's last 100 episodes.
 """
 
 import json
@@ -22,7 +23,7 @@ from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.flags import Parser, fail, reader
 
 ROOT = Path(__file__).parents[1]
-SIDES = ("without", "with")
+SCRIPTS = ("train_ppo.py", "train_dqn.py")
 
 PPO = "train_ppo.py @recipes/ppo-cartpole.args"
 DQN = "train_dqn.py --eval-frequency none"
@@ -53,7 +54,8 @@ def run(copy: Path, *command: str) -> str:
 
 def outcome(copy: Path, flags: list[str], seed: int) -> dict[str, float]:
     """Train with a seed; return the mean return of 100 greedy games, and of the training's last episodes."""
-    algorithm, run_dir = flags[0][len("train_") : -len(".py")], copy / f"seed{seed}"
+    algorithm = flags[0][len("train_") : -len(".py")]
+    run_dir = copy / f"{algorithm}-{len(list(copy.iterdir()))}"
     run(copy, sys.executable, *flags, "--seed", str(seed), "--run-dir", run_dir.name, "--final-games", "0")
     last = ["--last"] if algorithm == "dqn" else []
     games = json.loads(run(copy, sys.executable, "-m", "minirl.evaluate", run_dir.name, "--json", *last))
@@ -61,39 +63,52 @@ def outcome(copy: Path, flags: list[str], seed: int) -> dict[str, float]:
     return {"greedy": games["mean_return"], "training": statistics.fmean(episodes)}
 
 
+def copy_of(parent: Path, edit: str | None) -> Path:
+    """Make a copy of what trains, with an edit or none."""
+    copy = parent / (edit or "without")
+    for folder in ("minirl", "recipes"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, copy)
+    if edit is not None:
+        run(copy, "git", "apply", str(ROOT / "edits" / edit / f"{edit}.patch"))
+    return copy
+
+
 def main() -> None:
     """Train, and print and write a row for each seed as it is done."""
-    parser = Parser(scripts={}, description="Train with an edit of edits/ and without, on the same seeds.")
-    parser.add_argument("name", choices=RECIPES, metavar="NAME", help="of a folder in edits/")
+    parser = Parser(scripts={}, description="Train with edits of edits/ and without, on the same seeds.")
+    parser.add_argument("names", choices=RECIPES, nargs="+", metavar="NAME", help="of folders in edits/")
     parser.add_argument("--seeds", type=reader(int), default=3, metavar="N", help="how many, from 0 on (default: 3)")
     parser.add_argument("--flags", metavar="TEXT", help="script and flags of both sides, instead of the recipe")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: runs/edits/NAME.json)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of NAME.json (default: runs/edits)")
     given = parser.parse_args()
-    recipe, own = RECIPES[given.name]
-    common = given.flags or recipe
-    flags = {"without": common, "with": f"{common} {own}".strip()}
-    output: Path = (given.output or ROOT / "runs" / "edits" / f"{given.name}.json").absolute()
-    rows: list[dict[str, Any]] = []
+    output: Path = (given.output or ROOT / "runs" / "edits").absolute()
+    known: dict[tuple[str, int], dict[str, float]] = {}  # flags and seed -> what came of it without an edit
     try:
         if given.seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, not {given.seeds}")
-        script = common.split(" ")[0]
-        if script not in ("train_ppo.py", "train_dqn.py"):
-            raise ConfigError("--flags must start with train_ppo.py or train_dqn.py")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        if given.flags is not None and given.flags.split(" ")[0] not in SCRIPTS:
+            raise ConfigError(f"--flags must start with {' or '.join(SCRIPTS)}")
+        output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as parent:
-            for side in SIDES:
-                shutil.copytree(ROOT / "minirl", Path(parent) / side / "minirl")
-                shutil.copytree(ROOT / "recipes", Path(parent) / side / "recipes")
-                shutil.copy(ROOT / script, Path(parent) / side)
-            run(Path(parent) / "with", "git", "apply", str(ROOT / "edits" / given.name / f"{given.name}.patch"))
-            print("| seed | greedy without | with | training without | with |\n| --- | --- | --- | --- | --- |")
-            for seed in range(given.seeds):
-                row = {side: outcome(Path(parent) / side, flags[side].split(), seed) for side in SIDES}
-                means = [f"{row[side][kind]:.1f}" for kind in ("greedy", "training") for side in SIDES]
-                print(f"| {seed} | {' | '.join(means)} |", flush=True)
-                rows.append({"seed": seed, **row})
-                output.write_text(json.dumps({"edit": given.name, "flags": flags, "seeds": rows}, indent=2) + "\n")
+            plain = copy_of(Path(parent), None)
+            for name in given.names:
+                edited, rows = copy_of(Path(parent), name), list[dict[str, Any]]()
+                recipe, own = RECIPES[name]
+                common = given.flags or recipe
+                flags = {"without": common, "with": f"{common} {own}".strip()}
+                print(f"\n{name}\n\n| seed | greedy without | with | training without | with |")
+                print("| --- | --- | --- | --- | --- |")
+                for seed in range(given.seeds):
+                    if (common, seed) not in known:
+                        known[common, seed] = outcome(plain, common.split(), seed)
+                    row = {"without": known[common, seed], "with": outcome(edited, flags["with"].split(), seed)}
+                    means = [f"{row[side][kind]:.1f}" for kind in ("greedy", "training") for side in row]
+                    print(f"| {seed} | {' | '.join(means)} |", flush=True)
+                    rows.append({"seed": seed, **row})
+                    content = json.dumps({"edit": name, "flags": flags, "seeds": rows}, indent=2) + "\n"
+                    (output / f"{name}.json").write_text(content)
     except (ConfigError, OSError, ValueError) as error:
         fail(error)
 
