@@ -4,6 +4,7 @@ These machines are shared and their speed drifts by a third within an hour: only
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,10 +39,19 @@ def report(timing: Timing, steps: int) -> None:
     print(json.dumps({"speed": steps / timing.seconds, "before": timing.before}))
 
 
-def sample(script: str, arguments: list[str]) -> Sample:
-    """Run one side in a process of its own; a compilation that fails is an error here."""
-    command = [sys.executable, "-W", "error:compilation failed", script, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def sample(script: str, arguments: list[str], source: Path | None = None, core: int | None = None) -> Sample:
+    """Run one side in a process of its own; a compilation that fails is an error here.
+
+    Args:
+        script: the file to run.
+        arguments: of it.
+        source: the tree that `minirl` is imported from, if not the installed one.
+        core: where it must run, if not on all (Linux).
+    """
+    command = [] if core is None else ["taskset", "--cpu-list", str(core)]
+    command += [sys.executable, "-W", "error:compilation failed", script, *arguments]
+    environment = os.environ if source is None else {**os.environ, "PYTHONPATH": str(source)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     peak = [0.0]
 
     def watch() -> None:

@@ -2,15 +2,17 @@
 
     python benchmarks/without.py dqn cartpole --trick products        tests/switches.py names the tricks
     python benchmarks/without.py ppo pong --checkout ../before        a checkout of another commit
+    python benchmarks/without.py ppo cartpole --trick events --side-by-side
 
 Trained and clocked as in `ppo_speed.py` and `dqn_speed.py`, each side in a process of its own. A ratio above 1 is what
-the trick gives, or by how much this tree is faster.
+the trick gives, or by how much this tree is faster. Where the machine's speed changes from second to second, both sides
+side by side, on a core each, and the cores swapped from pair to pair, differ less by chance.
 """
 
 import argparse
-import os
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dqn_speed
@@ -34,6 +36,7 @@ def main() -> None:
     what.add_argument("--trick", choices=SWITCHES)
     what.add_argument("--checkout", type=Path, help="a checkout of another commit")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side-by-side", action="store_true", help="both at once, on cores 0 and 1 (Linux)")
     parser.add_argument("--here", action="store_true", help="measure without the trick in this process")
     arguments = parser.parse_args()
     script = SCRIPTS[arguments.algorithm]
@@ -45,19 +48,18 @@ def main() -> None:
         report(script.train_minirl(work), work.clock_to - work.clock_from)
         return
 
-    side = [arguments.work, "--side", "minirl"]
-    with_it = str(HERE / f"{arguments.algorithm}_speed.py"), side
-    without_it = __file__, [arguments.algorithm, arguments.work, "--trick", str(arguments.trick), "--here"]
-    paths = {"PYTHONPATH": str(HERE.parent)}
-    other = {"PYTHONPATH": str((arguments.checkout or HERE.parent).resolve())}
+    here = HERE.parent
+    checkout: Path = (arguments.checkout or here).resolve()
+    plain = [arguments.work, "--side", "minirl"]
+    with_it = str(HERE / f"{arguments.algorithm}_speed.py"), plain, here
+    without_it = __file__, [arguments.algorithm, arguments.work, "--trick", str(arguments.trick), "--here"], here
     if arguments.checkout:
-        without_it = str(arguments.checkout / "benchmarks" / f"{arguments.algorithm}_speed.py"), side
+        without_it = str(checkout / "benchmarks" / f"{arguments.algorithm}_speed.py"), plain, checkout
     name, ratios = f"{arguments.algorithm} {arguments.work}, {arguments.trick or arguments.checkout}", []
     for pair in range(1, arguments.pairs + 1):
-        os.environ |= other
-        without = sample(*without_it)
-        os.environ |= paths
-        ours = sample(*with_it)
+        cores = (pair % 2, 1 - pair % 2) if arguments.side_by_side else (None, None)
+        with ThreadPoolExecutor(2 if arguments.side_by_side else 1) as pool:
+            without, ours = pool.map(lambda side, core: sample(*side, core), (without_it, with_it), cores)
         ratios.append(ours.speed / without.speed)
         print(
             f"{name}, pair {pair}: {without.speed:,.0f} and {ours.speed:,.0f} steps a second: {ratios[-1]:.2f}",

@@ -64,6 +64,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "frames-once": {"minirl.envs.workers.shows_stacks": lambda env: False},
     "halves": {"minirl.ppo.make_vector_env": _not_in_halves},
     "modes": {"minirl.fast.small.InTraining._set": _set_mode},
+    "numbers-once": {"minirl.fast.compiled.ARITHMETIC": ()},
     "numpy": {"minirl.fast.small.FEW": 0},
     "one-call-target": {"minirl.dqn.Target": _MovedOneByOne},
     "one-thread-beside": {"minirl.ppo.one_thread": contextlib.nullcontext},

@@ -41,6 +41,10 @@ from torch.utils._filelock import FileLock
 
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
+# What is computed of single numbers, Adam's corrections and the clipped norm's factor say, is kept in memory. Otherwise
+# the compiler would compute it anew, powers and all, for every eight weights that it is a factor of.
+ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
+
 # On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
 # like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
 # Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not taken:
@@ -305,7 +309,8 @@ class Traceable(TorchFunctionMode):
     """Within it, what PyTorch's compiler can't take, or takes badly, is spelt otherwise. All of it is the same maths.
 
     `backward` adds to the `.grad` that is there. A linear layer with little to multiply is products and sums, which the
-    compiler merges with the rest: a fifth of the update's time for a network like CartPole's.
+    compiler merges with the rest: a fifth of the update's time for a network like CartPole's. Single numbers that come
+    of arithmetic are computed once.
 
     Args:
         parameters: what `backward` computes the gradient of.
@@ -328,7 +333,10 @@ class Traceable(TorchFunctionMode):
             if inputs.ndim == 2 and bias is not None and inputs.shape[0] * weight.numel() <= FEW:
                 # (out, in, 1) * (in, B): side by side in memory are the samples, which fill whole vectors.
                 return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ARITHMETIC and result.ndim == 0 and not result.requires_grad:
+            return result.as_strided((), ())  # itself, but kept in memory
+        return result
 
     def _backward(
         self,
