@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.flags import make_parser
-from minirl.runs.run import RECIPES, Run, new_schedules, save_config
+from minirl.runs.run import BROKEN_PIPE, RECIPES, Run, Stopped, new_schedules, save_config
 from minirl.runs.settings import check_settings, flag_name, setting
 from minirl.scripts.train import run_training
 
@@ -303,15 +304,26 @@ def test_gymnasiums_warnings_have_no_colours() -> None:
         gym.logger.warn("the observation is %d off", 7)
 
 
-def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
+@pytest.mark.parametrize(
+    ("stopped", "status"),
+    [
+        (KeyboardInterrupt(), 130),  # before the first step, too, when it is Python's own
+        (Stopped(signal.SIGTERM), 143),
+        (Stopped(signal.SIGHUP), 129),
+        (Stopped(BROKEN_PIPE), 141),
+    ],
+)
+def test_a_stopped_training_ends_the_script_with_a_status_and_no_report(
+    stopped: KeyboardInterrupt, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(config: Any, *, run_dir: Path | None, resume: bool, device: str) -> None:
-        raise KeyboardInterrupt
+        raise stopped
 
+    reported: list[Any] = []
+    monkeypatch.setattr("minirl.scripts.train.report", lambda *arguments: reported.append(arguments))
     with pytest.raises(SystemExit) as stop:
-        run_training("ppo", PPOConfig, train, "", [])
-    assert stop.value.code == 130
+        run_training("ppo", PPOConfig, train, "", ["--run-dir", str(tmp_path / "run")])
+    assert (stop.value.code, reported) == (status, [])
 
 
 def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
