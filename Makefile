@@ -1,11 +1,11 @@
-# Two commands do everything: `make pong` trains, `make test` checks. Both make .venv first, once;
+# `make pong` trains, `make test` checks in minutes, `make test-all` checks all. They make .venv first, once;
 # `make install` does only that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test install clean
+.PHONY: pong test test-slow test-all install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
@@ -14,7 +14,12 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow
 
 install: $(INSTALLED)
 
