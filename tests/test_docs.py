@@ -226,6 +226,7 @@ def clone(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
     """FrozenLake and Taxi take longer; their settings are trained with in tests/test_q_learning.py."""
     clone(tmp_path)
@@ -298,6 +299,7 @@ def patched(source: str, diff: str) -> str:
     return source.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
 
 
+@pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
     text = section(README, "Change it")
     diffs, (test,) = blocks(text, "diff"), blocks(text, "python")

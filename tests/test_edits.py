@@ -91,6 +91,7 @@ def train_kill_resume_evaluate(copy: Path, prefix: str, script: str, *flags: str
     assert all(math.isfinite(number) for number in returns), f"returns are finite, not {returns}"
 
 
+@pytest.mark.slow
 @edits
 def test_an_edit_holds(edit: Path, tmp_path: Path) -> None:
     signal.alarm(PATIENCE)
