@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test test-slow test-all install clean
+.PHONY: pong test types quick test-slow test-all install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
@@ -13,8 +13,14 @@ pong: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs 2 types quick
+
+# Side by side, and so with one thread each.
+types:
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+quick:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)

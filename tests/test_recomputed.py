@@ -59,10 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=pytest.mark.slow if "compiled" in name else ())
-        for name, case in CASES.items()
-    ],
+    [pytest.param(case, id=name, marks=pytest.mark.slow if "compiled" in name else ()) for name, case in CASES.items()],
 )
 def test_all_numbers_are_what_the_formulas_give(case: Case, tmp_path: Path) -> None:
     report = check(case, tmp_path)
