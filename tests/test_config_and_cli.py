@@ -326,6 +326,7 @@ def test_a_stopped_training_ends_the_script_with_a_status_and_no_report(
     assert (stop.value.code, reported) == (status, [])
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
     """The real script in a process of its own: a default run directory, status 0, and 2 for a mistake."""
 

@@ -288,6 +288,7 @@ README_SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [42, 0, 1])
 def test_frozen_lake_reaches_the_best_policy_there_is(seed: int) -> None:
     env = gym.make("FrozenLake-v1")
@@ -298,7 +299,9 @@ def test_frozen_lake_reaches_the_best_policy_there_is(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [42, 0, 1])
-@pytest.mark.parametrize(("env_id", "least"), [("CliffWalking-v1", -13.0), ("Taxi-v4", 7.5)])
+@pytest.mark.parametrize(
+    ("env_id", "least"), [("CliffWalking-v1", -13.0), pytest.param("Taxi-v4", 7.5, marks=pytest.mark.slow)]
+)
 def test_the_readmes_settings(env_id: str, least: float, seed: int, tmp_path: Path) -> None:
     train(dataclasses.replace(README_SETTINGS[env_id], seed=seed), run_dir=tmp_path / "run")
     result = evaluate(tmp_path / "run", episodes=200)
