@@ -109,6 +109,7 @@ def test_each_seed_has_a_run_as_if_it_were_alone(tmp_path: Path) -> None:
         assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) is None, "no control characters but line ends"
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "all" / "seed1").mkdir(parents=True)
     (tmp_path / "all" / "seed1" / ".config.json.tmp").mkdir()  # so that its settings can't be written
