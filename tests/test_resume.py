@@ -34,7 +34,9 @@ PPO_CARTPOLE = ppo.PPOConfig(
     anneal_lr=True,
     checkpoint_frequency=128,
 )
-PPO_PONG = ppo.PPOConfig(num_envs=3, num_steps=16, minibatch_size=48, total_timesteps=480, checkpoint_frequency=48)
+PPO_PONG = ppo.PPOConfig(
+    num_envs=3, num_steps=16, minibatch_size=48, update_epochs=1, total_timesteps=480, checkpoint_frequency=48
+)
 DQN_CARTPOLE = dqn.DQNConfig(
     total_timesteps=1200,
     buffer_size=300,
