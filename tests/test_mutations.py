@@ -24,7 +24,7 @@ def test_what_a_mutation_changes_stands_once_in_its_file(mutation: Mutation) -> 
 
 def test_what_stands_there_twice_or_not_at_all_is_an_error() -> None:
     (mutation,) = mutations.read_mutations("== a.py tests/b.py\n\nit adds\n- x - y\n-\n- z\n+ x + y\n")
-    assert mutation == ("it adds", "a.py", ("tests/b.py",), "x - y\n\nz", "x + y")
+    assert tuple(mutation) == ("it adds", "a.py", ("tests/b.py",), "x - y\n\nz", "x + y")
     assert mutation.changed("a\nx - y\n\nz\n") == "a\nx + y\n"
     for source in ("a\n", "x - y\n\nz x - y\n\nz"):
         with pytest.raises(ValueError, match=r"it adds: a.py must have this once, not [02] times"):

@@ -30,11 +30,10 @@ TESTS = [
 
 def find_python(version: str) -> str | None:
     """Return an interpreter of this version: the one on the path, or one that pyenv has and does not show."""
-    found = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")]
-    for python in filter(None, found):
-        tried = subprocess.run([python, "-c", "import ensurepip"], capture_output=True)
-        if tried.returncode == 0:  # pyenv's stand-ins fail where none is chosen
-            return str(python)
+    hidden = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
+    for python in [shutil.which(f"python{version}") or "", *map(str, hidden)]:
+        if python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+            return python  # pyenv's stand-ins fail where none is chosen
     return None
 
 
