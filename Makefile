@@ -1,11 +1,11 @@
-# Two commands do everything: `make pong` trains, `make test` checks. Both make .venv first, once;
+# `make pong` trains, `make test` checks in minutes, `make test-all` checks all. They make .venv first, once;
 # `make install` does only that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test install clean
+.PHONY: pong test test-slow test-all quick-1 quick-2 slow-1 slow-2 types install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
@@ -13,8 +13,31 @@ pong: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(SIDE_BY_SIDE) quick-1 quick-2 types
+
+test-slow: $(INSTALLED)
+	@$(SIDE_BY_SIDE) slow-1 slow-2
+
+test-all: test test-slow
+
+# Two at a time, and so with one thread each; what each says comes in one piece where `make` can do that.
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),-O)
+PYTEST = $(BIN)/python -m pytest $(ARGS)
+
+quick-1:
+	$(PYTEST) -m "not slow" tests/test_[a-o]*.py
+
+quick-2:
+	$(PYTEST) -m "not slow" tests/test_[p-z]*.py
+
+slow-1:
+	$(PYTEST) -m slow --ignore tests/test_edits.py
+
+slow-2:
+	$(PYTEST) -m slow tests/test_edits.py
+
+types:
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
 
 install: $(INSTALLED)
 

@@ -363,7 +363,7 @@ def train(
 
     Raises:
         ConfigError: if the environment, the device or the run directory will not do.
-        SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
+        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()

@@ -131,6 +131,7 @@ def steps(case: str, device: str, *, enabled: bool, count: int = 8) -> tuple[lis
     return returned, network, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_step_is_the_plain_one_whatever_changes(case: str, device: str) -> None:
@@ -159,6 +160,7 @@ def small(enabled: bool = True) -> tuple[nn.Linear, torch.optim.Optimizer, Any]:
     return network, optimizer, compiled(step, network, optimizer, enabled=enabled)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes() -> None:
     torch.compiler.reset()  # it remembers which sizes changed in other tests, and prepares for it
     (first, _, first_step), (second, _, second_step) = small(), small()
@@ -174,6 +176,7 @@ def test_a_compiled_step_is_its_own_networks_and_takes_batches_of_other_shapes()
     assert first_step(torch.tensor([1.0, 2.0, 4.0])).item() == pytest.approx(7 * (2 - weight) ** 2)
 
 
+@pytest.mark.slow
 def test_what_a_call_returns_stays_what_it_was() -> None:
     _, _, step = small()
     kept = [step(torch.full((3,), float(number))) for number in range(1, 5)]
@@ -183,6 +186,7 @@ def test_what_a_call_returns_stays_what_it_was() -> None:
     assert len(set(at_once)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-5, 1e-7])
 def test_tanh_near_0_keeps_its_digits(size: float) -> None:
     """By way of exp, as the compiler offers it, the gradient of a following layer would be 2 % off, or 200 %."""
@@ -231,6 +235,7 @@ class Killed(BaseException):
     """What a killed process sees: nothing is tidied up on the way out."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["SIGKILL", "Ctrl-C"])
 def test_a_compilation_that_was_stopped_in_its_last_link_is_done_once_more(
     end: str, monkeypatch: pytest.MonkeyPatch
@@ -352,6 +357,7 @@ def test_looking_for_gradients_changes_nothing() -> None:
         assert weight.grad.stride() == weight.stride()
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_lost_shows_in_the_step_itself() -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import save_config
 from minirl.runs.flags import make_parser
-from minirl.runs.run import Run
+from minirl.runs.run import BROKEN_PIPE, Run, Stopped
 from minirl.runs.settings import RECIPES, check_settings, flag_name, new_schedules, setting
 from minirl.scripts.train import run_training
 from tests.recipes import parsed
@@ -356,17 +357,29 @@ def test_gymnasiums_warnings_have_no_colours() -> None:
         gym.logger.warn("the observation is %d off", 7)
 
 
-def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
+@pytest.mark.parametrize(
+    ("stopped", "status"),
+    [
+        (KeyboardInterrupt(), 130),  # before the first step, too, when it is Python's own
+        (Stopped(signal.SIGTERM), 143),
+        (Stopped(signal.SIGHUP), 129),
+        (Stopped(BROKEN_PIPE), 141),
+    ],
+)
+def test_a_stopped_training_ends_the_script_with_a_status_and_no_report(
+    stopped: KeyboardInterrupt, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(config: Any, *, run_dir: Path | None, resume: bool, device: str) -> None:
-        raise KeyboardInterrupt
+        raise stopped
 
+    reported: list[Any] = []
+    monkeypatch.setattr("minirl.scripts.train.report", lambda *arguments: reported.append(arguments))
     with pytest.raises(SystemExit) as stop:
-        run_training("ppo", PPOConfig, train, "", [])
-    assert stop.value.code == 130
+        run_training("ppo", PPOConfig, train, "", ["--run-dir", str(tmp_path / "run")])
+    assert (stop.value.code, reported) == (status, [])
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_resumes(tmp_path: Path) -> None:
     """The real script in a process of its own: a default run directory, status 0, and 2 for a mistake."""
 

@@ -53,6 +53,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(None, 141), (signal.SIGINT, 130)])
 def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
     number: signal.Signals | None, status: int, tmp_path: Path
@@ -71,6 +72,7 @@ def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
     assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streams", "status"), [("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2)])
 def test_streams_that_are_closed_or_full_end_in_no_traceback(streams: str, status: int, tmp_path: Path) -> None:
     for command in ("train_q.py --num-episodes 100 --run-dir", "-m minirl.evaluate"):
@@ -84,6 +86,7 @@ def test_streams_that_are_closed_or_full_end_in_no_traceback(streams: str, statu
             assert error.startswith("error: standard output must take the result, and can't be written: ")
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     script = [sys.executable, "train_dqn.py", "--device", "cpu"]
     settings = [*DQN.split(), "--eval-frequency", "none"]
@@ -102,6 +105,7 @@ def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     assert not list(run_dir.glob(".*")), "what a killed write left is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "file"), [(25_000, ""), (10_000, "checkpoint.pt ")])
 def test_a_full_disk_ends_a_run_in_one_line(limit: int, file: str, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; the events of this run take 32 kB, a checkpoint 20."""

@@ -227,6 +227,7 @@ def clone(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
     """FrozenLake and Taxi take longer; their recipes are trained with in tests/test_q_learning.py."""
     clone(tmp_path)
@@ -299,6 +300,7 @@ def patched(source: str, diff: str) -> str:
     return source.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
 
 
+@pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
     text = section(README, "Change it")
     diffs, (test,) = blocks(text, "diff"), blocks(text, "python")

@@ -427,6 +427,7 @@ def test_two_updates_on_the_real_pong(tmp_path: Path, device: str) -> None:
     assert all(math.isfinite(value) for _, value in read_scalars(tmp_path / "run")["losses/td_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("total_timesteps", "compiled"), [(25_000, False), (40_000, True)])
 def test_learns_cartpole(tmp_path: Path, total_timesteps: int, compiled: bool) -> None:
     config = DQNConfig(seed=1, total_timesteps=total_timesteps, checkpoint_frequency=1_000_000, compile=compiled)

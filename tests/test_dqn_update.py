@@ -83,7 +83,7 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), (0.25, True)])
+@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), pytest.param(0.25, True, marks=pytest.mark.slow)])
 def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool, device: str) -> None:
     eager, fast = (
         cartpole_learner(device, max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
@@ -104,7 +104,7 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | 
         torch.testing.assert_close(old, new)
 
 
-@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("enabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_an_update_returns_stays_what_it_was(enabled: bool) -> None:
     """`train` keeps the numbers of many updates and takes their mean: each must have memory of its own."""
     learner = cartpole_learner(compile=enabled)
@@ -115,6 +115,7 @@ def test_what_an_update_returns_stays_what_it_was(enabled: bool) -> None:
     assert len({numbers[0] for numbers in at_once}) == 6
 
 
+@pytest.mark.slow
 def test_every_network_of_a_process_is_compiled() -> None:
     """Each has a function of its own: PyTorch would take the first one's for all, or give up after a few of them."""
     with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=1):

@@ -20,7 +20,14 @@ from tests.test_resume import ROOT, assert_same
 
 EDITS = sorted(path.parent for path in ROOT.glob("edits/*/*.patch"))
 PATIENCE = 3_600  # seconds; each line of flags.args is compiled three times
-NAMES = ("plain", "alone", "killed")  # run directories
+# Runs command lines in turn: to load PyTorch takes longer than most of them.
+IN_TURN = """
+import runpy, sys
+
+for line in sys.argv[1:]:
+    sys.argv = line.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 edits = pytest.mark.parametrize("edit", EDITS, ids=[path.name for path in EDITS])
 
 
@@ -72,25 +79,40 @@ def kill_after(copy: Path, command: list[str], run_dir: Path, algorithm: str, st
     )
 
 
-def train_kill_resume_evaluate(copy: Path, prefix: str, script: str, *flags: str) -> None:
-    algorithm, plain, alone, killed = script[len("train_") : -len(".py")], *(prefix + name for name in NAMES)
-    train = [sys.executable, "-W", "error:compilation", script]  # one that fails is an error here
-    start = [*train, *flags, "--device", "cpu", "--final-games", "0"]
-    run(copy, *start, "--no-compile", "--run-dir", plain)
-    run(copy, *start, "--compile", "--run-dir", alone)
+def train_kill_resume_evaluate(copy: Path, lines: list[str]) -> None:
+    """Do that with each line of `flags.args`: the trainings that are left alone in one process, and what follows."""
+    commands = [f"{line} --device cpu --final-games 0" for line in lines]
+    algorithms = [line.split(" ")[0][len("train_") : -len(".py")] for line in lines]
+    python = [sys.executable, "-W", "error:compilation"]  # one that fails is an error here
+    alone = [
+        f"{command} {choice} --run-dir {number}-{name}"
+        for number, command in enumerate(commands)
+        for choice, name in (("--no-compile", "plain"), ("--compile", "alone"))
+    ]
+    run(copy, *python, "-c", IN_TURN, *alone)
 
-    last_step = step_of(copy / alone, algorithm)
-    kill_after(copy, [*start, "--compile", "--run-dir", killed], copy / killed, algorithm, last_step // 4)
-    assert step_of(copy / killed, algorithm) < last_step, "it was killed too late: it needs more --total-timesteps"
-    run(copy, *train, "--resume", killed, "--device", "cpu", "--final-games", "0")
-    assert_same(load_checkpoint(copy / alone, algorithm), load_checkpoint(copy / killed, algorithm))
+    for number, (command, algorithm) in enumerate(zip(commands, algorithms, strict=True)):
+        last_step, killed = step_of(copy / f"{number}-alone", algorithm), copy / f"{number}-killed"
+        start = [*python, *command.split(), "--compile", "--run-dir", killed.name]
+        kill_after(copy, start, killed, algorithm, last_step // 4)
+        assert step_of(killed, algorithm) < last_step, "it was killed too late: it needs more --total-timesteps"
 
-    evaluate = ["-m", "minirl.evaluate", killed, "--episodes", "2", "--json", "--device", "cpu"]
-    returns = json.loads(run(copy, sys.executable, *evaluate))["returns"]
-    assert len(returns) == 2, f"two games have two returns, not {returns}"
-    assert all(math.isfinite(number) for number in returns), f"returns are finite, not {returns}"
+    afterwards = []
+    for number, line in enumerate(lines):
+        afterwards.append(f"{line.split()[0]} --resume {number}-killed --device cpu --final-games 0")
+        afterwards.append(f"minirl/evaluate/__main__.py {number}-killed --episodes 2 --json --device cpu")
+    said = run(copy, *python, "-c", IN_TURN, *afterwards).splitlines()
+    for number, algorithm in enumerate(algorithms):
+        one, other = (load_checkpoint(copy / f"{number}-{name}", algorithm) for name in ("alone", "killed"))
+        assert_same(one, other)
+    assert len(said) == len(lines), said
+    for result in said:
+        returns = json.loads(result)["returns"]
+        assert len(returns) == 2, f"two games have two returns, not {returns}"
+        assert all(math.isfinite(number) for number in returns), f"returns are finite, not {returns}"
 
 
+@pytest.mark.slow
 @edits
 def test_an_edit_holds(edit: Path, tmp_path: Path) -> None:
     signal.alarm(PATIENCE)
@@ -108,8 +130,7 @@ def test_an_edit_holds(edit: Path, tmp_path: Path) -> None:
     (copy / "pytest.ini").write_text("[pytest]\n")  # the repository's own settings are none of its business
     run(copy, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_maths.py")
 
-    for number, line in enumerate((edit / "flags.args").read_text().splitlines()):
-        train_kill_resume_evaluate(copy, f"{number}-", *shlex.split(line))
+    train_kill_resume_evaluate(copy, (edit / "flags.args").read_text().splitlines())
 
 
 @edits

@@ -39,12 +39,11 @@ COMMANDS = {
 }
 
 TINY_PPO: dict[str, Any] = {"num_steps": 8, "minibatch_size": 8, "update_epochs": 1}
+TINY_DQN: dict[str, Any] = {"buffer_size": 100, "batch_size": 8, "train_frequency": 30}
+GAMES: dict[str, Any] = {"eval_episodes": 1, "confirm_episodes": 0}
 RUNS: dict[str, tuple[Any, Any]] = {
     "ppo": (ppo.train, ppo.PPOConfig(env_id="CartPole-v1", num_envs=4, total_timesteps=128, **TINY_PPO)),
-    "dqn": (
-        dqn.train,
-        dqn.DQNConfig(total_timesteps=300, buffer_size=100, batch_size=8, learning_starts=90, train_frequency=30),
-    ),
+    "dqn": (dqn.train, dqn.DQNConfig(total_timesteps=300, learning_starts=90, **TINY_DQN, **GAMES)),
     "q": (q_learning.train, q_learning.QLearningConfig(num_episodes=5)),
     "pong": (ppo.train, ppo.PPOConfig(num_envs=1, total_timesteps=8, **TINY_PPO)),
 }

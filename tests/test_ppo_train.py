@@ -234,6 +234,7 @@ def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:
         assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=num_workers), device="cpu")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "compiled"), [(3, False), (2, True)])
 def test_learns_cartpole(tmp_path: Path, seed: int, compiled: bool) -> None:
     started = time.monotonic()

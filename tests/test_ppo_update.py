@@ -195,6 +195,7 @@ def test_an_update_is_gradient_descent_on_the_loss_with_the_configs_weights() ->
         assert losses[f"losses/{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm_adv", [True, False])
 def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool, device: str) -> None:
@@ -221,6 +222,7 @@ def test_compiled_updates_are_the_eager_ones_to_rounding(norm_adv: bool, device:
     assert logged[2:] == [pytest.approx(losses, rel=1e-4, abs=1e-6) for losses in logged[:2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_compiled_policy_is_the_eager_one_to_rounding_and_follows_the_weights(device: str) -> None:
     torch.manual_seed(0)
@@ -259,7 +261,7 @@ def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("enabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(enabled: bool, device: str) -> None:
     config = PPOConfig(num_envs=2, num_steps=4, minibatch_size=8, update_epochs=1, norm_adv=False)
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)

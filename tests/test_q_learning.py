@@ -281,6 +281,7 @@ def success_within_the_limit(env: gym.Env[Any, Any], q_table: QTable) -> float:
     return float(values[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [42, 0, 1])
 def test_frozen_lake_reaches_the_best_policy_there_is(seed: int) -> None:
     env = gym.make("FrozenLake-v1")
@@ -291,7 +292,9 @@ def test_frozen_lake_reaches_the_best_policy_there_is(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [42, 0, 1])
-@pytest.mark.parametrize(("name", "least"), [("q-cliffwalking", -13.0), ("q-taxi", 7.5)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("q-cliffwalking", -13.0), pytest.param("q-taxi", 7.5, marks=pytest.mark.slow)]
+)
 def test_recipes(name: str, least: float, seed: int, tmp_path: Path) -> None:
     train(dataclasses.replace(recipe(name), seed=seed), run_dir=tmp_path / "run")
     result = evaluate(tmp_path / "run", episodes=200)
@@ -410,10 +413,9 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_left_alone(env_id: str, t
             signal.raise_signal(signal.SIGINT)
         return play_episode(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("minirl.q_learning.play_episode", interrupted)
         train(config, run_dir=tmp_path / "stopped")
-    assert stop.value.code == 130
     assert load_checkpoint(tmp_path / "stopped", "q_learning")["episode"] == 951
     time.sleep(1.1)  # TensorBoard names its files by the second
     resumed = train(config, run_dir=tmp_path / "stopped", resume=True)

@@ -57,7 +57,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=pytest.mark.slow if "compiled" in name else ()) for name, case in CASES.items()],
+)
 def test_all_numbers_are_what_the_formulas_give(case: Case, tmp_path: Path) -> None:
     report = check(case, tmp_path)
     assert report.worst

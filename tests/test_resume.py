@@ -20,6 +20,7 @@ from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
 from minirl.runs.run import Run
+from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,9 @@ PPO_CARTPOLE = ppo.PPOConfig(
     anneal_lr=True,
     checkpoint_frequency=128,
 )
-PPO_PONG = ppo.PPOConfig(num_envs=3, num_steps=16, minibatch_size=48, total_timesteps=480, checkpoint_frequency=48)
+PPO_PONG = ppo.PPOConfig(
+    num_envs=3, num_steps=16, minibatch_size=48, update_epochs=1, total_timesteps=480, checkpoint_frequency=48
+)
 DQN_CARTPOLE = dqn.DQNConfig(
     total_timesteps=1200,
     buffer_size=300,
@@ -58,16 +61,23 @@ DQN_PONG = dataclasses.replace(
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
 
-RUNS: list[tuple[str, Any, Any]] = [
+RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
     ("ppo", ppo.train, PPO_PONG),
     ("dqn", dqn.train, DQN_CARTPOLE),
     ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, num_envs=3, target_network_episodes=2, tau=1.0)),
     ("dqn", dqn.train, DQN_PONG),
-    ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, compile=True)),
-    ("ppo", ppo.train, dataclasses.replace(PPO_CARTPOLE, compile=True, anneal_clip=True)),
+    pytest.param("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, compile=True), marks=pytest.mark.slow),
+    pytest.param(
+        "ppo", ppo.train, dataclasses.replace(PPO_CARTPOLE, compile=True, anneal_clip=True), marks=pytest.mark.slow
+    ),
     # It acts compiled, too; halves of the same size, since each size is compiled.
-    ("ppo", ppo.train, dataclasses.replace(PPO_PONG, compile=True, num_envs=2, minibatch_size=32, total_timesteps=320)),
+    pytest.param(
+        "ppo",
+        ppo.train,
+        dataclasses.replace(PPO_PONG, compile=True, num_envs=2, minibatch_size=32, total_timesteps=320),
+        marks=pytest.mark.slow,
+    ),
     ("q_learning", q_learning.train, Q_GRID),
 ]
 
@@ -147,6 +157,7 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
     assert_same(often, never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -258,10 +269,9 @@ def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is() -> None:
         dqn.means(losses, 7)
 
 
-def test_a_script_that_diverges_says_so_in_one_line(tmp_path: Path) -> None:
+def test_a_script_that_diverges_says_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--env-id CartPole-v1 --num-steps 16 --minibatch-size 64 --total-timesteps 2048 --learning-rate 1e37"
-    command = [sys.executable, "train_ppo.py", *flags.split(), "--run-dir", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: training has diverged: ")
+    with pytest.raises(SystemExit) as stop:
+        run_training("ppo", ppo.PPOConfig, ppo.train, "", [*flags.split(), "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: training has diverged: ")

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +31,9 @@ from minirl.runs.checkpoints import (
 )
 from minirl.runs.directory import claim, default_run_dir
 from minirl.runs.progress import Progress
-from minirl.runs.run import Run, seed_everything
+from minirl.runs.run import Run, Stopped, seed_everything
 
+ROOT = Path(__file__).parents[1]
 CONFIG = PPOConfig(checkpoint_frequency=30)
 COMMON = {"algorithm": "ppo", "global_step": 0, "returns": [], "best_return": 0.0, "seconds": 0.0, "random_state": {}}
 
@@ -169,13 +171,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_stops(tmp_path: Path, number: signal.Signals) -> None:
     handlers = [signal.getsignal(n) for n in SIGNALS]
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+    with pytest.raises(KeyboardInterrupt) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         run.checkpoint(0, lambda: {"episodes": 0})
         signal.raise_signal(number)
         if number == signal.SIGHUP:
             signal.raise_signal(number)  # by the shell, and by the system
         run.checkpoint(1, lambda: {"episodes": 1})
-    assert stop.value.code == 128 + number
+    if number == signal.SIGINT:
+        assert stop.type is KeyboardInterrupt  # or Python would end somebody's script with status 1, not 130
+    else:
+        assert isinstance(stop.value, Stopped)
+        assert stop.value.number == number
     assert load_checkpoint(tmp_path / "run", "ppo")["episodes"] == 1
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
 
@@ -209,10 +215,10 @@ class Signalling(io.RawIOBase):
 def test_a_signal_in_the_middle_of_a_line_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Signalling()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(stream), line_buffering=True))
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
+    with pytest.raises(Stopped) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100) as run:
         run.log(100, {})  # the last line is always said
         run.checkpoint(100, dict)
-    assert stop.value.code == 143
+    assert stop.value.number == signal.SIGTERM
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 100
     assert b"100 of 100 steps" in stream.written, "the line itself came through"
 
@@ -222,7 +228,7 @@ def test_ctrl_c_after_nobody_listens_any_more_is_the_first_one(tmp_path: Path, m
     os.close(reader)
     with open(writer, "w", buffering=1) as broken:
         monkeypatch.setattr(sys, "stderr", broken)
-        with pytest.raises(SystemExit) as stop, contextlib.ExitStack() as stack:
+        with pytest.raises(KeyboardInterrupt) as stop, contextlib.ExitStack() as stack:
             with monkeypatch.context() as patch:  # while there still was somebody
                 patch.setattr(sys, "stderr", io.StringIO())
                 run = stack.enter_context(Run("ppo", CONFIG, tmp_path / "run", total=100))
@@ -231,7 +237,7 @@ def test_ctrl_c_after_nobody_listens_any_more_is_the_first_one(tmp_path: Path, m
             signal.raise_signal(signal.SIGINT)
             run.checkpoint(100, dict)
         print("to nowhere", file=broken, flush=True)
-    assert stop.value.code == 130
+    assert stop.type is KeyboardInterrupt
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 100
 
 
@@ -313,17 +319,51 @@ def test_events_are_on_the_disk_before_the_checkpoint(tmp_path: Path, monkeypatc
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, tmp_path / "run", total=100):
+    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, tmp_path / "run", total=100):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-    assert stop.value.code == 130
 
 
 def test_without_a_directory_a_signal_still_stops() -> None:
-    with pytest.raises(SystemExit) as stop, Run("ppo", CONFIG, None, total=100) as run:
+    with pytest.raises(KeyboardInterrupt), Run("ppo", CONFIG, None, total=100) as run:
         signal.raise_signal(signal.SIGINT)
         run.checkpoint(5, dict)
-    assert stop.value.code == 130
+
+
+TESTS = """
+import itertools, os, signal, sys
+import minirl.q_learning as q_learning
+
+def test_that_trains(tmp_path, monkeypatch):
+    count, play_episode = itertools.count(), q_learning.play_episode
+
+    def interrupted(*arguments):
+        if next(count) == 5:
+            os.kill(os.getpid(), getattr(signal, os.environ["SENT"]))
+        return play_episode(*arguments)
+
+    monkeypatch.setattr(q_learning, "play_episode", interrupted)
+    q_learning.train(q_learning.QLearningConfig(num_episodes=100), run_dir=tmp_path / "run")
+
+def test_the_next():
+    pass
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_a_signal_in_the_middle_of_a_training_test_stops_pytest(number: str, tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(TESTS)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--basetemp", "temporary", "test_mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SENT": number},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
+    assert "test_that_trains" in result.stdout
+    assert "test_the_next" not in result.stdout
+    assert load_checkpoint(tmp_path / "temporary/test_that_trains0/run", "q_learning")["episode"] == 6
 
 
 def test_the_mean_return_is_over_the_last_100_episodes(tmp_path: Path) -> None:

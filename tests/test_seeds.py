@@ -75,6 +75,7 @@ def test_what_are_no_seeds(text: str, message: str) -> None:
         read_seeds(text)
 
 
+@pytest.mark.slow
 def test_each_seed_has_a_run_as_if_it_were_alone(tmp_path: Path) -> None:
     lines = ["--num-episodes 300 --no-anneal-alpha --epsilon 0.2"] * 2
     lines[0] += " --seeds 0-1,5 --run-dir all"
@@ -108,6 +109,7 @@ def test_each_seed_has_a_run_as_if_it_were_alone(tmp_path: Path) -> None:
         assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text) is None, "no control characters but line ends"
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "all" / "seed1").mkdir(parents=True)
     (tmp_path / "all" / "seed1" / ".config.json.tmp").mkdir()  # so that its settings can't be written
@@ -119,6 +121,7 @@ def test_a_seed_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert error.splitlines()[-1] == "error: 1 of 3 seeds failed: 1"
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     settings = "--env-id CartPole-v1 --num-steps 16 --minibatch-size 128 --no-compile"
     tmp_path = tmp_path / "of mine"
@@ -141,6 +144,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "all" / "seed0", "ppo")["global_step"] > 0, "saved when it was stopped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGKILL])
 def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.Signals | None, tmp_path: Path) -> None:
     """As when `tee` has ended, by the same Ctrl-C or by itself, or when it is this process that is killed."""

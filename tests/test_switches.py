@@ -58,7 +58,13 @@ def test_every_switch_is_tried() -> None:
     assert sorted([*named, "events"]) == sorted(SWITCHES)  # that one's file is read in test_events.py
 
 
-@pytest.mark.parametrize(("trick", "work"), SAME + TO_ROUNDING)
+@pytest.mark.parametrize(
+    ("trick", "work"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if "compiled" in pair[1] else ())  # each compiles anew
+        for pair in SAME + TO_ROUNDING
+    ],
+)
 def test_without_it_a_training_ends_in_the_same_weights(trick: str, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = as_it_is(work)
     switch_off(trick, monkeypatch)

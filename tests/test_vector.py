@@ -301,6 +301,7 @@ def assert_no_process_left(session: int) -> None:
     assert pids_of_session(session) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_group", "status"),
     [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGTERM, False, 143)],

@@ -277,9 +277,8 @@ def test_ctrl_c_cuts_a_recording_short_and_saves(tmp_path: Path, monkeypatch: py
         return draw(env, flag)
 
     monkeypatch.setattr(video, "draw", interrupted)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(KeyboardInterrupt):
         ppo.train(PPO, run_dir=tmp_path / "run", device="cpu")
-    assert stop.value.code == 130
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 512
     assert len(read_gif(tmp_path / "run" / "videos" / "step-000000512.gif")[0]) == 5
     ppo.train(PPO, run_dir=tmp_path / "run", resume=True, device="cpu")

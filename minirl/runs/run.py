@@ -67,11 +67,27 @@ def is_hangup(number: int) -> bool:
     return sys.platform != "win32" and number == signal.SIGHUP
 
 
+class Stopped(KeyboardInterrupt):
+    """Another signal than Ctrl-C's has stopped a training, which has saved; `number` is the signal's.
+
+    A KeyboardInterrupt, so that whatever ends at Ctrl-C ends here, too; pytest takes SystemExit for a failed test.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
+def stop_by(number: int) -> KeyboardInterrupt:
+    """Return what stops a training at this signal: at Ctrl-C, what Python itself raises."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+
+
 class Run:
     """One training run: logs it, shows its progress, saves it, and stops it when asked to.
 
     Use it as a context manager. Ctrl-C, SIGTERM or SIGHUP is kept until the algorithm next calls `checkpoint`, which
-    saves and then raises SystemExit with status 130, 143 or 129; a second one stops at once. The same, with status 141,
+    saves and then raises KeyboardInterrupt, `Stopped` unless it was Ctrl-C; a second one stops at once. `Stopped`, too,
     when standard error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
 
     Args:
@@ -165,7 +181,7 @@ class Run:
         if self.stop_signal not in (None, BROKEN_PIPE):
             if is_hangup(number):
                 return
-            raise SystemExit(128 + number)
+            raise stop_by(number)
         self.stop_signal = number
         say("saving before it stops; once more stops at once")
 
@@ -229,14 +245,14 @@ class Run:
         After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with.
 
         Raises:
-            SystemExit: after saving, with status 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 141 (nobody listens).
+            KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
         """
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
         if self.stop_signal is not None and not finished:
-            raise SystemExit(128 + self.stop_signal)
+            raise stop_by(self.stop_signal)
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
         """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""

@@ -1,0 +1,108 @@
+"""Do the quick tests see it when the code is wrong? Changes a line at a time, and runs the tests that should turn red.
+
+    python benchmarks/mutations.py                     # all of mutations.txt
+    python benchmarks/mutations.py --only GAE          # those whose name has this in it
+    python benchmarks/mutations.py --only GAE --whole  # with all quick tests, not only those that should notice
+
+Each mutation is a line of the maths, the memory, the wrappers or the checkpoints as somebody might get it wrong, made
+in a copy of the repository. One that survives is a line that nothing holds: it needs a test.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from minirl.envs.vector import available_cores
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """A piece of code that stands once in its file, and what it becomes; `tests` are the files that should notice."""
+
+    name: str
+    file: str
+    tests: tuple[str, ...]
+    old: str
+    new: str
+
+    def changed(self, source: str) -> str:
+        """Return the source with the mutation in it.
+
+        Raises:
+            ValueError: if what it changes does not stand exactly once there.
+        """
+        if (count := source.count(self.old)) != 1:
+            raise ValueError(f"{self.name}: {self.file} must have this once, not {count} times:\n{self.old}")
+        return source.replace(self.old, self.new)
+
+
+def read_mutations(text: str) -> list[Mutation]:
+    """Read paragraphs: `== FILE TEST_FILE ...` is of those that follow; each has a name, then `- ` and `+ ` lines."""
+    mutations = []
+    file, tests = "", [""]
+    for paragraph in text.strip().split("\n\n"):
+        name, *lines = paragraph.splitlines()
+        if name.startswith("== "):
+            file, *tests = name.split()[1:]
+            continue
+        old, new = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
+        mutations.append(Mutation(name, file, tuple(tests), old, new))
+    return mutations
+
+
+MUTATIONS = read_mutations(Path(__file__).with_suffix(".txt").read_text())
+
+
+def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None) -> tuple[int, str]:
+    """Run quick tests in a copy, with a mutation or without; return pytest's status, and which test failed first.
+
+    Raises:
+        ValueError: if what the mutation changes does not stand exactly once in its file.
+    """
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for file in listed.splitlines():
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+        if mutation is not None:
+            path = copy / mutation.file
+            path.write_text(mutation.changed(path.read_text()))
+        # One thread each: several run side by side.
+        environment = {**os.environ, "PYTHONPATH": directory, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    said = result.stdout.splitlines() or result.stderr.splitlines()
+    return result.returncode, next((line for line in said if line.startswith(("FAILED", "ERROR"))), *said[-1:])
+
+
+def main() -> None:
+    """Run the tests without a mutation, then with each; say which turn them red. Status 1 where one does not."""
+    parser = argparse.ArgumentParser(description="Change one line at a time, and see whether the quick tests notice.")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name has this in it")
+    parser.add_argument("--whole", action="store_true", help="run all quick tests, not only those that should notice")
+    given = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if given.only in mutation.name]
+    named = {test for mutation in chosen for test in mutation.tests}
+    status, said = run_tests(() if given.whole else tuple(sorted(named)))
+    if status != 0:
+        raise SystemExit(f"error: the tests must pass without a mutation: {said}")
+    survived = 0
+    with ThreadPoolExecutor(available_cores()) as pool:
+        results = pool.map(lambda mutation: run_tests(() if given.whole else mutation.tests, mutation), chosen)
+        for mutation, (status, said) in zip(chosen, results, strict=True):
+            survived += status != 1  # a test that failed; other numbers are for tests that could not be run
+            print(f"{'red' if status == 1 else 'SURVIVED'}  {mutation.file}: {mutation.name}: {said}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations turn the quick tests red")
+    raise SystemExit(survived > 0)
+
+
+if __name__ == "__main__":
+    main()
