@@ -59,7 +59,7 @@ def main() -> None:
     for pair in range(1, arguments.pairs + 1):
         cores = (pair % 2, 1 - pair % 2) if arguments.side_by_side else (None, None)
         with ThreadPoolExecutor(2 if arguments.side_by_side else 1) as pool:
-            without, ours = pool.map(lambda side, core: sample(*side, core=core), (without_it, with_it), cores)
+            without, ours = pool.map(sample, *zip(without_it, with_it, strict=True), cores)
         ratios.append(ours.speed / without.speed)
         print(
             f"{name}, pair {pair}: {without.speed:,.0f} and {ours.speed:,.0f} steps a second: {ratios[-1]:.2f}",
