@@ -29,9 +29,13 @@ def dqn_numbers(config: Any, update: Update, trained: set[str], batch: Numbers, 
     next_q, buffers = reference.q_network(weights, batch["next_obs"], rounding, training=True)
     next_q_target, _ = reference.q_network(target, batch["next_obs"], rounding, training=False)
     q, buffers_after = reference.q_network(weights | buffers, batch["obs"], rounding, training=True)
-    terms = reference.dqn_terms(q, next_q.detach(), next_q_target, batch, config, rounding)
+    targets = reference.dqn_target(
+        batch["rewards"], batch["terminated"], next_q.detach(), next_q_target, config.gamma, rounding
+    ).detach()
+    loss = reference.td_loss(q, batch["actions"], targets, config.huber, rounding)
+    chosen = q[torch.arange(len(q)), batch["actions"].long()].detach()
+    terms = {"td_loss": loss.detach(), "q_values": rounding(chosen, len(q)).sum() / len(q)}
     max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    loss = terms.pop("loss")
     return terms | reference.adam_moments(loss, learned, update.before.moments, max_norm, rounding) | buffers_after
 
 

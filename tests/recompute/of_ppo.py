@@ -1,14 +1,12 @@
 """PPO, computed again."""
 
 import functools
-import math
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tests import reference
 from tests.recompute.record import Recording, Update
@@ -26,8 +24,21 @@ def ppo_numbers(
     weights = dict(update.before.networks[0])
     learned = {name: weights[name].clone().requires_grad_() for name in weights if name in trained}
     logits, values, buffers = reference.actor_critic(weights | learned, batch["observations"], rounding, training=True)
-    log_pi = rounding(logits - logits.logsumexp(1, keepdim=True))
-    terms = reference.ppo_terms(log_pi, values, batch, config, clip_coef, rounding)
+    log_pi = reference.log_softmax(logits, rounding)
+    terms = reference.ppo_terms(
+        log_pi[torch.arange(len(log_pi)), batch["actions"].long()],
+        batch["log_probs"],
+        reference.normalized(batch["advantages"], rounding) if config.norm_adv else batch["advantages"],
+        values,
+        batch["returns"],
+        reference.entropy(log_pi, rounding),
+        batch["values"],
+        rounding,
+        clip_coef=clip_coef,
+        vf_coef=config.vf_coef,
+        ent_coef=config.ent_coef,
+        value_clip_coef=config.value_clip_coef,
+    )
     loss = terms.pop("loss")
     return (
         terms | reference.adam_moments(loss, learned, update.before.moments, config.max_grad_norm, rounding) | buffers
@@ -49,7 +60,7 @@ def check_rollout(
     def said(rounding: Rounding) -> Numbers:
         before, after = (torch.from_numpy(raw[name]).flatten(0, 1).double() for name in ("obs", "next_obs"))
         logits, values, _ = reference.actor_critic(weights, before, rounding, training=False)
-        log_pi = rounding(logits - logits.logsumexp(1, keepdim=True))
+        log_pi = reference.log_softmax(logits, rounding)
         _, next_values, _ = reference.actor_critic(weights, after, rounding, training=False)
         rows = torch.arange(len(before))
         next_values = next_values.unflatten(0, shape).masked_fill(terminated, 0.0)  # nothing follows: not looked at
@@ -72,13 +83,6 @@ def check_rollout(
     reach = (2 * len(advantages) + 6) * SINGLE * sizes
     report.compare("rollout: advantages", found["advantages"], advantages, reach)
     report.compare("rollout: returns", found["returns"], advantages + found["values"], reach + 2 * SINGLE * sizes)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R); NaN where all returns are the same to rounding, 8 of their last bits."""
-    if float(returns.max() - returns.min()) <= 8 * 2 * SINGLE * float(returns.abs().max()):
-        return math.nan
-    return 1 - float((returns - values).var() / returns.var())
 
 
 def check_ppo(config: Any, recording: Recording, report: Report) -> None:
@@ -121,7 +125,7 @@ def check_ppo(config: Any, recording: Recording, report: Report) -> None:
         now = (number + 1) * config.num_envs * config.num_steps
         for tag in STATS:
             expected[f"losses/{tag}"].append((now, *mean_of(numbers[tag] for numbers in steps)))
-        explained = explained_variance(samples["values"], samples["returns"])
+        explained = reference.explained_variance(samples["values"], samples["returns"], SINGLE)
         expected["losses/explained_variance"].append((now, explained, 1e-9))
         expected["charts/learning_rate"].append((now, learning_rate, 0.0))
     report.same("gradient steps", position, len(recording.updates))
