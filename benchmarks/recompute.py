@@ -23,8 +23,8 @@ from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from tests import recorded  # noqa: E402 - the tests are no package that is installed
-from tests.recompute import Case, check  # noqa: E402
+from tests import recorded
+from tests.recompute import Case, check
 
 
 class Draw:
@@ -45,9 +45,9 @@ class Draw:
         """After how many calls of `Run.checkpoint` a run is killed each time, if at all."""
         return [self.number(1, max(1, calls)) for _ in range(self.one_of(0, 0, 1, 2))]
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self, *kinds: str) -> dict[str, Any]:
         """Settings that PPO and Double DQN have in common."""
-        env_id = self.one_of("frames", *(f"tests.recorded:{kind}-v0" for kind in ("Vectors", "Tiny", "Constant")))
+        env_id = self.one_of("frames", *(f"tests.recorded:{kind}-v0" for kind in kinds))
         num_envs = self.number(1, 4)
         return {
             "env_id": env_id,
@@ -58,14 +58,14 @@ class Draw:
             "learning_rate": self.one_of(1e-4, 1e-3, 1e-2),
             "anneal_lr": self.one_of(True, False),
             "checkpoint_frequency": self.number(10, 90),
-            "compile": self.rng.random() < 0.1,
+            "compile": bool(self.rng.random() < 0.1),
             "precision": self.one_of("float32", "float32", "float32", "bfloat16"),
         }
 
 
 def draw_ppo(draw: Draw) -> Case:
     """Some path of PPO."""
-    shared, num_steps = draw.shared(), draw.number(2, 16)
+    shared, num_steps = draw.shared("Vectors", "Tiny", "Constant"), draw.number(2, 16)
     batch_size = shared["num_envs"] * num_steps
     config = PPOConfig(
         **shared,
@@ -88,7 +88,7 @@ def draw_ppo(draw: Draw) -> Case:
 
 def draw_dqn(draw: Draw) -> Case:
     """Some path of Double DQN."""
-    shared = draw.shared()
+    shared = draw.shared("Vectors", "Tiny")  # not what is constant: each batch is traced back to its steps
     envs = shared["num_envs"]
     config = DQNConfig(
         **shared,
