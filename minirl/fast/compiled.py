@@ -55,7 +55,7 @@ class DigitsNear0(CustomGraphPass):
         for node in graph.find_nodes(op="call_function", target=aten.expm1.default):
             with graph.inserting_before(node):
                 x = torch.fx.Proxy(node.args[0])
-                t = aten.tanh.default(aten.mul.Tensor(aten.clamp.default(x, -1, 1), 0.5))
+                t = aten.tanh.default(aten.mul.Tensor(x, 0.5))
                 near = aten.div.Tensor(aten.mul.Tensor(t, 2), aten.add.Tensor(aten.neg.default(t), 1))
                 far = aten.sub.Tensor(aten.exp.default(x), 1)
                 result = aten.where.self(aten.le.Scalar(aten.abs.default(x), 1), near, far)
