@@ -27,10 +27,13 @@ DRAWS = 5
 class Rounding:
     """Leaves numbers as they are, or, with a seed, disturbs them as rounding would."""
 
-    def __init__(self, seed: int | None = None, products: float = SINGLE, unit: float = SINGLE) -> None:
+    def __init__(
+        self, seed: int | None = None, products: float = SINGLE, unit: float = SINGLE, smallest: float = 0.0
+    ) -> None:
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.products = products  # unit roundoff of what matrices and convolutions multiply
         self.unit = unit  # of all else
+        self.smallest = smallest  # number of the format: what is not far above it is rounded to a multiple of it
 
     def __call__(self, x: Tensor, terms: int = 1, unit: float | None = None) -> Tensor:
         """Disturb a result, of a sum of so many terms."""
@@ -40,7 +43,7 @@ class Rounding:
         noise = 2 * torch.rand(x.shape, generator=self.generator) - 1
         if x.ndim and bool((x == x[:1]).all()):  # equal numbers are rounded alike: their errors don't average out
             noise = noise[:1].expand(x.shape)
-        return x * (1 + unit * math.sqrt(terms) * noise)
+        return x * (1 + unit * math.sqrt(terms) * noise) + self.smallest * noise
 
     def product(self, x: Tensor, terms: int = 1) -> Tensor:
         """Disturb what is multiplied, or came out of it: rounded to the format of products, summed up in float32."""
