@@ -22,8 +22,8 @@ Numbers = dict[str, Tensor]
 SINGLE, BFLOAT16 = 2.0**-24, 2.0**-8  # unit roundoffs: half of the last of 24 bits, of 8 bits
 SPREADS = 10  # few draws, so that their root mean square may be half of what it should be; errors beyond 5 are unlikely
 DRAWS = 5
-# Numbers are disturbed by so many times what rounding does, and what comes of it is divided by that: what lies near an
-# edge (of a ReLU, a clip, the better of two actions), where rounding may put it on the other side, is there in some draws.
+# Numbers are disturbed by so many times what rounding does, and what comes of it is divided by that: what lies so near
+# an edge (of a ReLU, a clip, the better of two actions) that rounding may put it on the other side is there in some.
 WIDER = 4
 
 
