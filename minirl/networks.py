@@ -91,6 +91,10 @@ class Categorical(torch.distributions.Categorical):
         """The first of the likeliest actions, (...)."""
         return self.logits.argmax(dim=-1)
 
+    def entropy(self) -> Tensor:
+        """-sum p log p, (...); what can't happen adds nothing, and has no gradient but 0."""
+        return -(self.probs * self.logits.masked_fill(self.probs == 0, 0.0)).sum(dim=-1)
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw actions, (...)."""
         if sample_shape:

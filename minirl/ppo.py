@@ -279,7 +279,8 @@ def ppo_loss(
 def normalized(advantages: Tensor) -> Tensor:
     """Return (A - mean) / std, (B,); 0 where all are the same, which is why one of them is subtracted first."""
     shifted = advantages - advantages[0]
-    return (shifted - shifted.mean()) / (shifted.std() + 1e-8)
+    # In float16 1e-8 is 0.
+    return (shifted - shifted.mean()) / (shifted.std() + 1e-8).clamp(min=torch.finfo(shifted.dtype).tiny)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

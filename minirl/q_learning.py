@@ -106,6 +106,7 @@ def q_update(
     Returns:
         The TD error before the step, r + gamma max_a' Q(s', a') - Q(s, a).
     """
+    reward = float(reward)  # NumPy's float32 would stay one, and round the target
     target = reward if terminated else reward + gamma * max(q_table[next_state].tolist())
     value: float = q_table.item(state, action)
     td_error = target - value

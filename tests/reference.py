@@ -11,7 +11,6 @@ seen, which is why each path is run in float32, too.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,36 +22,45 @@ Numbers = dict[str, Tensor]
 SINGLE, BFLOAT16 = 2.0**-24, 2.0**-8  # unit roundoffs: half of the last of 24 bits, of 8 bits
 SPREADS = 10  # few draws, so that their root mean square may be half of what it should be; errors beyond 5 are unlikely
 DRAWS = 5
+# Numbers are disturbed by so many times what rounding does, and what comes of it is divided by that: what lies so near
+# an edge (of a ReLU, a clip, the better of two actions) that rounding may put it on the other side is there in some.
+WIDER = 4
 
 
 class Rounding:
     """Leaves numbers as they are, or, with a seed, disturbs them as rounding would."""
 
-    def __init__(self, seed: int | None = None, products: float = SINGLE) -> None:
+    def __init__(
+        self, seed: int | None = None, products: float = SINGLE, unit: float = SINGLE, smallest: float = 0.0
+    ) -> None:
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.products = products  # unit roundoff of what matrices and convolutions multiply
+        self.unit = unit  # of all else
+        self.smallest = smallest  # number of the format: what is not far above it is rounded to a multiple of it
 
-    def __call__(self, x: Tensor, terms: int = 1, unit: float = SINGLE) -> Tensor:
+    def __call__(self, x: Tensor, terms: int = 1, unit: float | None = None) -> Tensor:
         """Disturb a result, of a sum of so many terms."""
         if self.generator is None:
             return x
+        unit = self.unit if unit is None else unit
         noise = 2 * torch.rand(x.shape, generator=self.generator) - 1
         if x.ndim and bool((x == x[:1]).all()):  # equal numbers are rounded alike: their errors don't average out
             noise = noise[:1].expand(x.shape)
-        return x * (1 + unit * math.sqrt(terms) * noise)
+        return x * (1 + unit * math.sqrt(terms) * noise) + self.smallest * noise
 
     def product(self, x: Tensor, terms: int = 1) -> Tensor:
         """Disturb what is multiplied, or came out of it: rounded to the format of products, summed up in float32."""
-        return self(x, unit=max(self.products, SINGLE * math.sqrt(terms)))
+        return self(x, unit=max(self.products, self.unit * math.sqrt(terms)))
 
 
 def with_bounds(compute: Callable[[Rounding], Numbers], products: float) -> dict[str, tuple[Tensor, float]]:
     """Return each of the numbers that `compute` returns, and how far (in the 2-norm) a computed one may be from it."""
     exact = compute(Rounding())
-    drawn = [compute(Rounding(seed, products)) for seed in range(DRAWS)]
+    draws = DRAWS if products == SINGLE else 2 * DRAWS  # more lies near an edge
+    drawn = [compute(Rounding(seed, WIDER * products, WIDER * SINGLE)) for seed in range(draws)]
     bounds = {}
     for name, value in exact.items():
-        squares = sum(float((other[name] - value).norm()) ** 2 for other in drawn) / DRAWS
+        squares = sum(float((other[name] - value).norm()) ** 2 for other in drawn) / draws / WIDER**2
         # Each number is stored as a float32 in the end.
         bounds[name] = (value, SPREADS * math.sqrt(squares) + 2 * SINGLE * float(value.norm()))
     return bounds
@@ -178,54 +186,108 @@ def gae(
 
 
 def normalized(advantages: Tensor, r: Rounding) -> Tensor:
-    """To mean 0 and (unbiased) standard deviation 1."""
-    if bool((advantages == advantages[0]).all()):
-        return torch.zeros_like(advantages)
+    """To mean 0 and (unbiased) standard deviation 1. The mean of what is left of one of them is rounded, too."""
     count = len(advantages)
-    shifted = r(advantages - advantages.sum() / count, count)
-    return r(shifted / ((shifted.square().sum() / (count - 1)).sqrt() + 1e-8))
+    shifted = r(advantages - advantages[0])
+    if not shifted.any():
+        return shifted
+    centred = r(shifted - r(shifted.sum() / count, count))
+    return r(centred / ((centred.square().sum() / (count - 1)).sqrt() + 1e-8))
 
 
-def ppo_terms(log_pi: Tensor, values: Tensor, batch: Numbers, config: Any, clip_coef: float, r: Rounding) -> Numbers:
-    """The loss of PPO and what is logged of it, of log-probabilities (B, A), values (B,) and columns (B,)."""
+def explained_variance(values: Tensor, returns: Tensor, unit: float) -> float:
+    """1 - Var(R - V) / Var(R); NaN where all returns are the same to rounding, 8 of their last bits."""
+    if float(returns.max() - returns.min()) <= 8 * 2 * unit * float(returns.abs().max()):
+        return math.nan
+    return 1 - float((returns - values).var() / returns.var())
+
+
+def log_softmax(logits: Tensor, r: Rounding) -> Tensor:
+    """log pi (..., A). The compiler's e^x and log are good to one of the last bit: twice the rounding of one number."""
+    shifted = r(logits - logits.max(-1, keepdim=True).values)
+    return r(shifted - r(r(r(shifted.exp(), 4).sum(-1, keepdim=True), logits.shape[-1]).log(), 4))
+
+
+def entropy(log_pi: Tensor, r: Rounding) -> Tensor:
+    """-sum p log p, (...,) of log-probabilities (..., A); what can't happen adds nothing."""
+    possible = log_pi.masked_fill(log_pi.isinf(), 0.0)
+    return -r(r(log_pi.exp(), 4) * possible, log_pi.shape[-1]).sum(-1)
+
+
+def surrogate_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    clip_coef: float,
+    r: Rounding,
+    most: float = math.inf,
+) -> Tensor:
+    """-mean(min(r A, clip(r) A)); ratios are at most e^`most`, so that they are numbers of some format."""
+    ratio = r(r(log_prob - old_log_prob).clip(max=most).exp(), 4)
+    clipped = ratio.clip(1 - clip_coef, 1 + clip_coef)
+    return -r(torch.minimum(r(ratio * advantages), r(clipped * advantages)), len(ratio)).sum() / len(ratio)
+
+
+def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, clip_coef: float | None, r: Rounding) -> Tensor:
+    """The mean square, or the mean of the larger of two."""
+    errors = r(r(values - returns).square())
+    if clip_coef is not None:
+        moved = r(values - old_values).clip(-clip_coef, clip_coef)
+        errors = torch.maximum(errors, r(r(r(old_values + moved) - returns).square()))
+    return r(errors, len(values)).sum() / len(values)
+
+
+def ppo_terms(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    entropies: Tensor,
+    old_values: Tensor,
+    r: Rounding,
+    *,
+    clip_coef: float,
+    vf_coef: float,
+    ent_coef: float,
+    value_clip_coef: float | None,
+) -> Numbers:
+    """The loss of PPO and what is logged of it, of columns (B,).
+
+    r - 1 - log r of nearly equal policies is the square of a difference that is all rounding, and e^x - 1 is good to
+    some 8 units where it is computed by way of tanh (`minirl.fast.compiled.DigitsNear0`).
+    """
     count = len(values)
-    log_prob = log_pi[torch.arange(count), batch["actions"].long()]
-    advantages = normalized(batch["advantages"], r) if config.norm_adv else batch["advantages"]
-    log_ratio = log_prob - batch["log_probs"]
-    ratio = r(log_ratio.exp())
-    low, high = 1 - clip_coef, 1 + clip_coef
-    policy_loss = -r(torch.minimum(ratio * advantages, ratio.clip(low, high) * advantages), count).sum() / count
-    errors = (values - batch["returns"]).square()
-    if config.value_clip_coef is not None:
-        moved = (values - batch["values"]).clip(-config.value_clip_coef, config.value_clip_coef)
-        errors = torch.maximum(errors, (batch["values"] + moved - batch["returns"]).square())
-    value_loss = r(errors, count).sum() / count
-    entropy = -r(log_pi.exp() * log_pi, count).sum() / count
+    policy_term = surrogate_loss(log_prob, old_log_prob, advantages, clip_coef, r)
+    value_term = value_loss(values, returns, old_values, value_clip_coef, r)
+    entropy_term = r(entropies, count).sum() / count
+    log_ratio = r(log_prob - old_log_prob)
+    ratio = r(log_ratio.exp(), 4)
+    kl = r(r(log_ratio.expm1(), 64) - log_ratio, count).sum() / count
     return {
-        "loss": policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy,
-        "policy_loss": policy_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.detach(),
-        "approx_kl": ((r(log_ratio.expm1(), count) - log_ratio).sum() / count).detach(),
-        "clipfrac": ((ratio < low) | (ratio > high)).double().mean(),
+        "loss": policy_term + vf_coef * value_term - ent_coef * entropy_term,
+        "policy_loss": policy_term.detach(),
+        "value_loss": value_term.detach(),
+        "entropy": entropy_term.detach(),
+        "approx_kl": kl.detach(),
+        "clipfrac": ((ratio < 1 - clip_coef) | (ratio > 1 + clip_coef)).double().mean(),
     }
 
 
-def dqn_terms(q: Tensor, next_q: Tensor, next_q_target: Tensor, batch: Numbers, config: Any, r: Rounding) -> Numbers:
-    """The loss of Double DQN and what is logged of it; networks' outputs are (B, A), columns of `batch` (B,)."""
-    rows, count = torch.arange(len(q)), len(q)
-    judged = next_q_target[rows, next_q.max(1).indices]
-    targets = r(batch["rewards"] + config.gamma * (1 - batch["terminated"].double()) * judged).detach()
-    chosen = q[rows, batch["actions"].long()]
-    distance = (chosen - targets).abs()
-    errors = distance.square()
-    if config.huber:
-        errors = torch.where(distance < 1, errors / 2, distance - 0.5)
-    return {
-        "loss": r(errors, count).sum() / count,
-        "td_loss": r(errors.detach(), count).sum() / count,
-        "q_values": r(chosen.detach(), count).sum() / count,
-    }
+def dqn_target(
+    rewards: Tensor, terminated: Tensor, next_q: Tensor, next_q_target: Tensor, gamma: float, r: Rounding
+) -> Tensor:
+    """r + gamma Q_target(s', the first of the best by Q), (B,)."""
+    best = [row.index(max(row)) for row in next_q.tolist()]
+    judged = next_q_target[torch.arange(len(best)), best].masked_fill(terminated.bool(), 0.0)
+    return r(rewards + r(gamma * judged))
+
+
+def td_loss(q: Tensor, actions: Tensor, targets: Tensor, huber: bool, r: Rounding) -> Tensor:
+    """The mean of the squared, or smooth-L1, difference of Q(s, a) (B, A) at the actions and targets (B,)."""
+    distance = r(q[torch.arange(len(q)), actions.long()] - targets).abs()
+    errors = torch.where(distance < 1, distance.square() / 2, distance - 0.5) if huber else distance.square()
+    return r(r(errors), len(q)).sum() / len(q)
 
 
 # Adam (Kingma and Ba 2015)

@@ -188,10 +188,11 @@ def test_what_a_call_returns_stays_what_it_was() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-5, 1e-7])
-def test_tanh_near_0_keeps_its_digits(size: float) -> None:
-    """By way of exp, as the compiler offers it, the gradient of a following layer would be 2 % off, or 200 %."""
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ELU])
+def test_what_is_near_0_keeps_its_digits(activation: type[nn.Module], size: float) -> None:
+    """The compiler offers tanh by way of exp, and ELU as e^x - 1: the head's gradient would be 2 % off, or 200 %."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 1))
+    network = nn.Sequential(nn.Linear(4, 8, bias=False), activation(), nn.Linear(8, 1))
     obs = size * torch.randn(16, 4)
 
     def step(network: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor) -> Tensor:
@@ -202,11 +203,21 @@ def test_tanh_near_0_keeps_its_digits(size: float) -> None:
 
     plain = copy.deepcopy(network).double()
     plain(obs.double()).mean().backward()
-    compiled(step, network, torch.optim.SGD(network.parameters(), lr=0.1))(obs)
+    fast: Any = compiled(step, network, torch.optim.SGD(network.parameters(), lr=0.1))
+    fast(obs)
+    assert fast.enabled, "it fell back"
     for mine, other in zip(network.parameters(), plain.parameters(), strict=True):
         assert mine.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=0)
+
+
+def test_a_power_less_1_is_exact_everywhere() -> None:
+    x = torch.cat([torch.logspace(-30, 2, 200), torch.tensor([0.0, torch.inf])])
+    x = torch.cat([x, -x, torch.tensor([torch.nan])])
+    power: Any = compiled(torch.expm1)
+    torch.testing.assert_close(power(x), x.double().expm1().float(), rtol=1e-6, atol=0, equal_nan=True)
+    assert power.enabled, "it fell back"
 
 
 @pytest.mark.parametrize("at", ["once", "the first call"])

@@ -135,31 +135,6 @@ def test_ppo_loss_gradients_by_hand_and_none_through_what_is_fixed() -> None:
     assert not any(tensor.requires_grad for tensor in stats.values())
 
 
-def test_ppo_loss_differentiates_in_float64_as_finite_differences_say() -> None:
-    generator = torch.Generator().manual_seed(0)
-    log_prob, values, entropy, old_log_prob, advantages, returns, old_values = torch.randn(
-        7, 6, dtype=torch.float64, generator=generator
-    )
-
-    def loss(log_prob: Tensor, values: Tensor, entropy: Tensor) -> Tensor:
-        return ppo_loss(
-            log_prob,
-            old_log_prob,
-            advantages,
-            values,
-            returns,
-            entropy,
-            clip_coef=0.2,
-            vf_coef=0.5,
-            ent_coef=0.01,
-            old_values=old_values,
-            value_clip_coef=0.3,
-        )[0]
-
-    inputs = [tensor.requires_grad_() for tensor in (log_prob, values, entropy)]
-    assert torch.autograd.gradcheck(loss, inputs)
-
-
 @pytest.mark.parametrize("name", list(BATCH))
 def test_ppo_loss_refuses_a_shape_that_would_broadcast(name: str) -> None:
     batch = {**BATCH, name: BATCH[name][:, None]}

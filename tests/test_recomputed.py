@@ -40,19 +40,27 @@ DQN: dict[str, Any] = {
     "num_workers": 1,
 }
 FRAMES = {"env_id": "frames"}
+COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
 CASES = {
     "ppo": Case(ppo, PPOConfig(**PPO, anneal_lr=True, anneal_clip=True, value_clip_coef=0.2)),
     "ppo, two workers": Case(ppo, PPOConfig(**PPO | {"num_workers": 2})),
     "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
+    "ppo, one reward": Case(ppo, PPOConfig(**PPO | {"env_id": "tests.recorded:Constant-v0"})),
+    # Of minibatches of 16 the compiler computes e^x - 1 one by one, which keeps its digits; of 64 it does not.
+    "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | {"num_steps": 32, "minibatch_size": 64})),
     "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
+    "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"update_epochs": 1})),
+    "ppo, bfloat16, compiled": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | COMPILED | {"update_epochs": 1})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
     "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, max_grad_norm=1.0, huber=True), kills=[130]),
     "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
-    "dqn, compiled": Case(dqn, DQNConfig(**DQN | {"compile": True}, tau=0.5), kills=[90]),
+    "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5), kills=[90]),
+    "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
     "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES), own=recorded.OwnQNetwork),
+    "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
     "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
 }
 

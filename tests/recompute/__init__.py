@@ -1,0 +1,24 @@
+"""Trains, records what went into each update and what came out, and computes all of it again (`tests.reference`).
+
+Every column of the rollouts or of the batches, every loss, moment, weight and buffer, and every TensorBoard tag but
+the clock's (`charts/SPS`, `charts/minutes`) is compared.
+"""
+
+from pathlib import Path
+
+from minirl import dqn, ppo, q_learning
+from tests.recompute.of_dqn import check_dqn
+from tests.recompute.of_ppo import check_ppo
+from tests.recompute.of_q_learning import check_q_learning
+from tests.recompute.record import Case as Case
+from tests.recompute.record import record
+from tests.recompute.report import Report
+
+
+def check(case: Case, folder: Path) -> Report:
+    """Train, and compute all of it again."""
+    report = Report()
+    recording = record(case, folder)
+    checks = {ppo: check_ppo, dqn: check_dqn, q_learning: check_q_learning}
+    checks[case.module](case.config, recording, report)
+    return report
