@@ -34,13 +34,38 @@ State = dict[str, Any]
 def save_checkpoint(path: Path, state: State) -> None:
     """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
 
+    What is written is read back before it takes the old one's place: what can't be read can't be gone on from.
+
     Raises:
+        ConfigError: naming what can't be read back: the old file is kept.
         OSError: if the disk is full, say.
     """
-    content = io.BytesIO()  # written by Python, whose errors say what is the matter with a disk
-    torch.save(_with_tensors(state), content)
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        try:
+            temporary.write_bytes(_saved(state))
+            torch.load(temporary, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            bad = " and ".join(name for name, value in state.items() if not _readable(value))
+            what = f"must hold tensors and plain data, and {bad} is something else" if bad else "can't be read back"
+            raise ConfigError(f"{path} {what}; the file before is kept") from error
+
+
+def _saved(state: State) -> memoryview:
+    """Return what a file of `state` holds. Python writes it, whose errors say what is the matter with a disk."""
+    content = io.BytesIO()
+    torch.save(_with_tensors(state), content)
+    return content.getbuffer()
+
+
+def _readable(value: Any) -> bool:
+    """Whether a value can be read back from a checkpoint."""
+    try:
+        torch.load(io.BytesIO(_saved({"value": value})), weights_only=True)
+    except Exception:  # torch raises a dozen kinds
+        return False
+    return True
 
 
 def _with_tensors(value: Any) -> Any:
