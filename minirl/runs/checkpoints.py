@@ -5,7 +5,6 @@ import io
 import math
 import os
 import pickle
-import random
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from minirl.checks import ConfigError
-from minirl.envs.state import decode, encode
+from minirl.envs.state import capture_generators, restore_generators
 
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
@@ -74,8 +73,8 @@ def _with_tensors(value: Any) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
         return {key: _with_tensors(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(_with_tensors(item) for item in value)
     return value
 
 
@@ -257,8 +256,7 @@ def random_state() -> State:
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": encode(np.random.get_state(legacy=False)),  # noqa: NPY002 - see seed_everything
-        "python": encode(random.getstate()),
+        **capture_generators(),
     }
 
 
@@ -271,7 +269,16 @@ def set_random_state(saved: State) -> None:
     with reading(saved):
         state = saved["random_state"]
         torch.set_rng_state(state["cpu"])
-        np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
-        random.setstate(decode(state["python"]))
+        restore_generators(state)
         for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(cuda, device)
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
+    before = {"random_state": random_state()}
+    try:
+        yield
+    finally:
+        set_random_state(before)
