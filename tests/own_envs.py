@@ -105,20 +105,6 @@ class Counts(Walk):
         return (0.37 * self.episodes + 0.21 * self.count) % 1
 
 
-class Holds(gym.Env[Any, Any]):
-    """Plays another environment, which it holds as wrappers do, and is none."""
-
-    def __init__(self, table: bool = False) -> None:
-        self.env = OwnGenerator(table)
-        self.action_space, self.observation_space = self.env.action_space, self.env.observation_space
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        return self.env.reset(seed=seed)
-
-    def step(self, action: int) -> Step:
-        return self.env.step(action)
-
-
 class Names(Walk):
     """Keeps its luck under names that Gymnasium has for other things."""
 
@@ -181,6 +167,20 @@ class Samples(Walk):
 
     def noise(self) -> float:
         return 0.5 * float(self.action_space.sample())
+
+
+class Holds(gym.Env[Any, Any]):
+    """Plays another environment, which it holds as wrappers do, and is none."""
+
+    def __init__(self, table: bool = False) -> None:
+        self.env = Samples(table)
+        self.action_space, self.observation_space = self.env.action_space, self.env.observation_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.env.reset(seed=seed)
+
+    def step(self, action: int) -> Step:
+        return self.env.step(action)
 
 
 class Closure(Walk):

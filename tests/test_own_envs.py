@@ -100,7 +100,7 @@ def test_a_resumed_run_is_the_run_left_alone(
         warnings.filterwarnings("error", ".*new episodes")
         train(config, run_dir=tmp_path / "alone", device="cpu")
         train_with_kills(train, config, tmp_path / "killed", [3], monkeypatch)
-    assert_same(*(load_checkpoint(tmp_path / run, algorithm) for run in ("alone", "killed")))
+    assert_same(load_checkpoint(tmp_path / "alone", algorithm), load_checkpoint(tmp_path / "killed", algorithm))
 
 
 @pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
@@ -151,7 +151,7 @@ def test_trying_it_out_changes_nothing(name: str, tmp_path: Path, monkeypatch: p
     train(config, run_dir=tmp_path / "tried", device="cpu")
     monkeypatch.setattr("minirl.runs.resume.how_a_copy_differs", lambda make_env: "")
     train(config, run_dir=tmp_path / "trusted", device="cpu")
-    assert_same(*(load_checkpoint(tmp_path / run, "ppo") for run in ("tried", "trusted")))
+    assert_same(load_checkpoint(tmp_path / "tried", "ppo"), load_checkpoint(tmp_path / "trusted", "ppo"))
 
 
 @pytest.mark.parametrize(("seconds", "found"), [(0.02, True), (0.3, False)])

@@ -84,17 +84,18 @@ def layers_of(env: Layer) -> Iterator[Layer]:
 
 
 def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Reset an environment with a seed; seed its spaces, too, from which it may sample.
+    """Reset an environment with a seed; seed the spaces of all its layers, too, from which they may sample.
 
     A space that is its class's, one for all environments, becomes its own.
     """
-    core = env.unwrapped
     # Not the seed itself: environment and spaces would draw the same numbers.
     seeds = np.random.SeedSequence(seed, spawn_key=(SPACES,)).generate_state(2).tolist()
-    for name, space_seed in zip(("action_space", "observation_space"), seeds, strict=True):
-        if isinstance(getattr(type(core), name, None), gym.spaces.Space):
-            vars(core).setdefault(name, copy.deepcopy(getattr(core, name)))
-        for layer in layers_of(env):
+    layers = [env]
+    for layer in layers:
+        layers += [part for part in vars(layer).values() if isinstance(part, gym.Env) and part not in layers]
+        for name, space_seed in zip(("action_space", "observation_space"), seeds, strict=True):
+            if isinstance(getattr(type(layer), name, None), gym.spaces.Space):
+                vars(layer).setdefault(name, copy.deepcopy(getattr(layer, name)))
             if isinstance(space := getattr(layer, name, None), gym.spaces.Space):
                 space.seed(space_seed)
     return env.reset(seed=seed)
