@@ -47,15 +47,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         train(config, run_dir=Path(directory) / "run", device="cpu")
         megabytes = (Path(directory) / "run" / "checkpoint.pt").stat().st_size / 1e6
-        started = time.process_time()
+        reading = []
         for _ in range(LOADS):
+            started = time.process_time()
             load_checkpoint(Path(directory) / "run", "ppo")
-        reading = (time.process_time() - started) / LOADS
+            reading.append(time.process_time() - started)
 
     share = sum(saving) / (clock[-1] - clock[1])  # clock[1]: after the first update, which compiles
     each = ", ".join(f"{1000 * seconds:.0f}" for seconds in saving)
     print(f"checkpoints of {megabytes:.1f} MB took {each} ms: {share:.2%} of the time (goal: under {GOAL:.0%})")
-    print(f"to read one takes {1000 * reading:.0f} ms of the processor's time")
+    print(f"to read one takes {1000 * min(reading):.0f} ms of the processor's time, at best")
     sys.exit(share >= GOAL)
 
 

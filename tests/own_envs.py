@@ -169,6 +169,15 @@ class Samples(Walk):
         return 0.5 * float(self.action_space.sample())
 
 
+class Nested(Samples):
+    """Shows what it draws from a space of spaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spaces = {"place": gym.spaces.Discrete(3), "more": gym.spaces.Tuple([gym.spaces.Box(0, 1, (2,))])}
+        self.observation_space = gym.spaces.Dict(spaces)
+
+
 class Holds(gym.Env[Any, Any]):
     """Plays another environment, which it holds as wrappers do, and is none."""
 

@@ -18,13 +18,25 @@ import torch
 from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
 from minirl.envs.make import make_env
-from minirl.envs.state import capture, decode, encode
+from minirl.envs.state import CantCapture, capture, decode, encode, restore
 from minirl.evaluate import evaluate
 from minirl.runs import copies
 from minirl.runs.checkpoints import load_checkpoint, save_checkpoint
 from minirl.runs.copies import how_a_copy_differs
 from tests.fake_envs import Faulty
-from tests.own_envs import EXACT, KINDS, GlobalNumpy, GlobalPython, Hidden, Holds, OwnGenerator, Samples, Shared, Walk
+from tests.own_envs import (
+    EXACT,
+    KINDS,
+    GlobalNumpy,
+    GlobalPython,
+    Hidden,
+    Holds,
+    Nested,
+    OwnGenerator,
+    Samples,
+    Shared,
+    Walk,
+)
 from tests.test_resume import assert_same, train_with_kills
 
 PPO: dict[str, Any] = {
@@ -188,14 +200,30 @@ def test_copies_of_known_environments_play_alike(env_id: str, monkeypatch: pytes
         assert capture(env)["kept"] == type(env).__name__
 
 
-def test_wrappers_that_hold_functions_can_be_captured() -> None:
+def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> None:
     def make() -> gym.Env[Any, Any]:
-        return gym.wrappers.FlattenObservation(Samples(table=True))
+        return gym.wrappers.FlattenObservation(Nested())
 
     assert how_a_copy_differs(make) == ""
     env = make()
     env.reset(seed=0)
-    capture(env)
+    state, expected = capture(env), env.step(0)[0]
+    copy_of_it = make()
+    restore(copy_of_it, state)
+    np.testing.assert_array_equal(copy_of_it.step(0)[0], expected)
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    for thing, message in (
+        (object(), "Walk.thing is a object"),
+        ([1, (b"", {2: 3j})], "Walk.thing is a complex"),
+        (np.array([None]), "Walk.thing is a ndarray"),
+        (functools.reduce(lambda inner, _: [inner], range(10**5), None), "Walk raises RecursionError"),
+    ):
+        env: Any = Walk()
+        env.thing = thing
+        with pytest.raises(CantCapture, match=message):
+            capture(env)
 
 
 # Values

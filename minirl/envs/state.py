@@ -61,7 +61,10 @@ def capture(env: Layer) -> State:
     Raises:
         CantCapture: naming the class and the attribute that is no plain data.
     """
-    state: State = encode(env)
+    try:
+        state: State = encode(env)
+    except (RecursionError, ValueError) as error:  # things nested without end, variables that a function has not yet
+        raise CantCapture(f"{type(env.unwrapped).__name__} raises {error!r}") from error
     return state
 
 
@@ -207,8 +210,6 @@ class _Writer:
                 if not isinstance(value, gym.Env):
                     raise
                 raise CantCapture(f"{type(value).__name__}.{name} is a {error}") from None
-            except RecursionError:
-                raise CantCapture(f"{type(value).__name__}.{name} is nested too deeply") from None
         return state
 
     def describe_arrays(self) -> None:
