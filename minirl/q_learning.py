@@ -23,18 +23,20 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
-from minirl.envs.make import make_bare_env
+from minirl.envs.ids import registered_id
+from minirl.envs.make import make_bare_env, time_limit
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import State, load_checkpoint, reading, require_finite_losses
+from minirl.runs.resume import env_state, start_envs
 from minirl.runs.run import Run, derived_seed, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes, and as many are in each mean: they are too short to log each
 EXPLORATION = 1  # sets the seed of the actions apart from all others
-CHECKPOINT_KEYS = ("q_table", "episode", "recent", "rng", "env_rng")
+CHECKPOINT_KEYS = ("q_table", "episode", "recent", "rng", "envs", "obs")
 MAX_SWEEPS = 1_000_000  # of value iteration
 
 
@@ -202,8 +204,8 @@ def train(
     run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
     seed_everything(config.seed)
-    env, max_steps = make_tabular_env(config.env_id)
-    env.reset(seed=config.seed)
+    envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
+    env, max_steps = envs.here[0], time_limit(gym.spec(registered_id(config.env_id)))
     q_table: QTable = np.full(table_shape(env), config.initial_value)
     # Not the stream that others make of the same seed: exploration would follow the environment's noise.
     rng = random.Random(derived_seed(config.seed, EXPLORATION))
@@ -213,12 +215,12 @@ def train(
         with reading(saved):
             q_table = load_table(saved, env)
             rng.setstate((random.Random.VERSION, tuple(saved["rng"].tolist()), None))
-            env.unwrapped.np_random.bit_generator.state = saved["env_rng"]
             episode, global_step = int(saved["episode"]), saved["global_step"]
             recent.extend(Played(*numbers) for numbers in saved["recent"])
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
     videos = Videos(config, run_dir, global_step)
+    obs = start_envs(envs, config.seed, saved)
     greedy = functools.partial(greedy_actions, q_table)
 
     def state() -> State:
@@ -227,11 +229,11 @@ def train(
             "episode": episode,
             "recent": [list(played) for played in recent],
             "rng": np.array(rng.getstate()[1], np.uint32),
-            "env_rng": env.unwrapped.np_random.bit_generator.state,
+            **env_state(envs, obs),
         }
 
     total = config.num_episodes
-    with env, Run("q_learning", config, run_dir, total=total, done=episode, unit="episodes", resumed=saved) as run:
+    with envs, Run("q_learning", config, run_dir, total=total, done=episode, unit="episodes", resumed=saved) as run:
         run.checkpoint(global_step, state)
         while episode < total:
             remaining = 1 - episode / total
@@ -260,17 +262,17 @@ def means(played: Iterable[Played]) -> dict[str, float]:
     }
 
 
-def make_tabular_env(env_id: str) -> tuple[gym.Env[int, int], int]:
-    """Make an environment whose observations and actions are numbers from 0; return it and its time limit in steps.
+def make_tabular_env(env_id: str) -> gym.Env[int, int]:
+    """Make an environment whose observations and actions are numbers from 0.
 
     Raises:
         ConfigError: if there is no such environment, or its observations or actions are something else.
     """
-    env, max_steps = make_bare_env(env_id)
+    env = make_bare_env(env_id)
     for name, space in [("observations", env.observation_space), ("actions", env.action_space)]:
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             raise ConfigError(f"--env-id must have Discrete {name} that count from 0 for a Q-table, not {space}")
-    return env, max_steps
+    return env
 
 
 def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:

@@ -152,18 +152,19 @@ def test_halves_play_in_turn_and_each_environment_its_own_actions(num_workers: i
 def test_states_of_environments_made_otherwise_are_refused(in_halves: bool) -> None:
     with VectorEnv(counter, 4, num_workers=2, in_halves=in_halves) as envs:
         envs.reset(seed=0)
-        *others, (outer, *inner) = envs.capture()
-    more = {**outer, "attributes": {**outer["attributes"], "cap": {"plain": 1}}}
+        saved = envs.capture()
+    *others, last = saved["states"]
+    more, inner = {**last, "parts": {**last["parts"], "cap": 1}}, last["parts"]["env"]
     for states, message in (
-        ([*others, [more, *inner]], "has no cap any more"),
-        ([*others, inner], "the environment was made of"),
+        ([*others, more], "EpisodeStatistics has no cap any more"),
+        ([*others, inner], "the environment was made of a Counter, and is now of a EpisodeStatistics"),
         (others, "3 saved states for 4"),
     ):
         with (
             VectorEnv(counter, 4, num_workers=2, in_halves=in_halves) as envs,
             pytest.raises(CantRestore, match=message),
         ):
-            envs.restore(states)
+            envs.restore({**saved, "states": states})
 
 
 def test_halves_can_only_be_finished_as_they_were_started() -> None:

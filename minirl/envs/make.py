@@ -34,20 +34,18 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
         return EpisodeStatistics(gym.make(spec, max_episode_steps=time_limit(spec), **options))
 
 
-def make_bare_env(env_id: str) -> tuple[gym.Env[Any, Any], int]:
+def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     """Make an environment without Gymnasium's own wrappers, which cost more than a step of a small environment.
 
-    Returns:
-        The environment, and its time limit in steps, which is the caller's to keep.
+    Its time limit is the caller's to keep.
 
     Raises:
         ConfigError: if there is no such environment, or it can't be made.
     """
     with user_errors():
         spec = copy.deepcopy(gym.spec(registered_id(env_id)))
-        limit = time_limit(spec)
         spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None
-        return gym.make(spec), limit
+        return gym.make(spec)
 
 
 def time_limit(spec: EnvSpec) -> int:

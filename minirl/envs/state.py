@@ -1,29 +1,50 @@
 """Capturing an environment and putting it back, so that a resumed run goes on in the middle of its episodes.
 
-An environment is a chain of wrappers around a core. What the next step depends on lies in their attributes: numbers,
-arrays, random generators, and containers of these; those are captured by name. The emulator of an Atari game has a
-state of its own, which ALE can copy, random numbers included. An environment that keeps anything else (a physics
-engine, say) can't be captured, and says which attribute stands in the way.
+What the next step depends on lies in the attributes of an environment, its wrappers', and those of the environments
+that it holds: numbers, arrays, random generators, and containers of these. They are captured by name, each once: what
+two of them share, an array say, they share again. Environments, spaces and functions stay those that the new
+environment was made with, and get back what may have changed in them: attributes, the generator that `sample` draws
+from, the variables that a function has closed over.
+
+The emulator of an Atari game has a state of its own, which ALE can copy, random numbers included. An environment that
+keeps anything else (a physics engine, say) can't be captured, and says which attribute stands in the way.
 
 What is captured is plain data (numbers, text, lists, dictionaries, byte arrays), which a checkpoint can hold and read
 back without running anybody's code.
 """
 
-from collections.abc import Iterator
+import collections
+import copy
+import ctypes
+import itertools
+import random
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from ale_py import ALEInterface, ALEState
 from ale_py.env import AtariEnv
+from gymnasium.envs.registration import EnvSpec
+from numpy.lib.array_utils import byte_bounds
+from numpy.typing import NDArray
 
 State = dict[str, Any]
 Layer = gym.Env[Any, Any]
 
 PLAIN = (bool, int, float, str, type(None))
-# What never changes once an environment is made, or only draws it; `env` is the next layer.
-LEFT_OUT = {"env", "spec", "metadata", "P", "_cached_spec", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+NUMBERS_AND_TEXT = "biufcmMSU"  # kinds of NumPy's types: the others hold Python's objects, or several fields
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+# What has no state of its own, and what is never made anew: only its parts are put back.
+CONSTANT = (EnvSpec, ALEInterface, type, types.ModuleType, np.dtype)
+KEPT = (gym.Env, gym.spaces.Space, types.FunctionType, *CONSTANT)
+# Where these classes of Gymnasium's write down what an environment was made with.
+MADE_WITH = {
+    gym.utils.RecordConstructorArgs: ("_saved_kwargs",),
+    gym.utils.EzPickle: ("_ezpickle_args", "_ezpickle_kwargs"),
+}
+SPACES, PROCESS = 6, 7  # set the seeds of spaces and of worker processes apart from all others
 
 
 class CantCapture(Exception):
@@ -34,36 +55,27 @@ class CantRestore(ValueError):
     """A saved state is of an environment that was made otherwise. The message says how."""
 
 
-def capture(env: Layer) -> list[State]:
-    """Return the state of each layer, outermost first.
+def capture(env: Layer) -> State:
+    """Return the state of an environment. Changes nothing of it.
 
     Raises:
         CantCapture: naming the class and the attribute that is no plain data.
     """
-    return [_capture_layer(layer) for layer in layers_of(env)]
+    try:
+        state: State = encode(env)
+    except (RecursionError, ValueError) as error:  # things nested without end, variables that a function has not yet
+        raise CantCapture(f"{type(env.unwrapped).__name__} raises {error!r}") from error
+    return state
 
 
-def restore(env: Layer, states: list[State]) -> None:
+def restore(env: Layer, state: State) -> None:
     """Put back what `capture` returned, into an environment made in the same way.
 
     Raises:
         CantRestore: if the environment has other layers, or one of them keeps other things.
     """
-    layers = list(layers_of(env))
-    names, saved_names = [type(layer).__name__ for layer in layers], [state["class"] for state in states]
-    if names != saved_names:
-        raise CantRestore(f"the environment was made of {saved_names}, and is now of {names}")
-    for layer, state in zip(layers, states, strict=True):
-        # What is ours has all its attributes from the start; others may add to theirs as they play.
-        gone = state["attributes"].keys() - vars(layer).keys()
-        if gone and type(layer).__module__.startswith("minirl."):
-            raise CantRestore(f"{type(layer).__name__} has no {' or '.join(sorted(gone))} any more")
-        for name, value in state["attributes"].items():
-            setattr(layer, name, decode(value))
-        if isinstance(layer, AtariEnv):
-            emulator = ALEState.__new__(ALEState)
-            emulator.__setstate__(decode(state["emulator"]))
-            layer.ale.restoreState(emulator)
+    seeded_reset(env, 0)  # makes what only a first reset makes
+    _make(state, [], env)
 
 
 def layers_of(env: Layer) -> Iterator[Layer]:
@@ -74,70 +86,258 @@ def layers_of(env: Layer) -> Iterator[Layer]:
     yield env
 
 
-def _capture_layer(layer: Layer) -> State:
-    state: State = {"class": type(layer).__name__, "attributes": {}}
-    attributes = dict(vars(layer))
-    if isinstance(layer, AtariEnv):
-        if layer.ale.getFloat("repeat_action_probability") > 0:
-            raise CantCapture("with sticky actions, ALE's own state lacks the button that is held")
-        state["emulator"] = encode(layer.ale.cloneState(include_rng=True).__getstate__())
-        attributes = {"_np_random": layer.np_random}  # all else of it is set once
-    for name, value in attributes.items():
-        if name in LEFT_OUT or isinstance(value, gym.spaces.Space | ALEInterface):
-            continue
-        try:
-            state["attributes"][name] = encode(value)
-        except TypeError as error:
-            raise CantCapture(f"{type(layer).__name__}.{name} is a {error}") from None
-    return state
+def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Reset an environment with a seed; seed the spaces of all its layers, too, from which they may sample.
+
+    A space that is its class's, one for all environments, becomes its own.
+    """
+    # Not the seed itself: environment and spaces would draw the same numbers.
+    seeds = np.random.SeedSequence(seed, spawn_key=(SPACES,)).generate_state(2).tolist()
+    layers = [env]
+    for layer in layers:
+        layers += [part for part in vars(layer).values() if isinstance(part, gym.Env) and part not in layers]
+        for name, space_seed in zip(("action_space", "observation_space"), seeds, strict=True):
+            if isinstance(getattr(type(layer), name, None), gym.spaces.Space):
+                vars(layer).setdefault(name, copy.deepcopy(getattr(layer, name)))
+            if isinstance(space := getattr(layer, name, None), gym.spaces.Space):
+                space.seed(space_seed)
+    return env.reset(seed=seed)
 
 
-def encode(value: Any) -> State:
+def seed_generators(seed: int, *place: int) -> None:
+    """Seed Python's and NumPy's global generators of a worker process; `place` is a number of its own."""
+    words = np.random.SeedSequence(seed, spawn_key=(PROCESS, *place)).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002 - environments may draw from the global generator
+
+
+def capture_generators() -> State:
+    """Return the states of Python's and NumPy's global generators, as plain data."""
+    return {"numpy": encode(np.random.get_state(legacy=False)), "python": encode(random.getstate())}  # noqa: NPY002
+
+
+def restore_generators(state: State) -> None:
+    """Put back what `capture_generators` returned."""
+    np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
+    random.setstate(decode(state["python"]))
+
+
+def encode(value: Any) -> Any:
     """Describe a value so that `decode` makes the same one: exact types, so that arithmetic with it stays the same.
 
+    Numbers and text stand for themselves, lists and tuples for those of what they hold; for all else there is a
+    dictionary whose first key says what it is.
+
     Raises:
-        TypeError: naming the type, if the value is no plain data.
+        CantCapture: if an environment holds something that is no plain data.
+        TypeError: naming the type, if the value itself is none.
     """
-    if isinstance(value, np.random.Generator):
-        return {"generator": type(value.bit_generator).__name__, "state": encode(value.bit_generator.state)}
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        data = np.frombuffer(value.tobytes(), np.uint8)
-        return {"array": data, "dtype": value.dtype.str, "shape": list(value.shape)}
-    if isinstance(value, np.generic):
-        return {"scalar": encode(np.array(value))}
-    if type(value) is bytes:
-        return {"bytes": np.frombuffer(value, np.uint8)}
-    if type(value) in PLAIN:
-        return {"plain": value}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [encode(item) for item in value]}
-    if type(value) is dict:
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
-    raise TypeError(type(value).__name__)
+    writer = _Writer()
+    description = writer.describe(value)
+    writer.describe_arrays()
+    return description
 
 
-def decode(state: State) -> Any:
+def decode(state: Any) -> Any:
     """Make the value that `encode` described.
 
     Raises:
         ValueError: if it is no such description.
     """
+    return _make(state, [], None)
+
+
+class _Writer:
+    """Describes values. Those that can be changed are numbered as they come, and when one comes again, its number is
+    all that is said of it.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[int, Any]] = {}  # by id: the number, and the thing, or its id might go to another
+        self.arrays: list[tuple[NDArray[Any], State, int]] = []
+
+    def describe(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if kind is tuple:
+            return tuple(self.describe(item) for item in value)
+        if kind is frozenset:
+            return {"frozenset": [self.describe(item) for item in value]}
+        if kind is bytes:
+            return {"bytes": np.frombuffer(value, np.uint8)}
+        if isinstance(value, np.generic) and value.dtype.kind in NUMBERS_AND_TEXT and value.nbytes:
+            return {"scalar": value.dtype.str, "bytes": value.tobytes().hex()}
+
+        if id(value) in self.seen:
+            return {"again": self.seen[id(value)][0]}
+        number = len(self.seen)
+        self.seen[id(value)] = number, value
+        if kind is list:
+            return [self.describe(item) for item in value]
+        if kind is dict:
+            return {"dict": [(self.describe(key), self.describe(item)) for key, item in value.items()]}
+        if kind is set:
+            return {"set": [self.describe(item) for item in value]}
+        if kind is collections.deque:
+            return {"deque": [self.describe(item) for item in value], "maxlen": value.maxlen}
+        if kind is np.ndarray and value.dtype.kind in NUMBERS_AND_TEXT:
+            state: State = {}
+            self.arrays.append((value, state, number))
+            return state
+        if kind is np.random.Generator:
+            bits = value.bit_generator
+            return {"generator": type(bits).__name__, "state": self.describe(bits.state)}
+        if kind is np.random.RandomState:
+            return {"random state": self.describe(value.get_state(legacy=False))}
+        if kind is random.Random:
+            return {"random": self.describe(value.getstate())}
+        if isinstance(value, KEPT):
+            return self.describe_kept(value)
+        raise TypeError(kind.__name__)
+
+    def describe_kept(self, value: Any) -> State:
+        state: State = {"kept": type(value).__name__}
+        if isinstance(value, AtariEnv):
+            if value.ale.getFloat("repeat_action_probability") > 0:
+                raise CantCapture("with sticky actions, ALE's own state lacks the button that is held")
+            state["emulator"] = self.describe(value.ale.cloneState(include_rng=True).__getstate__())
+        parts = state["parts"] = {}
+        for name, part in _parts(value).items():
+            try:
+                parts[name] = self.describe(part)
+            except TypeError as error:
+                if not isinstance(value, gym.Env):
+                    raise
+                raise CantCapture(f"{type(value).__name__}.{name} is a {error}") from None
+        return state
+
+    def describe_arrays(self) -> None:
+        """Describe the arrays that have come. Of those that overlap, the first one has the memory of all."""
+        groups: list[list[int]] = []
+        end = -1
+        for low, high, place in sorted((*byte_bounds(array), i) for i, (array, _, _) in enumerate(self.arrays)):
+            if low >= end:
+                groups.append([])
+            groups[-1].append(place)
+            end = max(end, high)
+        for group in groups:
+            members = [self.arrays[place] for place in sorted(group)]
+            if len(members) == 1:  # perhaps a small part of a large array that nobody else here knows
+                array, state, number = members[0]
+                members = [(array.copy(order="K"), state, number)]
+            lows, highs = zip(*(byte_bounds(array) for array, _, _ in members), strict=True)
+            memory: Any = np.frombuffer(ctypes.string_at(min(lows), max(highs) - min(lows)), np.uint8)
+            for array, state, _ in members:
+                state |= {"array": memory, "dtype": array.dtype.str, "start": array.ctypes.data - min(lows)}
+                state |= {"shape": array.shape, "strides": array.strides}
+                memory = members[0][2]
+
+
+def _make(state: Any, seen: list[Any], old: Any) -> Any:
+    """Make what is described; `seen` has what came before, by its number, and `old` is what the new environment has
+    in its place.
+    """
+    if type(state) is tuple:
+        return tuple(_make(item, seen, old_item) for item, old_item in _beside(state, old))
+    if type(state) is list:
+        things: list[Any] = []
+        seen.append(things)
+        things.extend(_make(item, seen, old_item) for item, old_item in _beside(state, old))
+        return things
+    if type(state) is not dict:
+        return state
     kind, value = next(iter(state.items()))
-    if kind == "generator":
+    if kind == "again":
+        return seen[value]
+    if kind == "frozenset":
+        return frozenset(_make(item, seen, None) for item in value)
+    if kind == "bytes":
+        return np.asarray(value).tobytes()
+    if kind == "scalar":
+        return np.frombuffer(bytes.fromhex(state["bytes"]), value)[0]
+
+    number = len(seen)
+    seen.append(None)
+    if kind == "dict":
+        made: Any = {}
+        seen[number] = made
+        for key_state, item in value:
+            key = _make(key_state, seen, None)
+            made[key] = _make(item, seen, old.get(key) if isinstance(old, dict) else None)
+    elif kind == "set":
+        made = seen[number] = {_make(item, seen, None) for item in value}
+    elif kind == "deque":
+        made = seen[number] = collections.deque(maxlen=state["maxlen"])
+        made.extend(_make(item, seen, old_item) for item, old_item in _beside(value, old))
+    elif kind == "array":
+        made = seen[number] = _make_array(
+            state, seen[value].base if isinstance(value, int) else np.asarray(value).copy()
+        )
+    elif kind == "generator":
         if value not in BIT_GENERATORS:
             raise ValueError(f"there is no generator of random numbers called {value!r}")
         bits = getattr(np.random, value)()
-        bits.state = decode(state["state"])
-        return np.random.Generator(bits)
-    if kind == "array":
-        return np.frombuffer(np.asarray(value).tobytes(), state["dtype"]).reshape(state["shape"]).copy()
-    if kind == "scalar":
-        return decode(value)[()]
-    if kind == "bytes":
-        return np.asarray(value).tobytes()
-    if kind == "plain":
-        return value
-    if kind == "dict":
-        return {decode(key): decode(item) for key, item in value}
-    items = [decode(item) for item in value]
-    return tuple(items) if kind == "tuple" else items
+        bits.state = _make(state["state"], seen, None)
+        made = seen[number] = np.random.Generator(bits)
+    elif kind == "random state":
+        made = seen[number] = np.random.RandomState()
+        made.set_state(_make(value, seen, None))
+    elif kind == "random":
+        made = seen[number] = random.Random()
+        made.setstate(_make(value, seen, None))
+    elif kind == "kept":
+        made = seen[number] = old
+        _put_back(state, seen, old)
+    else:
+        raise ValueError(f"no value is called {kind!r}")
+    return made
+
+
+def _make_array(state: State, memory: NDArray[np.uint8]) -> NDArray[Any]:
+    dtype = np.dtype(state["dtype"])
+    if dtype.kind not in NUMBERS_AND_TEXT:
+        raise ValueError(f"no array of plain data has the type {dtype}")
+    return np.ndarray(state["shape"], dtype, memory, state["start"], state["strides"])
+
+
+def _put_back(state: State, seen: list[Any], old: Any) -> None:
+    """Put the parts of what is kept back into what the new environment has in its place."""
+    name_now = type(old).__name__
+    if name_now != state["kept"]:
+        raise CantRestore(f"the environment was made of a {state['kept']}, and is now of a {name_now}")
+    parts = _parts(old)
+    # What is ours has all its attributes from the start; others may add to theirs as they play.
+    gone = state["parts"].keys() - parts.keys()
+    if gone and type(old).__module__.startswith("minirl."):
+        raise CantRestore(f"{name_now} has no {' or '.join(sorted(gone))} any more")
+    if isinstance(old, AtariEnv):
+        emulator = ALEState.__new__(ALEState)
+        emulator.__setstate__(_make(state["emulator"], seen, None))
+        old.ale.restoreState(emulator)
+    for name, part in state["parts"].items():
+        made = _make(part, seen, parts.get(name))
+        if isinstance(old, types.FunctionType):
+            (old.__closure__ or ())[int(name)].cell_contents = made
+        elif name not in parts or made is not parts[name]:
+            setattr(old, name, made)
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Return what may change of something that is kept, by name."""
+    if isinstance(value, types.FunctionType):
+        return {str(i): cell.cell_contents for i, cell in enumerate(value.__closure__ or ())}
+    if isinstance(value, gym.spaces.Space):
+        return {name: part for name, part in vars(value).items() if name == "_np_random" or "space" in name}
+    if not isinstance(value, gym.Env):
+        return {}
+    if isinstance(value, AtariEnv):  # all else of it is set once
+        return {name: getattr(value, name) for name in ("_np_random", "action_space", "observation_space")}
+    made_with = {name for kind, names in MADE_WITH.items() if isinstance(value, kind) for name in names}
+    return {name: part for name, part in vars(value).items() if not (name in made_with or isinstance(part, CONSTANT))}
+
+
+def _beside(states: Iterable[Any], old: Any) -> Iterable[tuple[Any, Any]]:
+    """Pair descriptions with what a new environment has in their places, or None."""
+    olds = old if isinstance(old, list | tuple | collections.deque) else ()
+    return zip(states, itertools.chain(olds, itertools.repeat(None)), strict=False)

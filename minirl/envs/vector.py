@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.envs.state import CantCapture, CantRestore
+from minirl.envs.state import CantCapture, CantRestore, State
 from minirl.envs.workers import (
     EnvError,
     EnvGroup,
@@ -45,6 +45,8 @@ class VectorEnv:
     Attributes:
         halves: the rows of those that play together: of two halves, or of all.
         stacked: whether they show the last frames as `minirl.envs.atari.FrameStack` does.
+        here: those that this process plays, by row.
+        parted: what was different in a copy of one, "" for nothing; None until that is tried (`minirl.runs.copies`).
 
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
@@ -83,6 +85,8 @@ class VectorEnv:
         self.observation_space = self._mine.observation_space
         self.action_space = self._mine.action_space
         self.stacked = self._mine.stacked
+        self.make_env, self.here = make_env, self._mine.envs
+        self.parted: str | None = None
         self._arrays = SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
 
         atexit.register(self.close)
@@ -157,8 +161,10 @@ class VectorEnv:
                 if t < num_steps:
                     self.start(rows, choose(t, rows))
 
-    def capture(self) -> list[Any]:
+    def capture(self) -> State:
         """Return the state of each environment, as plain data (`minirl.envs.state`). Changes nothing of it.
+
+        With the states of each worker's global generators of random numbers; those of this process are its own matter.
 
         Raises:
             CantCapture: if one holds something that is no plain data.
@@ -169,22 +175,28 @@ class VectorEnv:
             states = mine.capture()
         finally:
             answers = [worker.receive() for worker in self._workers]
+        generators = []
         for answer in answers:
             if isinstance(answer, CantCapture):
                 raise answer
-            states |= answer
-        return [states[row] for row in range(self.num_envs)]
+            states |= answer[0]
+            generators.append(answer[1])
+        return {"states": [states[row] for row in range(self.num_envs)], "generators": generators}
 
-    def restore(self, states: list[Any]) -> None:
-        """Put back what `capture` returned.
+    def restore(self, saved: State) -> None:
+        """Put back what `capture` returned. With more workers than there were, the generators of the others are new.
 
         Raises:
             CantRestore: if it comes from other environments.
         """
+        if not isinstance(saved, dict):
+            raise CantRestore("its environments were saved by an earlier version")
+        states, generators = saved["states"], saved["generators"]
         if len(states) != self.num_envs:
             raise CantRestore(f"there are {len(states)} saved states for {self.num_envs} environments")
         mine = self._open_group()
-        self._ask_workers("restore", states)
+        for worker, theirs in zip(self._workers, [*generators, *[None] * len(self._workers)], strict=False):
+            worker.send(("restore", (states, theirs)))
         mine.restore(states)
         for worker in self._workers:
             if isinstance(answer := worker.receive(), CantRestore):

@@ -26,7 +26,16 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.envs.atari import shows_stacks
-from minirl.envs.state import CantCapture, CantRestore, capture, restore
+from minirl.envs.state import (
+    CantCapture,
+    CantRestore,
+    capture,
+    capture_generators,
+    restore,
+    restore_generators,
+    seed_generators,
+    seeded_reset,
+)
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
 AWAKE = 300e-6  # seconds to look out for a message before going to sleep: to be woken takes a third of that
@@ -153,7 +162,8 @@ class EnvGroup:
     def reset(self, arrays: SharedArrays, seed: int | None) -> None:
         """Start new episodes; environment i is seeded with `seed + i`."""
         for row, env in self.envs.items():
-            arrays.observations[row] = self._checked(row, env.reset(seed=None if seed is None else seed + row)[0])
+            obs, _ = env.reset() if seed is None else seeded_reset(env, seed + row)
+            arrays.observations[row] = self._checked(row, obs)
 
     def step(self, arrays: SharedArrays, part: int) -> list[Episode]:
         """Take the actions of one half, and return the episodes that ended."""
@@ -216,7 +226,6 @@ class EnvGroup:
     def restore(self, states: list[Any]) -> None:
         """Put back states, of all rows."""
         for row, env in self.envs.items():
-            env.reset(seed=0)  # makes what only a first reset makes
             restore(env, states[row])
 
     def close(self) -> None:
@@ -305,13 +314,18 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
                 if group is None:
                     group = EnvGroup(make_env, parts)
                 elif command == "reset":
+                    if argument is not None:
+                        seed_generators(argument, *(part.stop for part in parts))
                     group.reset(arrays, argument)
                 elif command == "step":
                     result = group.step(arrays, argument)
                 elif command == "capture":
-                    result = group.capture()
+                    result = group.capture(), capture_generators()
                 else:
-                    group.restore(argument)
+                    states, generators = argument
+                    group.restore(states)
+                    if generators is not None:
+                        restore_generators(generators)
             except (CantCapture, CantRestore) as error:
                 result = error
             except BaseException:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
+from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
-from minirl.runs.run import derived_seed
+from minirl.runs.run import derived_seed, seed_everything
 
 Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
 
@@ -85,7 +86,9 @@ class Judge:
         """Play, and more games if the mean return is above `to_beat`; return the mean of all of them."""
         assert self.envs is not None
         seed, more_seed = (derived_seed(self.config.seed, branch, global_step) for branch in (JUDGE, CONFIRM))
-        returns = play_games(policy, self.envs, self.config.eval_episodes, seed)
-        if statistics.fmean(returns) > to_beat:
-            returns += play_games(policy, self.envs, self.config.confirm_episodes, more_seed)
+        with untouched_random_state():  # or games that draw from the global generators would change the training
+            seed_everything(seed)
+            returns = play_games(policy, self.envs, self.config.eval_episodes, seed)
+            if statistics.fmean(returns) > to_beat:
+                returns += play_games(policy, self.envs, self.config.confirm_episodes, more_seed)
         return statistics.fmean(returns)

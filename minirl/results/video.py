@@ -24,8 +24,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env
+from minirl.envs.state import seeded_reset
 from minirl.results.play import Policy
-from minirl.runs.checkpoints import atomic_file, random_state, set_random_state
+from minirl.runs.checkpoints import atomic_file, untouched_random_state
 from minirl.runs.run import Run, derived_seed
 
 LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end one
@@ -107,7 +108,7 @@ def play_and_draw(
         ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
     """
     first_action = int(getattr(env.action_space, "start", 0))
-    obs, info = env.reset(seed=seed)
+    obs, info = seeded_reset(env, seed)
     first = draw(env, flag)
     yield first
     while "episode" not in info and not stopped():
@@ -269,16 +270,6 @@ class Videos:
                 log_gif(run, global_step, path)
             except Exception as error:
                 warnings.warn(f"the game of agent step {global_step:,} is not recorded: {error}", stacklevel=2)
-
-
-@contextlib.contextmanager
-def untouched_random_state() -> Iterator[None]:
-    """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
-    before = {"random_state": random_state()}
-    try:
-        yield
-    finally:
-        set_random_state(before)
 
 
 def log_gif(run: Run, global_step: int, path: Path) -> None:

@@ -5,7 +5,6 @@ import io
 import math
 import os
 import pickle
-import random
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from minirl.checks import ConfigError
-from minirl.envs.state import decode, encode
+from minirl.envs.state import capture_generators, restore_generators
 
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
@@ -34,13 +33,38 @@ State = dict[str, Any]
 def save_checkpoint(path: Path, state: State) -> None:
     """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
 
+    What is written is read back before it takes the old one's place: what can't be read can't be gone on from.
+
     Raises:
+        ConfigError: naming what can't be read back: the old file is kept.
         OSError: if the disk is full, say.
     """
-    content = io.BytesIO()  # written by Python, whose errors say what is the matter with a disk
-    torch.save(_with_tensors(state), content)
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        try:
+            temporary.write_bytes(_saved(state))
+            torch.load(temporary, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:
+            bad = " and ".join(name for name, value in state.items() if not _readable(value))
+            what = f"must hold tensors and plain data, and {bad} is something else" if bad else "can't be read back"
+            raise ConfigError(f"{path} {what}; the file before is kept") from error
+
+
+def _saved(state: State) -> memoryview:
+    """Return what a file of `state` holds. Python writes it, whose errors say what is the matter with a disk."""
+    content = io.BytesIO()
+    torch.save(_with_tensors(state), content)
+    return content.getbuffer()
+
+
+def _readable(value: Any) -> bool:
+    """Whether a value can be read back from a checkpoint."""
+    try:
+        torch.load(io.BytesIO(_saved({"value": value})), weights_only=True)
+    except Exception:  # torch raises a dozen kinds
+        return False
+    return True
 
 
 def _with_tensors(value: Any) -> Any:
@@ -49,8 +73,8 @@ def _with_tensors(value: Any) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
         return {key: _with_tensors(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(_with_tensors(item) for item in value)
     return value
 
 
@@ -232,8 +256,7 @@ def random_state() -> State:
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": encode(np.random.get_state(legacy=False)),  # noqa: NPY002 - see seed_everything
-        "python": encode(random.getstate()),
+        **capture_generators(),
     }
 
 
@@ -246,7 +269,16 @@ def set_random_state(saved: State) -> None:
     with reading(saved):
         state = saved["random_state"]
         torch.set_rng_state(state["cpu"])
-        np.random.set_state(decode(state["numpy"]))  # noqa: NPY002
-        random.setstate(decode(state["python"]))
+        restore_generators(state)
         for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(cuda, device)
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
+    before = {"random_state": random_state()}
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -19,6 +19,7 @@ from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
 from minirl.runs.checkpoints import State, atomic_file, reading, set_random_state
+from minirl.runs.copies import how_a_copy_differs
 from minirl.runs.run import derived_seed
 
 RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all others
@@ -27,10 +28,14 @@ RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all ot
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
     """Return what a checkpoint holds of the environments: their states, and what they show.
 
-    Where they can't be captured, a warning says so and there are no states.
+    Where they can't be captured, or a copy of one plays otherwise, a warning says so and there are no states.
     """
     states = None
     try:
+        if envs.parted is None:  # the first checkpoint
+            envs.parted = how_a_copy_differs(envs.make_env)
+        if envs.parted:
+            raise CantCapture(envs.parted)
         states = envs.capture()
     except CantCapture as error:
         warnings.warn(f"a resumed run will start new episodes, for these can't be saved: {error}", stacklevel=2)

@@ -195,7 +195,7 @@ def judged_means(config: Any, directory: Path) -> list[float]:
     """
     training = range(config.seed, config.seed + config.num_envs)
     seeds = [seed for seed in recorded.read(directory / "seeds") if seed not in training]
-    seeds = [seed for seed in seeds if seed != 0]  # what is to be restored is reset first
+    seeds = [seed for seed in seeds if seed > 1]  # 0 and 1: what is to be restored, or is tried out, is reset first
     side_by_side = min(max(config.eval_episodes, config.confirm_episodes), 8)
     groups = [sorted(seeds[i : i + side_by_side]) for i in range(0, len(seeds), side_by_side)]
     # A run that goes on from a checkpoint plays again what came after it.

@@ -1,0 +1,249 @@
+"""Environments as people write them: each keeps something in another place, or pays in another type of number.
+
+`env_id` "tests.own_envs:Name-v0" shows vectors, and "tests.own_envs:NameTable-v0" the number of a state.
+"""
+
+import random
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+STATES = 6
+LENGTH = 7  # steps until an episode is cut
+
+Step = tuple[Any, Any, Any, Any, dict[str, Any]]
+
+
+class Walk(gym.Env[Any, Any]):
+    """Places in a row: action 1 goes right, 0 left, and by chance the other way; pays the place, and some noise.
+
+    Args:
+        table: whether it shows the number of the place, or that and the step as a vector.
+    """
+
+    def __init__(self, table: bool = False) -> None:
+        self.table = table
+        self.action_space: gym.Space[Any] = gym.spaces.Discrete(2)
+        self.observation_space: gym.Space[Any] = (
+            gym.spaces.Discrete(STATES) if table else gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        )
+        self.place, self.count = 0, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place, self.count = 0, 0
+        return self.show(), {}
+
+    def step(self, action: int) -> Step:
+        noise = self.noise()
+        right = (action == 1) != (noise < 0.3)
+        self.place = min(max(self.place + (1 if right else -1), 0), STATES - 1)
+        self.count += 1
+        return self.show(), self.place + noise, self.place == STATES - 1, self.count == LENGTH, {}
+
+    def show(self) -> Any:
+        return self.place if self.table else np.array([self.place, self.count], np.float32)
+
+    def noise(self) -> float:
+        """A number from 0 to 1."""
+        return float(self.np_random.random())
+
+
+class Pays(Walk):
+    """Pays, ends and shows its state in NumPy's types."""
+
+    def __init__(self, kind: Any, table: bool = False) -> None:
+        super().__init__(table)
+        self.kind = kind
+
+    def step(self, action: int) -> Step:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, self.kind(reward), np.bool_(terminated), np.bool_(truncated), info
+
+    def show(self) -> Any:
+        return np.int64(self.place) if self.table else super().show()
+
+
+class OwnGenerator(Walk):
+    """Draws from a generator of its own, made where it is seeded."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        return super().reset(seed=seed)
+
+    def noise(self) -> float:
+        return float(self.rng.random())
+
+
+class GlobalNumpy(Walk):
+    """Draws from NumPy's global generator."""
+
+    def noise(self) -> float:
+        return float(np.random.random())  # noqa: NPY002
+
+
+class GlobalPython(Walk):
+    """Draws from Python's global generator."""
+
+    def noise(self) -> float:
+        return random.random()
+
+
+class Counts(Walk):
+    """Its noise depends on how many episodes there were."""
+
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.episodes += 1
+        return super().reset(seed=seed)
+
+    def noise(self) -> float:
+        return (0.37 * self.episodes + 0.21 * self.count) % 1
+
+
+class Names(Walk):
+    """Keeps its luck under names that Gymnasium has for other things."""
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        self.P = {0: [0.1]}
+        self.metadata = {"render_modes": [], "luck": 0.2}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if type(self.spec) is not list:
+            self.spec: Any = [0.3]
+        return super().reset(seed=seed)
+
+    def noise(self) -> float:
+        self.P[0][0] += 0.37
+        self.metadata["luck"] += 0.11
+        self.spec[0] += 0.23
+        return float(self.P[0][0] + self.metadata["luck"] + self.spec[0]) % 1
+
+
+class Shared(Walk):
+    """Has several names for one array, and for a part of it."""
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        self.position = np.zeros((2, 2))
+        self.things, self.by_name, self.row = [self.position], {"me": self.position}, self.position[1]
+
+    def noise(self) -> float:
+        self.things[0] += 0.37
+        self.by_name["me"][0, 0] += 0.11
+        self.row += 0.19
+        return float(self.position.sum()) % 1
+
+
+class Above(gym.Wrapper[Any, Any, Any, Any]):
+    """Moves an array of the environment below."""
+
+    def __init__(self, table: bool = False) -> None:
+        core = Shared(table)
+        super().__init__(core)
+        self.below = core.position
+
+    def step(self, action: int) -> Step:
+        self.below += 0.29
+        return self.env.step(action)
+
+
+class Samples(Walk):
+    """Draws from its spaces, one of which is the class's."""
+
+    action_space: gym.Space[Any] = gym.spaces.Discrete(2)
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        del self.action_space
+
+    def show(self) -> Any:
+        return self.observation_space.sample()
+
+    def noise(self) -> float:
+        return 0.5 * float(self.action_space.sample())
+
+
+class Nested(Samples):
+    """Shows what it draws from a space of spaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        spaces = {"place": gym.spaces.Discrete(3), "more": gym.spaces.Tuple([gym.spaces.Box(0, 1, (2,))])}
+        self.observation_space = gym.spaces.Dict(spaces)
+
+
+class Holds(gym.Env[Any, Any]):
+    """Plays another environment, which it holds as wrappers do, and is none."""
+
+    def __init__(self, table: bool = False) -> None:
+        self.env = Samples(table)
+        self.action_space, self.observation_space = self.env.action_space, self.env.observation_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.env.reset(seed=seed)
+
+    def step(self, action: int) -> Step:
+        return self.env.step(action)
+
+
+class Closure(Walk):
+    """Keeps its luck in a function."""
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        luck = 0.0
+
+        def draw() -> float:
+            nonlocal luck
+            luck = (luck + 0.37) % 1
+            return luck
+
+        self.noise = draw  # type: ignore[method-assign]
+
+
+class Hidden(Walk):
+    """Keeps its luck where nobody looks, as a library might. What depends on it is `what`.
+
+    Args:
+        table: as of `Walk`.
+        what: `observation`, `reward` or `end`.
+        seconds: for how long it sleeps at each step.
+    """
+
+    __slots__ = ("luck",)
+
+    def __init__(self, table: bool = False, what: str = "reward", seconds: float = 0.0) -> None:
+        super().__init__(table)
+        self.luck, self.what, self.seconds = 0.0, what, seconds
+
+    def step(self, action: int) -> Step:
+        time.sleep(self.seconds)
+        self.luck += 1
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.what == "reward":
+            reward += self.luck
+        if self.what == "observation":
+            obs = obs + self.luck
+        return obs, reward, terminated, truncated or (self.what == "end" and self.luck % 5 == 0), info
+
+
+def register(name: str, make: Any, **arguments: Any) -> None:
+    """Make an environment known by two ids."""
+    gym.register(f"{name}-v0", make, kwargs=arguments)
+    gym.register(f"{name}Table-v0", make, kwargs={**arguments, "table": True})
+
+
+KINDS = {"Float64": np.float64, "Float32": np.float32, "Int64": np.int64, "Bool": np.bool_, "Array": np.array}
+for kind_name, kind in KINDS.items():
+    register(f"Pays{kind_name}", Pays, kind=kind)
+
+# Those that a resumed run goes on with as if nothing had happened.
+EXACT = (OwnGenerator, GlobalNumpy, GlobalPython, Counts, Holds, Names, Shared, Above, Samples, Closure)
+for make in (Walk, Hidden, *EXACT):
+    register(make.__name__, make)

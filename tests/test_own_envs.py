@@ -1,0 +1,257 @@
+"""What people's own environments may be like (`tests.own_envs`), with all three algorithms."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+import time
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from minirl import dqn, ppo, q_learning
+from minirl.checks import ConfigError
+from minirl.envs.make import make_env
+from minirl.envs.state import CantCapture, capture, decode, encode, restore
+from minirl.evaluate import evaluate
+from minirl.runs import copies
+from minirl.runs.checkpoints import load_checkpoint, save_checkpoint
+from minirl.runs.copies import how_a_copy_differs
+from tests.fake_envs import Faulty
+from tests.own_envs import (
+    EXACT,
+    KINDS,
+    GlobalNumpy,
+    GlobalPython,
+    Hidden,
+    Holds,
+    Nested,
+    OwnGenerator,
+    Samples,
+    Shared,
+    Walk,
+)
+from tests.test_resume import assert_same, train_with_kills
+
+PPO: dict[str, Any] = {
+    "num_envs": 4,
+    "num_steps": 8,
+    "minibatch_size": 16,
+    "update_epochs": 1,
+    "total_timesteps": 192,
+    "checkpoint_frequency": 32,
+    "compile": False,
+    "num_workers": 1,
+}
+DQN: dict[str, Any] = {
+    "num_envs": 2,
+    "total_timesteps": 160,
+    "learning_starts": 20,
+    "buffer_size": 60,
+    "batch_size": 8,
+    "checkpoint_frequency": 40,
+    "eval_frequency": None,
+    "compile": False,
+    "num_workers": 1,
+}
+Q: dict[str, Any] = {"num_episodes": 40, "checkpoint_frequency": 20}
+
+
+def config_of(algorithm: str, name: str, **settings: Any) -> tuple[Any, Any]:
+    """What trains on an environment of `tests.own_envs`, and its settings."""
+    if algorithm == "ppo":
+        return ppo.train, ppo.PPOConfig(**{"env_id": f"tests.own_envs:{name}-v0", **PPO, **settings})
+    if algorithm == "dqn":
+        return dqn.train, dqn.DQNConfig(**{"env_id": f"tests.own_envs:{name}-v0", **DQN, **settings})
+    env_id = f"tests.own_envs:{name}Table-v0"
+    return q_learning.train, q_learning.QLearningConfig(**{"env_id": env_id, **Q, **settings})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "q_learning"])
+def test_a_run_on_numbers_of_numpys_types_can_be_read_again(algorithm: str, kind: str, tmp_path: Path) -> None:
+    train, config = config_of(algorithm, f"Pays{kind}")
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    saved = load_checkpoint(tmp_path / "run", algorithm)
+    assert len(saved["returns"]) >= 20
+    assert {type(value) for value in saved["returns"]} == {float}
+    assert len(evaluate(tmp_path / "run", episodes=2, device="cpu")["returns"]) == 2
+
+
+@pytest.mark.parametrize("value", [np.float64(1), [{"seed": np.int64(3)}], Path("home"), lambda: None])
+def test_a_checkpoint_that_cannot_be_read_never_takes_the_place_of_a_good_one(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"steps": 1, "moments": np.ones(2)})
+    good = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"checkpoint.pt must hold tensors and plain data, and extra is something el"):
+        save_checkpoint(path, {"steps": 2, "extra": value})
+    assert path.read_bytes() == good
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# A run that was killed and resumed against the same left alone, which also holds that one seed gives one run.
+
+CASES = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
+CASES += [("dqn", make.__name__, 1) for make in (OwnGenerator, GlobalNumpy, Holds, Shared, Samples)]
+CASES += [("ppo", make.__name__, 2) for make in (GlobalNumpy, GlobalPython, Shared, Samples)]
+CASES += [("dqn", make.__name__, 2) for make in (GlobalNumpy, GlobalPython)]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "workers"), CASES)
+def test_a_resumed_run_is_the_run_left_alone(
+    algorithm: str, name: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = config_of(algorithm, name, **({} if algorithm == "q_learning" else {"num_workers": workers}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*new episodes")
+        train(config, run_dir=tmp_path / "alone", device="cpu")
+        train_with_kills(train, config, tmp_path / "killed", [3], monkeypatch)
+    assert_same(load_checkpoint(tmp_path / "alone", algorithm), load_checkpoint(tmp_path / "killed", algorithm))
+
+
+@pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_judging_changes_nothing_of_the_training(workers: int, name: str, tmp_path: Path) -> None:
+    for run, every in (("judged", 40), ("alone", None)):
+        games = {"eval_frequency": every, "eval_episodes": 2, "confirm_episodes": 2}
+        train, config = config_of("dqn", name, num_workers=workers, **games)
+        train(config, run_dir=tmp_path / run, device="cpu")
+    judged, alone = (load_checkpoint(tmp_path / run, "dqn") for run in ("judged", "alone"))
+    for key in ("model", "returns", "random_state", "envs"):
+        assert_same(judged[key], alone[key], key)
+    assert (tmp_path / "judged" / "best.pt").exists()
+
+
+# The promise is tried out.
+
+
+@pytest.mark.parametrize("what", ["reward", "observation", "end"])
+def test_what_a_copy_does_otherwise_is_named(what: str) -> None:
+    found = how_a_copy_differs(functools.partial(Hidden, what=what))
+    # Six steps were played before: the luck of the original is 7 at the first, and 10 at the fourth.
+    steps = 4 if what == "end" else 1
+    assert found == f"a copy of one gave another {what} at step {steps}"
+    assert how_a_copy_differs(Walk) == ""
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "q_learning"])
+def test_an_environment_that_hides_its_state_is_said_so_once_and_starts_anew(algorithm: str, tmp_path: Path) -> None:
+    for total in (1, 2):
+        name = "num_episodes" if algorithm == "q_learning" else "total_timesteps"
+        train, config = config_of(algorithm, "Hidden")
+        config = dataclasses.replace(config, **{name: total * getattr(config, name)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", UserWarning)  # as outside of tests: once for each text
+            train(config, run_dir=tmp_path / "run", resume=total > 1, device="cpu")
+        (text,) = [str(warning.message) for warning in caught if "new episodes" in str(warning.message)]
+        assert text == (
+            "a resumed run will start new episodes, for these can't be saved: "
+            "a copy of one gave another reward at step 1"
+        )
+    assert load_checkpoint(tmp_path / "run", algorithm)["envs"] is None
+
+
+@pytest.mark.parametrize("name", ["Walk", "GlobalNumpy", "GlobalPython", "Samples"])
+def test_trying_it_out_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, config = config_of("ppo", name)
+    train(config, run_dir=tmp_path / "tried", device="cpu")
+    monkeypatch.setattr("minirl.runs.resume.how_a_copy_differs", lambda make_env: "")
+    train(config, run_dir=tmp_path / "trusted", device="cpu")
+    assert_same(load_checkpoint(tmp_path / "tried", "ppo"), load_checkpoint(tmp_path / "trusted", "ppo"))
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(0.02, True), (0.3, False)])
+def test_a_slow_environment_is_tried_for_less_than_a_second(seconds: float, found: bool) -> None:
+    started = time.monotonic()
+    assert bool(how_a_copy_differs(functools.partial(Hidden, seconds=seconds))) == found
+    assert time.monotonic() - started < 1
+
+
+def test_what_cannot_be_made_twice_or_fails_is_left_to_the_training() -> None:
+    made: list[Hidden] = []
+
+    def only_one() -> Hidden:
+        made.append(Hidden())
+        if len(made) > 1:
+            raise OSError("the port is taken")
+        return made[0]
+
+    assert how_a_copy_differs(only_one) == ""
+    assert len(made) == 2
+    assert how_a_copy_differs(functools.partial(Faulty, "raise")) == ""
+
+
+GYMNASIUMS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1", "Taxi-v4", "CliffWalking-v1")
+
+
+@pytest.mark.parametrize("env_id", [*GYMNASIUMS, "minirl/GridWorld-v0", "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"])
+def test_copies_of_known_environments_play_alike(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "PATIENCE", 60.0)
+    make = functools.partial(make_env, env_id)
+    assert how_a_copy_differs(make) == ""
+    with contextlib.closing(make()) as env:
+        env.reset(seed=0)
+        assert capture(env)["kept"] == type(env).__name__
+
+
+def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> None:
+    def make() -> gym.Env[Any, Any]:
+        return gym.wrappers.FlattenObservation(Nested())
+
+    assert how_a_copy_differs(make) == ""
+    env = make()
+    env.reset(seed=0)
+    state, expected = capture(env), env.step(0)[0]
+    copy_of_it = make()
+    restore(copy_of_it, state)
+    np.testing.assert_array_equal(copy_of_it.step(0)[0], expected)
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    for thing, message in (
+        (object(), "Walk.thing is a object"),
+        ([1, (b"", {2: 3j})], "Walk.thing is a complex"),
+        (np.array([None]), "Walk.thing is a ndarray"),
+        (functools.reduce(lambda inner, _: [inner], range(10**5), None), "Walk raises RecursionError"),
+    ):
+        env: Any = Walk()
+        env.thing = thing
+        with pytest.raises(CantCapture, match=message):
+            capture(env)
+
+
+# Values
+
+
+def test_what_is_shared_is_shared_again(tmp_path: Path) -> None:
+    board = np.asfortranarray(np.arange(12.0).reshape(3, 4))
+    things: list[Any] = [board, board[1], board.T, {"corner": board[2:, 3:]}, np.int8(3), b"no", deque([1, 2], 2)]
+    things += [(things, board), np.arange(6)[::-2], {frozenset({2})}, np.random.default_rng(3), random.Random(3)]
+    save_checkpoint(tmp_path / "file.pt", {"things": encode(things)})
+    saved = torch.load(tmp_path / "file.pt", weights_only=True)
+    made = decode(saved["things"])
+    np.testing.assert_array_equal(made[0], board)
+    assert made[0].strides == board.strides, "sums go in the same order"
+    made[1][3] = 40.0
+    made[3]["corner"] += 2
+    expected = np.arange(12.0).reshape(3, 4)
+    expected[1, 3], expected[2, 3] = 40, 13
+    np.testing.assert_array_equal(made[0], expected)
+    np.testing.assert_array_equal(made[2], expected.T)
+    assert made[7][0] is made
+    assert made[7][1] is made[0]
+    assert (made[4], type(made[4]), made[5], made[6], made[6].maxlen) == (3, np.int8, b"no", deque([1, 2]), 2)
+    assert (made[8].tolist(), made[9]) == ([5, 3, 1], {frozenset({2})})
+    assert (made[10].random(), made[11].random()) == (things[10].random(), things[11].random())
+
+
+def test_of_a_large_array_only_the_part_that_is_held_is_saved() -> None:
+    large = np.zeros((1000, 1000))
+    first, second = encode([large[0], large[500:, 999]])
+    assert (first["array"].nbytes, second["array"].nbytes) == (8000, 4000)
