@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
+from minirl.envs.guard import Guard
 from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
@@ -157,7 +158,7 @@ class Played(NamedTuple):
 
 
 def play_episode(
-    env: gym.Env[int, int],
+    env: Guard,
     q_table: QTable,
     rng: random.Random,
     alpha: float,
@@ -171,8 +172,7 @@ def play_episode(
     ended = False
     while not ended:
         action = epsilon_greedy(q_table[state], epsilon, rng)
-        next_state, paid, terminated, truncated, _ = env.step(action)
-        reward = float(paid)  # what environments pay may be a number of NumPy's
+        next_state, reward, terminated, truncated, _ = env.step(action)
         td_error = q_update(q_table, state, action, reward, next_state, terminated, alpha=alpha, gamma=gamma)
         state = next_state
         episodic_return += reward
@@ -195,6 +195,7 @@ def train(
 
     Raises:
         ConfigError: if the environment or the run directory will not do.
+        EnvError: if the environment fails.
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     select_device(device)
@@ -202,7 +203,8 @@ def train(
     saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
     seed_everything(config.seed)
     env, max_steps = make_tabular_env(config.env_id)
-    env.reset(seed=config.seed)
+    guard = Guard(env)
+    guard.reset(seed=config.seed)
     q_table: QTable = np.full(table_shape(env), config.initial_value)
     # Not the stream that others make of the same seed: exploration would follow the environment's noise.
     rng = random.Random(derived_seed(config.seed, EXPLORATION))
@@ -236,7 +238,7 @@ def train(
             remaining = 1 - episode / total
             alpha = config.alpha * (remaining if config.anneal_alpha else 1)
             epsilon = config.epsilon * (remaining if config.anneal_epsilon else 1)
-            played = play_episode(env, q_table, rng, alpha, config.gamma, epsilon, max_steps)
+            played = play_episode(guard, q_table, rng, alpha, config.gamma, epsilon, max_steps)
             episode += 1
             require_finite_losses({"losses/td_error": played.total_error}, f"episode {episode:,}")
             global_step += played.length

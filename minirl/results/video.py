@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
+from minirl.envs.episode import statistics_of
+from minirl.envs.guard import Guard
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env
 from minirl.results.play import Policy
@@ -107,31 +109,33 @@ def play_and_draw(
         ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
     """
     first_action = int(getattr(env.action_space, "start", 0))
-    obs, info = env.reset(seed=seed)
-    first = draw(env, flag)
+    guard, statistics = Guard(env), statistics_of(env)
+    assert statistics is not None
+    obs, _ = guard.reset(seed=seed)
+    first = draw(guard, flag)
     yield first
-    while "episode" not in info and not stopped():
-        action = int(policy(np.asarray(obs)[None])[0]) + first_action
-        obs, _, terminated, truncated, info = env.step(action)
-        if (terminated or truncated) and "episode" not in info:
-            obs, info = env.reset()  # a life was lost; the game goes on
-        picture = draw(env, flag)
+    while not statistics.finished and not stopped():
+        obs, _, terminated, truncated, _ = guard.step(int(policy(np.asarray(obs)[None])[0]) + first_action)
+        if (terminated or truncated) and not statistics.finished:
+            obs, _ = guard.reset()  # a life was lost; the game goes on
+        picture = draw(guard, flag)
         if picture.shape != first.shape:  # no file can hold them
             sizes = f"the first is {first.shape[:2]}, a later one {picture.shape[:2]}"
             raise ConfigError(f"{flag} needs an environment whose pictures keep their size: {sizes}")
         yield picture
 
 
-def draw(env: gym.Env[Any, Any], flag: str) -> Picture:
+def draw(env: Guard, flag: str) -> Picture:
     """Return a picture of the environment (H, W, 3).
 
     Raises:
         ConfigError: naming `flag`, if it can't be drawn, say because a package for that is missing.
+        EnvError: if it raises.
     """
     try:
         picture = env.render()
     except gym.error.Error as error:
-        raise ConfigError(f"{flag} needs an environment that can be drawn: {error}") from error
+        raise ConfigError(f"{flag} needs an environment that can be drawn: {described(error)}") from error
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         raise ConfigError(f"{flag} needs an environment that can be drawn: `render` gives no bytes of shape (H, W, 3)")
     return picture
@@ -248,8 +252,9 @@ class Videos:
         if self.folder is not None:
             flag = "--video-frequency"
             with untouched_random_state(), contextlib.closing(make_drawn_env(config.env_id, flag)) as env:
-                env.reset()
-                draw(env, flag)
+                guard = Guard(env)
+                guard.reset()
+                draw(guard, flag)
 
     def record(self, run: Run, global_step: int, policy: Policy) -> None:
         """Record a game if one is due; Ctrl-C cuts it short. A failure is a warning: no video is worth the run."""
