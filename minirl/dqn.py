@@ -363,6 +363,7 @@ def train(
 
     Raises:
         ConfigError: if the environment, the device or the run directory will not do.
+        EnvError: if the environment fails.
         SystemExit: when stopped by Ctrl-C (130) or SIGTERM (143), after saving.
     """
     torch_device = select_device(device)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
 from minirl.envs.guard import Guard
 from minirl.envs.make import make_bare_env
 from minirl.envs.vector import VectorEnv
@@ -205,7 +205,7 @@ def train(
     env, max_steps = make_tabular_env(config.env_id)
     guard = Guard(env)
     guard.reset(seed=config.seed)
-    q_table: QTable = np.full(table_shape(env), config.initial_value)
+    q_table = new_table(env, config.initial_value)
     # Not the stream that others make of the same seed: exploration would follow the environment's noise.
     rng = random.Random(derived_seed(config.seed, EXPLORATION))
     episode = global_step = 0
@@ -279,6 +279,19 @@ def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
     states: Any = env.observation_space
     actions: Any = env.action_space
     return int(states.n), int(actions.n)
+
+
+def new_table(env: gym.Env[int, int], value: float) -> QTable:
+    """Return a Q-table (S, A) of this value.
+
+    Raises:
+        ConfigError: if it is larger than the machine's memory.
+    """
+    try:
+        return np.full(table_shape(env), value)
+    except (MemoryError, ValueError) as error:  # the latter where its size is no number of bytes
+        wanted = "so few states that a table of them fits into this machine's memory"
+        raise ConfigError(f"--env-id must have {wanted}, not {table_shape(env)[0]:,}: {described(error)}") from error
 
 
 def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:

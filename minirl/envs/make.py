@@ -9,7 +9,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari, registered_id, user_errors
+from minirl.envs.ids import is_atari, making, registered_id
 from minirl.envs.vector import VectorEnv
 
 # Steps after which an episode is cut where the environment sets no limit: a greedy policy can walk in circles for ever.
@@ -25,7 +25,7 @@ def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any
     Raises:
         ConfigError: if there is no such environment, or it can't be made.
     """
-    with user_errors():
+    with making(env_id):
         if is_atari(env_id):
             return make_atari_env(env_id, render_mode=render_mode, fast=True)
         spec = gym.spec(registered_id(env_id))
@@ -43,7 +43,7 @@ def make_bare_env(env_id: str) -> tuple[gym.Env[Any, Any], int]:
     Raises:
         ConfigError: if there is no such environment, or it can't be made.
     """
-    with user_errors():
+    with making(env_id):
         spec = copy.deepcopy(gym.spec(registered_id(env_id)))
         limit = time_limit(spec)
         spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None

@@ -18,6 +18,7 @@ import torch
 from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
+from minirl.envs.guard import EnvError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
@@ -68,6 +69,7 @@ def evaluate(
 
     Raises:
         ConfigError: if the run or an argument will not do.
+        EnvError: if the environment fails.
     """
     if episodes < 1:
         raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
@@ -195,5 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         answer(json.dumps(result) if as_json else sentence)
     except ConfigError as error:
         fail(error)
+    except EnvError as error:
+        fail(error, status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

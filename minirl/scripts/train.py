@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from minirl.checks import ConfigError
+from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import DivergedError, brief
 from minirl.runs.directory import default_run_dir, load_settings
@@ -34,7 +34,7 @@ def run_training(
     """Parse flags into a config and train: what `train_ppo.py` and its like do.
 
     Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
-    written.
+    written; a training that diverges, or an environment that fails, with status 1.
     """
     arguments = vars(make_parser(config_class, description, TRAINING_SCRIPTS).parse_args(argv))
     device = arguments.pop("device")
@@ -63,9 +63,8 @@ def run_training(
         return config, result
     except ConfigError as error:
         fail(error)
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (DivergedError, EnvError) as error:
+        fail(error, status=1)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
