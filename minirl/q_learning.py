@@ -219,7 +219,7 @@ def train(
             recent.extend(Played(*numbers) for numbers in saved["recent"])
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
-    videos = Videos(config, run_dir, global_step)
+    videos = Videos(config, run_dir, global_step, one_hot=False)
     greedy = functools.partial(greedy_actions, q_table)
 
     def state() -> State:

@@ -28,6 +28,7 @@ from minirl.checks import ConfigError
 from minirl.envs.atari import shows_stacks
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import EnvError, Guard
+from minirl.envs.spaces import require_array
 from minirl.envs.state import CantCapture, CantRestore, capture, restore
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
@@ -84,8 +85,8 @@ class SharedArrays:
     """
 
     def __init__(self, num_envs: int, observation_space: gym.Space[Any], *, shared: bool) -> None:
-        if observation_space.shape is None:
-            raise ConfigError(f"--env-id must have observations that are one array, not {observation_space}")
+        require_array(observation_space)
+        assert observation_space.shape is not None
         shape = (num_envs, *observation_space.shape)
         dtype = np.dtype(observation_space.dtype)
         context = multiprocessing.get_context("spawn")

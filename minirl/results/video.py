@@ -47,6 +47,7 @@ def record_game(
     *,
     flag: str = "--video",
     stopped: Callable[[], bool] = lambda: False,
+    one_hot: bool = True,
 ) -> bool:
     """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
 
@@ -57,6 +58,7 @@ def record_game(
         path: the file; its ending says which kind.
         flag: what a mistake is called after.
         stopped: asked after each step; once it is true, the video ends there.
+        one_hot: as in `make_env`.
 
     Returns:
         Whether the game came to its end, within `LONGEST_VIDEO` agent steps.
@@ -65,7 +67,7 @@ def record_game(
         ConfigError: if the environment can't be drawn, or the file not written.
     """
     write = write_gif if path.suffix == ".gif" else write_mp4
-    with contextlib.closing(make_drawn_env(env_id, flag)) as env:
+    with contextlib.closing(make_drawn_env(env_id, flag, one_hot=one_hot)) as env:
         game = play_and_draw(policy, env, seed, flag, stopped)
         try:
             write(path, itertools.islice(game, LONGEST_VIDEO), steps_per_second(env_id))
@@ -74,14 +76,14 @@ def record_game(
         return next(game, None) is None
 
 
-def make_drawn_env(env_id: str, flag: str) -> gym.Env[Any, Any]:
+def make_drawn_env(env_id: str, flag: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
     """Make an environment whose `render` returns pictures.
 
     Raises:
         ConfigError: naming `flag`, if there are none.
     """
     require_render_mode(env_id, flag, "rgb_array")
-    return make_env(env_id, render_mode="rgb_array")
+    return make_env(env_id, render_mode="rgb_array", one_hot=one_hot)
 
 
 def require_render_mode(env_id: str, flag: str, *modes: str) -> None:
@@ -240,13 +242,15 @@ class Videos:
         config: the settings; `env_id`, `seed` and `video_frequency` (agent steps, None for never) are read here.
         run_dir: where to write; None for nowhere: nothing is recorded.
         first_step: how many agent steps earlier sessions did.
+        one_hot: as in `make_env`.
 
     Raises:
         ConfigError: if the environment can't be drawn.
     """
 
-    def __init__(self, config: Any, run_dir: Path | None, first_step: int) -> None:
+    def __init__(self, config: Any, run_dir: Path | None, first_step: int, *, one_hot: bool = True) -> None:
         self.config = config
+        self.one_hot = one_hot
         self.folder = None if run_dir is None or config.video_frequency is None else run_dir / "videos"
         self.last_step = first_step
         if self.folder is not None:
@@ -270,7 +274,14 @@ class Videos:
         with run.paused(), untouched_random_state():
             try:
                 self.folder.mkdir(exist_ok=True)
-                record_game(policy, self.config.env_id, seed, path, stopped=lambda: run.stop_signal is not None)
+                record_game(
+                    policy,
+                    self.config.env_id,
+                    seed,
+                    path,
+                    stopped=lambda: run.stop_signal is not None,
+                    one_hot=self.one_hot,
+                )
                 log_gif(run, global_step, path)
             except Exception as error:
                 warnings.warn(f"the game of agent step {global_step:,} is not recorded: {error}", stacklevel=2)

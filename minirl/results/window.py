@@ -19,7 +19,7 @@ from minirl.results.video import require_render_mode
 DISPLAY_VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "SDL_VIDEO_DRIVER")
 
 
-def open_window(env_id: str) -> gym.Env[Any, Any]:
+def open_window(env_id: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
     """Make an environment that shows itself in a window at each step.
 
     Raises:
@@ -34,7 +34,7 @@ def open_window(env_id: str) -> gym.Env[Any, Any]:
         with warnings.catch_warnings():
             # Where there is no "human" mode, Gymnasium shows the pictures in a window of its own, and says so.
             warnings.simplefilter("ignore", UserWarning)
-            env = make_env(env_id, render_mode="human")
+            env = make_env(env_id, render_mode="human", one_hot=one_hot)
         Guard(env).reset()
     except (gym.error.Error, RuntimeError) as error:  # the latter from ALE and pygame
         cause = error.__cause__ if isinstance(error, EnvError) else error
