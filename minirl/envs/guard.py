@@ -105,12 +105,12 @@ class Guard:
         try:
             returned: Step = self._step(int64(action))
             obs, reward, terminated, truncated, info = returned
-            if type(obs) is int:
-                plain = obs in self.states
-            else:
-                plain = type(obs) is np.ndarray and obs.dtype == self.dtype and obs.shape == self.shape
-            if plain and type(reward) is float and type(terminated) is type(truncated) is bool:
-                return returned
+            if type(reward) is float and type(terminated) is type(truncated) is bool:  # as they should be, mostly
+                if type(obs) is int:
+                    if obs in self.states:
+                        return returned
+                elif type(obs) is np.ndarray and obs.dtype == self.dtype and obs.shape == self.shape:
+                    return returned
             return self._plain(obs), plain_reward(reward), bool(terminated), bool(truncated), info
         except Exception as error:
             fault, cause = blame(error, str(self), "step")
