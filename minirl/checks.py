@@ -15,6 +15,12 @@ class ConfigError(ValueError):
     """A setting, flag or file that the user can put right. The message names it and says what would be right."""
 
 
+def described(error: BaseException) -> str:
+    """Return an error's type and what it says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def require_same_shape(**tensors: "Tensor") -> None:
     """Raise ValueError unless all tensors have one shape.
 

@@ -363,6 +363,7 @@ def train(
 
     Raises:
         ConfigError: if the environment, the device or the run directory will not do.
+        EnvError: if the environment fails.
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
     torch_device = select_device(device)

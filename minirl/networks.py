@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minirl.checks import ConfigError
+from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap
 from minirl.fast.machine import Head
 from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
-
-SMALLEST_IMAGE = 36  # below this, nothing is left after the third convolution
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
@@ -124,7 +123,7 @@ def is_image(space: gym.Space[object]) -> bool:
         return True
     raise ConfigError(
         "--env-id must have vectors (n,) or images (channels, height, width) of at least "
-        f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE} as observations, not shape {space.shape}: wrap the environment"
+        f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE} as observations, not shape {space.shape}: {how_to_wrap(space)}"
     )
 
 
@@ -139,7 +138,7 @@ def channels_last(images: NDArray[Any]) -> NDArray[Any]:
 
 def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     """Put what environments show, (N, ...), on the device: pixels as bytes, all else as floats."""
+    obs = obs.astype(np.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else np.float32, copy=False)
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
-    dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
-    return torch.as_tensor(obs, dtype=dtype).to(device, non_blocking=True)  # a GPU need not be done with all before
+    return torch.as_tensor(obs).to(device, non_blocking=True)  # a GPU need not be done with all before

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
+from minirl.envs.guard import Guard
 from minirl.envs.ids import registered_id
 from minirl.envs.make import make_bare_env, time_limit
 from minirl.envs.vector import VectorEnv
@@ -160,7 +161,7 @@ class Played(NamedTuple):
 
 
 def play_episode(
-    env: gym.Env[int, int],
+    env: Guard,
     q_table: QTable,
     rng: random.Random,
     alpha: float,
@@ -174,8 +175,7 @@ def play_episode(
     ended = False
     while not ended:
         action = epsilon_greedy(q_table[state], epsilon, rng)
-        next_state, paid, terminated, truncated, _ = env.step(action)
-        reward = float(paid)  # what environments pay may be a number of NumPy's
+        next_state, reward, terminated, truncated, _ = env.step(action)
         td_error = q_update(q_table, state, action, reward, next_state, terminated, alpha=alpha, gamma=gamma)
         state = next_state
         episodic_return += reward
@@ -198,6 +198,7 @@ def train(
 
     Raises:
         ConfigError: if the environment or the run directory will not do.
+        EnvError: if the environment fails.
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
     select_device(device)
@@ -205,8 +206,9 @@ def train(
     saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
     seed_everything(config.seed)
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
-    env, max_steps = envs.here[0], time_limit(gym.spec(registered_id(config.env_id)))
-    q_table: QTable = np.full(table_shape(env), config.initial_value)
+    guard, max_steps = envs.here[0], time_limit(gym.spec(registered_id(config.env_id)))
+    env = guard.env
+    q_table = new_table(env, config.initial_value)
     # Not the stream that others make of the same seed: exploration would follow the environment's noise.
     rng = random.Random(derived_seed(config.seed, EXPLORATION))
     episode = global_step = 0
@@ -219,7 +221,7 @@ def train(
             recent.extend(Played(*numbers) for numbers in saved["recent"])
         if episode > config.num_episodes:
             raise ConfigError(f"--num-episodes must be at least the {episode} already done")
-    videos = Videos(config, run_dir, global_step)
+    videos = Videos(config, run_dir, global_step, one_hot=False)
     obs = start_envs(envs, config.seed, saved)
     greedy = functools.partial(greedy_actions, q_table)
 
@@ -239,7 +241,7 @@ def train(
             remaining = 1 - episode / total
             alpha = config.alpha * (remaining if config.anneal_alpha else 1)
             epsilon = config.epsilon * (remaining if config.anneal_epsilon else 1)
-            played = play_episode(env, q_table, rng, alpha, config.gamma, epsilon, max_steps)
+            played = play_episode(guard, q_table, rng, alpha, config.gamma, epsilon, max_steps)
             episode += 1
             require_finite_losses({"losses/td_error": played.total_error}, f"episode {episode:,}")
             global_step += played.length
@@ -280,6 +282,19 @@ def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
     states: Any = env.observation_space
     actions: Any = env.action_space
     return int(states.n), int(actions.n)
+
+
+def new_table(env: gym.Env[int, int], value: float) -> QTable:
+    """Return a Q-table (S, A) of this value.
+
+    Raises:
+        ConfigError: if it is larger than the machine's memory.
+    """
+    try:
+        return np.full(table_shape(env), value)
+    except (MemoryError, ValueError) as error:  # the latter where its size is no number of bytes
+        wanted = "so few states that a table of them fits into this machine's memory"
+        raise ConfigError(f"--env-id must have {wanted}, not {table_shape(env)[0]:,}: {described(error)}") from error
 
 
 def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:

@@ -85,17 +85,20 @@ class Faulty(Counter):
         return super().step(action)
 
 
-class EndsInReset(Counter):
-    """Finishes an episode in its second reset, as an Atari game can in a no-op after a lost life."""
+class EndsInReset(gym.Wrapper[Any, Any, Any, Any]):
+    """Finishes an episode in each reset but the first, as an Atari game can in a no-op after a lost life."""
 
     def __init__(self) -> None:
-        super().__init__(ends_at=1)
+        super().__init__(counter(ends_at=1))
+        self.resets = 0
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        obs, info = super().reset(seed=seed)
-        return obs, {**info, "episode": {"r": 40.0 + self.episode, "l": 9}} if self.episode else info
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        obs, info = self.env.reset(seed=seed)
+        self.resets += 1
+        if self.resets > 1:
+            self.env.step(0)
+            obs, info = self.env.reset()
+        return obs, info
 
 
 class Stuck(Counter):
@@ -117,12 +120,6 @@ class Box2Actions(Counter):
     def __init__(self) -> None:
         super().__init__()
         self.action_space = gym.spaces.Box(-1, 1, (2,))
-
-
-class DiscreteObservations(Counter):
-    def __init__(self) -> None:
-        super().__init__()
-        self.observation_space = gym.spaces.Discrete(3)
 
 
 class SmallPicture(Counter):
@@ -198,5 +195,4 @@ gym.register("Endless-v0", "tests.fake_envs:Counter", kwargs={"cut_at": 5})
 gym.register("Faulty-v0", "tests.fake_envs:Faulty", kwargs={"fault": "raise"})
 gym.register("Unmakable-v0", "tests.fake_envs:Unmakable")
 gym.register("Box2Actions-v0", "tests.fake_envs:Box2Actions")
-gym.register("DiscreteObservations-v0", "tests.fake_envs:DiscreteObservations")
 gym.register("SmallPicture-v0", "tests.fake_envs:SmallPicture")

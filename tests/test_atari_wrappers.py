@@ -71,12 +71,12 @@ def test_noop_reset_is_the_same_for_the_same_seed_only() -> None:
 def test_noop_reset_starts_again_when_the_game_ends_meanwhile_and_keeps_what_was_paid() -> None:
     emulator = FakeAtari(ends_at=3, rewards={1: 5.0, 2: 7.0})
     env = NoopReset(emulator, noop_max=30)
-    _, info = env.reset(seed=1)
+    env.reset(seed=1)
     presses = len(emulator.actions)
     assert presses > 3, "the seed must press beyond the end"
     assert emulator.seeds == [1] + [None] * (presses // 3), "only the first reset is seeded"
     assert emulator.frame == presses % 3
-    assert info["reset_reward"] == {0: 0.0, 1: 5.0, 2: 12.0}[presses % 3]
+    assert env.reset_reward == {0: 0.0, 1: 5.0, 2: 12.0}[presses % 3]
 
 
 # MaxAndSkip

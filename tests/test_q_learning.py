@@ -21,6 +21,7 @@ from minirl import evaluate as evaluation
 from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
+from minirl.envs.guard import Guard
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
 from minirl.q_learning import (
@@ -219,7 +220,7 @@ def test_a_cut_is_not_an_end(terminated: bool, truncated: bool, max_steps: int, 
 
     table = np.zeros((1, 1))
     for _ in range(200):
-        result = play_episode(Corridor(), table, random.Random(0), 0.5, 0.5, 0.0, max_steps)
+        result = play_episode(Guard(Corridor()), table, random.Random(0), 0.5, 0.5, 0.0, max_steps)
     assert table[0, 0] == pytest.approx(value)
     assert result[:2] == (1.0, 1)
     assert result[2] == pytest.approx(0.0, abs=1e-9)
@@ -358,7 +359,7 @@ def test_the_td_errors_of_an_episode_are_summed_without_their_signs() -> None:
         def random(self) -> float:
             return next(self.numbers)
 
-    played = play_episode(GridWorld(), np.zeros((9, 4)), RightAndDown(), 0.5, 0.99, 1.0, 10**9)
+    played = play_episode(Guard(GridWorld()), np.zeros((9, 4)), RightAndDown(), 0.5, 0.99, 1.0, 10**9)
     # Right, down, right, down, ...: 1, blocked, 2, 5, blocked, goal
     # Right to 1 (-1), blocked below (-10), right to 2 (-1), down to 5 (-1), blocked at the edge (-10), the goal (100)
     assert played == Played(77.0, 6, 1 + 10 + 1 + 1 + 10 + 100)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError, fingerprint
 from minirl.envs.atari_fast import SkipAndShrink
-from minirl.envs.episode import EpisodeStatistics
+from minirl.envs.episode import EpisodeStatistics, PlaysInReset
 from minirl.envs.ids import is_atari, registered_id
 from minirl.envs.state import layers_of
 
@@ -48,11 +48,11 @@ AtariEnv = gym.Env[Frame, int]
 NOOP = 0
 
 
-class NoopReset(gym.Wrapper[Frame, int, Frame, int]):
+class NoopReset(gym.Wrapper[Frame, int, Frame, int], PlaysInReset):
     """Do nothing for 1 to `noop_max` frames after each reset, so that no two games start alike.
 
     The number is drawn from the environment's own generator, which only a seeded reset sets. What the game pays
-    meanwhile is in `info["reset_reward"]`, so that the score of the game stays whole.
+    meanwhile is in `reset_reward`, so that the score of the game stays whole.
 
     Raises:
         ValueError: if `noop_max` is below 1.
@@ -67,14 +67,14 @@ class NoopReset(gym.Wrapper[Frame, int, Frame, int]):
     def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
         """Reset, then press nothing for a while."""
         obs, info = self.env.reset(seed=seed, options=options)
-        reset_reward = 0.0
+        self.reset_reward = 0.0
         for _ in range(self.unwrapped.np_random.integers(1, self.noop_max + 1)):
             obs, reward, terminated, truncated, info = self.env.step(NOOP)
-            reset_reward += float(reward)
+            self.reset_reward += float(reward)
             if terminated or truncated:
                 obs, info = self.env.reset(options=options)
-                reset_reward = 0.0
-        return obs, {**info, "reset_reward": reset_reward}
+                self.reset_reward = 0.0
+        return obs, info
 
 
 class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
@@ -326,9 +326,9 @@ def make_atari_env(
 
 # The code of the wrappers that something faster stands in for, or steps past: `fingerprint` tells whether it is.
 KNOWN = {
-    NoopReset: "52c5ad04f1e51f1c",
+    NoopReset: "7f8e3dd73be1163c",
     MaxAndSkip: "55f0f9a7fc297a9e",
-    EpisodeStatistics: "3f9151277e656190",
+    EpisodeStatistics: "6f84dcb0367c844b",
     EpisodicLife: "d84a683a12d9cbd9",
     FireReset: "22f41287774f9bd8",
     Grayscale: "c62d68cc2fcd5349",

@@ -1,17 +1,29 @@
 """What an environment's id stands for."""
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import ale_py
 import gymnasium as gym
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
+from minirl.envs.guard import EnvError, culprit_of
 
 gym.register_envs(ale_py)
 gym.logger.colorize = lambda text, *style, **more: text  # type: ignore[attr-defined]  # warnings may go to a file
+warn: Any = functools.cache(gym.logger.warn)
+
+
+def warn_once(msg: str, *args: object, category: type[Warning] | None = None, stacklevel: int = 1) -> None:
+    """Warn, but of each thing once: Gymnasium's checker does for each environment, and again for each evaluation's."""
+    warn((msg % args).replace("%", "%%"), category=category, stacklevel=stacklevel + 1)
+
+
+gym.logger.warn = warn_once
 
 
 def registered_id(env_id: str) -> str:
@@ -20,10 +32,11 @@ def registered_id(env_id: str) -> str:
     `my_module:MyEnv-v0` imports `my_module`, which registers `MyEnv-v0`; `MyEnv` alone is the newest version.
 
     Raises:
-        ConfigError: if the module can't be imported or the id is no id.
+        ConfigError: if there is no such module, or the id is no id.
+        EnvError: if the module raises.
     """
     module, _, name = env_id.rpartition(":")
-    with user_errors():
+    with making(env_id):
         if module:
             importlib.import_module(module)
         namespace, base_name, version = parse_env_id(name)
@@ -36,19 +49,28 @@ def is_atari(env_id: str) -> bool:
     """Whether `env_id` names a registered game of the Arcade Learning Environment.
 
     Raises:
-        ConfigError: see `registered_id`.
+        ConfigError, EnvError: see `registered_id`.
     """
     spec = gym.registry.get(registered_id(env_id))
     return spec is not None and str(spec.entry_point).startswith("ale_py")
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what goes wrong with an id or in making its environment into one line for the user."""
+def making(env_id: str) -> Iterator[None]:
+    """Turn what goes wrong with an id, or in making its environment, into one line for the user.
+
+    Raises:
+        ConfigError: if Gymnasium can't make it.
+        EnvError: if code of its own raises.
+    """
     try:
         yield
-    except ConfigError:
+    except (ConfigError, EnvError):
         raise
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--env-id must be an environment that Gymnasium can make: {reason}") from error
+    except Exception as error:
+        culprit, trace = culprit_of(error)
+        if trace and not isinstance(culprit, gym.error.Error):
+            message = f"environment {env_id} can't be made: it raised {described(culprit)}"
+            raise EnvError(message, trace) from culprit
+        wanted = "an environment that Gymnasium can make"
+        raise ConfigError(f"--env-id must be {wanted}: {described(error)}") from error

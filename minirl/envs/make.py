@@ -9,29 +9,40 @@ from gymnasium.envs.registration import EnvSpec
 
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari, registered_id, user_errors
+from minirl.envs.ids import is_atari, making, registered_id
+from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
 # Steps after which an episode is cut where the environment sets no limit: a greedy policy can walk in circles for ever.
 LONGEST_EPISODE = 100_000
 
 
-def make_env(env_id: str, *, render_mode: str | None = None) -> gym.Env[Any, Any]:
+def make_env(env_id: str, *, render_mode: str | None = None, one_hot: bool = True) -> gym.Env[Any, Any]:
     """Make an environment by its Gymnasium id, Atari games with all preprocessing; finished episodes are counted.
 
     `env_id` is whatever `gymnasium.make` takes: `my_module:MyEnv-v0` imports `my_module` first. An environment without
     a time limit gets one of `LONGEST_EPISODE` steps.
 
+    Args:
+        env_id: the id.
+        render_mode: Gymnasium's.
+        one_hot: show Discrete, MultiDiscrete and MultiBinary observations as vectors of 0 and 1, for networks.
+
     Raises:
-        ConfigError: if there is no such environment, or it can't be made.
+        ConfigError: if there is no such environment, or its observations are not arrays.
+        EnvError: if code of its own raises while it is made.
     """
-    with user_errors():
+    with making(env_id):
         if is_atari(env_id):
             return make_atari_env(env_id, render_mode=render_mode, fast=True)
         spec = gym.spec(registered_id(env_id))
         # Not every environment has the argument: pass it only where it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        return EpisodeStatistics(gym.make(spec, max_episode_steps=time_limit(spec), **options))
+        env: gym.Env[Any, Any] = EpisodeStatistics(gym.make(spec, max_episode_steps=time_limit(spec), **options))
+        require_array(env.observation_space)
+        if one_hot and isinstance(env.observation_space, CHOICES):
+            env = OneHot(env)
+        return env
 
 
 def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
@@ -40,9 +51,10 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     Its time limit is the caller's to keep.
 
     Raises:
-        ConfigError: if there is no such environment, or it can't be made.
+        ConfigError: if there is no such environment.
+        EnvError: if code of its own raises while it is made.
     """
-    with user_errors():
+    with making(env_id):
         spec = copy.deepcopy(gym.spec(registered_id(env_id)))
         spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None
         return gym.make(spec)
@@ -54,17 +66,18 @@ def time_limit(spec: EnvSpec) -> int:
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False
+    env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False, one_hot: bool = True
 ) -> VectorEnv:
-    """Make `num_envs` copies of an environment, stepped together; Atari's in two halves, if asked to.
+    """Make `num_envs` copies of an environment (`make_env`), stepped together; Atari's in two halves, if asked to.
 
     Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
     a step of CartPole takes 7 microseconds, a message to a worker 50.
 
     Raises:
-        ConfigError: if there is no such environment, or it can't be made.
+        ConfigError, EnvError: see `make_env`.
     """
     if num_workers is None and not is_atari(env_id):
         num_workers = 1
     in_halves = in_halves and is_atari(env_id)
-    return VectorEnv(functools.partial(make_env, env_id), num_envs, num_workers=num_workers, in_halves=in_halves)
+    make = functools.partial(make_env, env_id, one_hot=one_hot)
+    return VectorEnv(make, num_envs, num_workers=num_workers, in_halves=in_halves)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minirl.envs.guard import EnvError
 from minirl.envs.state import CantCapture, CantRestore, State
 from minirl.envs.workers import (
-    EnvError,
     EnvGroup,
     Episode,
     MakeEnv,
@@ -50,7 +50,7 @@ class VectorEnv:
 
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
-            say. An environment reports a finished episode as `info["episode"] = {"r", "l"}` (`EpisodeStatistics`).
+            say. Those of an environment with an `EpisodeStatistics` among its layers are reported as `episodes`.
         num_envs: N.
         num_workers: processes, this one among them; None for one per core this process may use, never more than have
             something to play.
@@ -58,8 +58,9 @@ class VectorEnv:
 
     Raises:
         ConfigError: if the observations are not arrays.
-        EnvError: if an environment raises, or returns numbers that are not finite or observations of another shape.
-        WorkerError: if that happens in a worker, or a worker dies.
+        EnvError: if an environment raises, or returns what can't be learned from (docs/reliability.md), here or in a
+            worker; the `trace` in it is theirs.
+        WorkerError: if a worker dies.
     """
 
     def __init__(

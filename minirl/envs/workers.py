@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.envs.atari import shows_stacks
+from minirl.envs.episode import statistics_of
+from minirl.envs.guard import EnvError, Guard
+from minirl.envs.spaces import require_array
 from minirl.envs.state import (
     CantCapture,
     CantRestore,
@@ -34,7 +37,6 @@ from minirl.envs.state import (
     restore,
     restore_generators,
     seed_generators,
-    seeded_reset,
 )
 
 PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
@@ -81,11 +83,7 @@ class VectorStep(NamedTuple):
 
 
 class WorkerError(RuntimeError):
-    """An environment raised in a worker process, or the process died. The message holds the worker's traceback."""
-
-
-class EnvError(RuntimeError):
-    """An environment raised, or returned what can't be learned from. The message names it and the step."""
+    """A worker process died, or failed in another way than an `EnvError`. The message holds its traceback."""
 
 
 class SharedArrays:
@@ -95,8 +93,8 @@ class SharedArrays:
     """
 
     def __init__(self, num_envs: int, observation_space: gym.Space[Any], *, shared: bool) -> None:
-        if observation_space.shape is None:
-            raise ConfigError(f"--env-id must have observations that are one array, not {observation_space}")
+        require_array(observation_space)
+        assert observation_space.shape is not None
         shape = (num_envs, *observation_space.shape)
         dtype = np.dtype(observation_space.dtype)
         context = multiprocessing.get_context("spawn")
@@ -148,90 +146,70 @@ class EnvGroup:
 
     def __init__(self, make_env: MakeEnv, parts: Sequence[range]) -> None:
         self.parts = parts
-        self.envs = {row: make_env() for part in parts for row in part}
-        env = next(iter(self.envs.values())) if self.envs else make_env()
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self.shape = self.observation_space.shape
-        self.stacked = shows_stacks(env)
+        self.envs = {row: Guard(make_env(), row) for part in parts for row in part}
+        env = next(iter(self.envs.values()), None) or Guard(make_env())
+        self.observation_space, self.action_space = env.env.observation_space, env.env.action_space
+        self.stacked = shows_stacks(env.env)
         self.first_action = int(getattr(self.action_space, "start", 0))
-        self.env_id = "without an id" if env.spec is None else env.spec.id
+        self.statistics = {row: statistics_of(env.env) for row, env in self.envs.items()}
         if not self.envs:
-            env.close()
-        self.steps = [0 for _ in parts]  # since the environments were made
+            env.env.close()
 
     def reset(self, arrays: SharedArrays, seed: int | None) -> None:
         """Start new episodes; environment i is seeded with `seed + i`."""
         for row, env in self.envs.items():
-            obs, _ = env.reset() if seed is None else seeded_reset(env, seed + row)
-            arrays.observations[row] = self._checked(row, obs)
+            arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + row)
+        for part in self.parts:
+            self._require_finite(part, {"an observation": arrays.observations})
 
     def step(self, arrays: SharedArrays, part: int) -> list[Episode]:
         """Take the actions of one half, and return the episodes that ended."""
-        if not self.parts[part]:
+        if not (rows := self.parts[part]):
             return []
-        self.steps[part] += 1
         episodes = []
-        ended = False
+        columns = {"an observation": arrays.observations, "a reward": arrays.rewards}
         actions = (arrays.actions + self.first_action if self.first_action else arrays.actions).tolist()
-        for row in self.parts[part]:
+        for row in rows:
             env = self.envs[row]
-            try:
-                obs, reward, terminated, truncated, info = env.step(actions[row])
-                if terminated or truncated:
-                    ended = True
-                    arrays.final_observations[row] = self._checked(row, obs)
-                    obs, reset_info = env.reset()
-                    # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
-                    for finished in (info.get("episode"), reset_info.get("episode")):
-                        if finished is not None:
-                            episodes.append(Episode(row, float(finished["r"]), int(finished["l"])))
-            except EnvError:
-                raise
-            except Exception as error:
-                raise EnvError(f"{self._name(row)} raised {error!r}") from error
-            arrays.observations[row] = self._checked(row, obs)
+            obs, reward, terminated, truncated, _ = env.step(actions[row])
+            if terminated or truncated:
+                columns["a last observation"] = arrays.final_observations
+                arrays.final_observations[row] = obs
+                obs, _ = env.reset()
+                # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
+                if (statistics := self.statistics[row]) is not None:
+                    episodes += [Episode(row, *episode) for episode in statistics.finished]
+                    statistics.finished.clear()
+            arrays.observations[row] = obs
             arrays.rewards[row] = reward
             arrays.terminated[row] = terminated
             arrays.truncated[row] = truncated
-        self._require_finite(arrays, self.parts[part], ended=ended)
+        self._require_finite(rows, columns)
         return episodes
 
-    def _name(self, row: int) -> str:
-        steps = next(steps for steps, part in zip(self.steps, self.parts, strict=True) if row in part)
-        return f"environment {row} ({self.env_id}), at its step {steps:,},"
-
-    def _checked(self, row: int, obs: Any) -> Any:
-        """Return the observation, if it has the shape that was announced; NumPy would stretch others to fit."""
-        if (shape := np.shape(obs)) != self.shape:
-            raise EnvError(f"{self._name(row)} showed an observation of shape {shape}, not {self.shape}")
-        return obs
-
-    def _require_finite(self, arrays: SharedArrays, part: range, *, ended: bool) -> None:
+    def _require_finite(self, part: range, columns: dict[str, NDArray[Any]]) -> None:
         rows = slice(part.start, part.stop)
-        columns = {"an observation": arrays.observations, "a reward": arrays.rewards}
-        if ended:
-            columns["a last observation"] = arrays.final_observations
         for what, array in columns.items():
             # A sum of squares is finite if all of them are, but for the largest, and takes less than half the time.
             if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
                 continue
             for row in part:
                 if not np.isfinite(array[row]).all():
-                    raise EnvError(f"{self._name(row)} gave {what} that is not finite")
+                    raise EnvError(f"{self.envs[row]} gave {what} that is not finite")
 
     def capture(self) -> dict[int, Any]:
         """Return the state of each environment, by row."""
-        return {row: capture(env) for row, env in self.envs.items()}
+        return {row: capture(env.env) for row, env in self.envs.items()}
 
     def restore(self, states: list[Any]) -> None:
         """Put back states, of all rows."""
         for row, env in self.envs.items():
-            restore(env, states[row])
+            restore(env.env, states[row])
 
     def close(self) -> None:
         """Close the environments."""
         for env in self.envs.values():
-            env.close()
+            env.env.close()
 
 
 class Worker:
@@ -272,6 +250,8 @@ class Worker:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
             raise WorkerError(f"the {self.name} died without a word, exit code {code}") from error
+        if isinstance(failure, EnvError):
+            raise failure from (WorkerError(f"in the {self.name}:\n\n{failure.trace}") if failure.trace else None)
         if failure is not None:
             raise WorkerError(f"the {self.name} raised:\n\n{failure}")
         return result
@@ -296,7 +276,7 @@ def _hear(connection: Connection) -> Any:
 
 
 def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arrays: SharedArrays) -> None:
-    """Run a worker: answer each message with (traceback or None, result) until the other end is closed.
+    """Run a worker: answer each message with (failure or None, result) until the other end is closed.
 
     The first message makes the environments; the others reset or step them, or carry their states.
     """
@@ -304,12 +284,13 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(1)
+    gym.logger.min_level = gym.logger.ERROR  # the training process plays such environments, too, and has said it
     group: EnvGroup | None = None
     with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
         while True:
             command, argument = _hear(connection)
             result: Any = []
-            failure = None
+            failure: EnvError | str | None = None
             try:
                 if group is None:
                     group = EnvGroup(make_env, parts)
@@ -328,6 +309,8 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
                         restore_generators(generators)
             except (CantCapture, CantRestore) as error:
                 result = error
+            except EnvError as error:
+                failure = error
             except BaseException:
                 failure = traceback.format_exc()
             connection.send_bytes(pickle.dumps((failure, result)))

@@ -18,6 +18,7 @@ import torch
 from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
+from minirl.envs.guard import EnvError
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
@@ -68,6 +69,7 @@ def evaluate(
 
     Raises:
         ConfigError: if the run or an argument will not do.
+        EnvError: if the environment fails.
     """
     if episodes < 1:
         raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
@@ -82,11 +84,12 @@ def evaluate(
     if seed is None:
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
     env_id = settings["env_id"]
-    with make_envs(env_id, episodes, render) as envs:
+    one_hot = settings["algorithm"] != "q_learning"
+    with make_envs(env_id, episodes, render, one_hot) as envs:
         policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:
             seed_everything(seed)
-            if not record_game(policy, env_id, seed, video):
+            if not record_game(policy, env_id, seed, video, one_hot=one_hot):
                 print(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game", file=sys.stderr)
         if render:
             policy = at_game_speed(policy, steps_per_second(env_id))
@@ -103,11 +106,11 @@ def evaluate(
     }
 
 
-def make_envs(env_id: str, episodes: int, render: bool) -> VectorEnv:
+def make_envs(env_id: str, episodes: int, render: bool, one_hot: bool) -> VectorEnv:
     """Make the environments for `episodes` games: side by side, or one in a window."""
     if not render:
-        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE))
-    window = open_window(env_id)
+        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), one_hot=one_hot)
+    window = open_window(env_id, one_hot=one_hot)
     return VectorEnv(lambda: window, 1, num_workers=1)
 
 
@@ -195,5 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         answer(json.dumps(result) if as_json else sentence)
     except ConfigError as error:
         fail(error)
+    except EnvError as error:
+        fail(error, status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirl.checks import ConfigError
+from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.plots.of_run import KINDS, draw_picture
 from minirl.q_learning import LOG_EVERY
@@ -78,5 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         answer(output)
     except ConfigError as error:
         fail(error)
+    except EnvError as error:
+        fail(error, status=1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -94,7 +94,7 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def made(env_id: str, render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
     """Make an environment, and close it in the end."""
-    env = make_env(env_id, render_mode=render_mode)
+    env = make_env(env_id, render_mode=render_mode, one_hot=False)  # of the pictures, only those of tables show numbers
     try:
         yield env
     finally:

@@ -11,7 +11,7 @@ ARROWS = ["^", ">", "v", "<"]
 
 def describe(q_table: NDArray[np.float64], env_id: str) -> str:
     """Return what `train_q.py` prints of a Q-table (S, A): both grids of a GridWorld, a summary of others."""
-    env = make_env(env_id)
+    env = make_env(env_id, one_hot=False)
     grid = env.unwrapped
     env.close()
     if isinstance(grid, GridWorld):

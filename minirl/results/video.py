@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
+from minirl.envs.episode import statistics_of
+from minirl.envs.guard import Guard
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env
-from minirl.envs.state import seeded_reset
 from minirl.results.play import Policy
 from minirl.runs.checkpoints import atomic_file, untouched_random_state
 from minirl.runs.run import Run, derived_seed
@@ -46,6 +47,7 @@ def record_game(
     *,
     flag: str = "--video",
     stopped: Callable[[], bool] = lambda: False,
+    one_hot: bool = True,
 ) -> bool:
     """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
 
@@ -56,6 +58,7 @@ def record_game(
         path: the file; its ending says which kind.
         flag: what a mistake is called after.
         stopped: asked after each step; once it is true, the video ends there.
+        one_hot: as in `make_env`.
 
     Returns:
         Whether the game came to its end, within `LONGEST_VIDEO` agent steps.
@@ -64,7 +67,7 @@ def record_game(
         ConfigError: if the environment can't be drawn, or the file not written.
     """
     write = write_gif if path.suffix == ".gif" else write_mp4
-    with contextlib.closing(make_drawn_env(env_id, flag)) as env:
+    with contextlib.closing(make_drawn_env(env_id, flag, one_hot=one_hot)) as env:
         game = play_and_draw(policy, env, seed, flag, stopped)
         try:
             write(path, itertools.islice(game, LONGEST_VIDEO), steps_per_second(env_id))
@@ -73,14 +76,14 @@ def record_game(
         return next(game, None) is None
 
 
-def make_drawn_env(env_id: str, flag: str) -> gym.Env[Any, Any]:
+def make_drawn_env(env_id: str, flag: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
     """Make an environment whose `render` returns pictures.
 
     Raises:
         ConfigError: naming `flag`, if there are none.
     """
     require_render_mode(env_id, flag, "rgb_array")
-    return make_env(env_id, render_mode="rgb_array")
+    return make_env(env_id, render_mode="rgb_array", one_hot=one_hot)
 
 
 def require_render_mode(env_id: str, flag: str, *modes: str) -> None:
@@ -108,31 +111,33 @@ def play_and_draw(
         ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
     """
     first_action = int(getattr(env.action_space, "start", 0))
-    obs, info = seeded_reset(env, seed)
-    first = draw(env, flag)
+    guard, statistics = Guard(env), statistics_of(env)
+    assert statistics is not None
+    obs, _ = guard.reset(seed=seed)
+    first = draw(guard, flag)
     yield first
-    while "episode" not in info and not stopped():
-        action = int(policy(np.asarray(obs)[None])[0]) + first_action
-        obs, _, terminated, truncated, info = env.step(action)
-        if (terminated or truncated) and "episode" not in info:
-            obs, info = env.reset()  # a life was lost; the game goes on
-        picture = draw(env, flag)
+    while not statistics.finished and not stopped():
+        obs, _, terminated, truncated, _ = guard.step(int(policy(np.asarray(obs)[None])[0]) + first_action)
+        if (terminated or truncated) and not statistics.finished:
+            obs, _ = guard.reset()  # a life was lost; the game goes on
+        picture = draw(guard, flag)
         if picture.shape != first.shape:  # no file can hold them
             sizes = f"the first is {first.shape[:2]}, a later one {picture.shape[:2]}"
             raise ConfigError(f"{flag} needs an environment whose pictures keep their size: {sizes}")
         yield picture
 
 
-def draw(env: gym.Env[Any, Any], flag: str) -> Picture:
+def draw(env: Guard, flag: str) -> Picture:
     """Return a picture of the environment (H, W, 3).
 
     Raises:
         ConfigError: naming `flag`, if it can't be drawn, say because a package for that is missing.
+        EnvError: if it raises.
     """
     try:
         picture = env.render()
     except gym.error.Error as error:
-        raise ConfigError(f"{flag} needs an environment that can be drawn: {error}") from error
+        raise ConfigError(f"{flag} needs an environment that can be drawn: {described(error)}") from error
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
         raise ConfigError(f"{flag} needs an environment that can be drawn: `render` gives no bytes of shape (H, W, 3)")
     return picture
@@ -237,20 +242,23 @@ class Videos:
         config: the settings; `env_id`, `seed` and `video_frequency` (agent steps, None for never) are read here.
         run_dir: where to write; None for nowhere: nothing is recorded.
         first_step: how many agent steps earlier sessions did.
+        one_hot: as in `make_env`.
 
     Raises:
         ConfigError: if the environment can't be drawn.
     """
 
-    def __init__(self, config: Any, run_dir: Path | None, first_step: int) -> None:
+    def __init__(self, config: Any, run_dir: Path | None, first_step: int, *, one_hot: bool = True) -> None:
         self.config = config
+        self.one_hot = one_hot
         self.folder = None if run_dir is None or config.video_frequency is None else run_dir / "videos"
         self.last_step = first_step
         if self.folder is not None:
             flag = "--video-frequency"
             with untouched_random_state(), contextlib.closing(make_drawn_env(config.env_id, flag)) as env:
-                env.reset()
-                draw(env, flag)
+                guard = Guard(env)
+                guard.reset()
+                draw(guard, flag)
 
     def record(self, run: Run, global_step: int, policy: Policy) -> None:
         """Record a game if one is due; Ctrl-C cuts it short. A failure is a warning: no video is worth the run."""
@@ -266,7 +274,14 @@ class Videos:
         with run.paused(), untouched_random_state():
             try:
                 self.folder.mkdir(exist_ok=True)
-                record_game(policy, self.config.env_id, seed, path, stopped=lambda: run.stop_signal is not None)
+                record_game(
+                    policy,
+                    self.config.env_id,
+                    seed,
+                    path,
+                    stopped=lambda: run.stop_signal is not None,
+                    one_hot=self.one_hot,
+                )
                 log_gif(run, global_step, path)
             except Exception as error:
                 warnings.warn(f"the game of agent step {global_step:,} is not recorded: {error}", stacklevel=2)

@@ -10,7 +10,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
+from minirl.envs.guard import EnvError, Guard
 from minirl.envs.make import make_env
 from minirl.results.play import Policy
 from minirl.results.video import require_render_mode
@@ -18,11 +19,12 @@ from minirl.results.video import require_render_mode
 DISPLAY_VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "SDL_VIDEO_DRIVER")
 
 
-def open_window(env_id: str) -> gym.Env[Any, Any]:
+def open_window(env_id: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
     """Make an environment that shows itself in a window at each step.
 
     Raises:
         ConfigError: if there is no display, the environment can't be drawn, or a package for that is missing.
+        EnvError: if the environment raises.
     """
     require_render_mode(env_id, "--render", "human", "rgb_array")
     # Without a display, SDL shows the games nowhere and does not say so.
@@ -32,10 +34,13 @@ def open_window(env_id: str) -> gym.Env[Any, Any]:
         with warnings.catch_warnings():
             # Where there is no "human" mode, Gymnasium shows the pictures in a window of its own, and says so.
             warnings.simplefilter("ignore", UserWarning)
-            env = make_env(env_id, render_mode="human")
-        env.reset()
+            env = make_env(env_id, render_mode="human", one_hot=one_hot)
+        Guard(env).reset()
     except (gym.error.Error, RuntimeError) as error:  # the latter from ALE and pygame
-        raise ConfigError(f"--render can't open a window: {' '.join(str(error).split())}") from error
+        cause = error.__cause__ if isinstance(error, EnvError) else error
+        if not isinstance(cause, gym.error.Error | RuntimeError):
+            raise
+        raise ConfigError(f"--render can't open a window: {described(cause)}") from error
     return env
 
 

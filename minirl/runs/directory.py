@@ -25,7 +25,7 @@ from typing import Any
 import gymnasium as gym
 
 from minirl.checks import ConfigError
-from minirl.envs.ids import registered_id, user_errors
+from minirl.envs.ids import making, registered_id
 from minirl.runs.checkpoints import BEST_FILE, atomic_file, load_checkpoint
 
 if sys.platform != "win32":
@@ -46,7 +46,7 @@ def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     env_name: str = config.env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     run_dir = Path("runs").absolute() / algorithm / env_name / name
-    with user_errors():
+    with making(config.env_id):
         gym.spec(registered_id(config.env_id))  # or the directory of what does not exist might be refused instead
     for number in itertools.count(2):
         try:

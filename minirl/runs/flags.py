@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
+from minirl.envs.guard import EnvError
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
 from minirl.runs.seeds import read_seeds
@@ -86,10 +87,12 @@ class Parser(argparse.ArgumentParser):
         return f"; {flag} belongs to {' and '.join(others)}" if others else "; --help shows all flags"
 
 
-def fail(message: object) -> NoReturn:
-    """Print `error: message` on standard error, in one line, and exit with status 2."""
+def fail(message: object, status: int = 2) -> NoReturn:
+    """Print `error: message` on standard error, in one line, and exit; of an `EnvError` its traceback is below."""
     print("error:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(2)
+    if isinstance(message, EnvError):
+        print(message.trace, end="", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 
 from minirl.checks import ConfigError
-from minirl.envs.ids import is_atari, registered_id, user_errors
+from minirl.envs.ids import is_atari, making, registered_id
 from minirl.envs.vector import available_cores
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import CONFIG_FILE
@@ -73,7 +73,7 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
     Raises:
         ConfigError: if there is no such environment, or a directory is taken.
     """
-    with user_errors():
+    with making(config.env_id):
         gym.spec(registered_id(config.env_id))
     for run_dir in run_dirs.values():
         if (run_dir / CONFIG_FILE).exists():

@@ -116,7 +116,8 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         TimeoutError: if they take longer than `patience`, in seconds.
     """
     seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
-    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE)) as envs:
+    one_hot = settings["algorithm"] != "q_learning"
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), one_hot=one_hot) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience
 

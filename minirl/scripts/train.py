@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import signal
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from minirl.checks import ConfigError
+from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import DivergedError, brief
 from minirl.runs.directory import default_run_dir, load_settings
@@ -36,7 +36,8 @@ def run_training(
     """Parse flags into a config and train: what `train_ppo.py` and its like do.
 
     Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
-    written; Ctrl-C with status 130, SIGTERM 143, SIGHUP 129, and a standard error that nobody reads any more 141.
+    written; a training that diverges, or an environment that fails, with status 1; Ctrl-C with 130, SIGTERM 143, SIGHUP
+    129, and a standard error that nobody reads any more 141.
     """
     parser = make_parser(config_class, description, TRAINING_SCRIPTS)
     arguments = vars(parser.parse_args(argv))
@@ -66,9 +67,8 @@ def run_training(
         return config, result
     except ConfigError as error:
         parser.error(str(error))
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (DivergedError, EnvError) as error:
+        fail(error, status=1)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
