@@ -113,8 +113,8 @@ def compare(report: Report, found: dict[str, Tensor], compute: Compute, dtype: t
     exact = compute(Rounding())
     drawn = [compute(Rounding(seed, coarse, coarse, smallest)) for seed in range(DRAWS)]
     for name, value in exact.items():
-        spread = torch.stack([(other[name] - value).square() for other in drawn]).sum(dim=0)
-        bound = SPREADS * unit / coarse * (spread / DRAWS).sqrt() + 2 * unit * value.abs() + 8 * smallest
+        spread = torch.stack([other[name] - value for other in drawn]).square().mean(dim=0).sqrt()
+        bound = SPREADS * unit / coarse * spread + 2 * unit * value.abs() + 8 * smallest
         assert found[name].dtype == dtype, f"{name} is {found[name].dtype}"
         report.compare(name, found[name].detach(), value.detach(), bound.detach())
 
@@ -189,7 +189,7 @@ def a_ppo_loss(draw: Draw, report: Report) -> None:
     moving = {"log_prob": log_prob, "values": values, "entropy": entropies}
     for tensor in moving.values():
         tensor.requires_grad_()
-    settings = {"clip_coef": 0.2, "vf_coef": draw.choice(0.0, 0.5), "ent_coef": draw.choice(0.0, 0.01)}
+    settings: dict[str, Any] = {"clip_coef": 0.2, "vf_coef": draw.choice(0.0, 0.5), "ent_coef": draw.choice(0.0, 0.01)}
     settings["value_clip_coef"] = draw.choice(None, 0.3)
     loss, stats = ppo_loss(log_prob, old, advantages, values, returns, entropies, old_values=old_values, **settings)
     assert not any(tensor.requires_grad for tensor in stats.values())
@@ -197,11 +197,16 @@ def a_ppo_loss(draw: Draw, report: Report) -> None:
 
     def compute(r: Rounding) -> Numbers:
         mine = {name: wanted(tensor) for name, tensor in moving.items()}
-        others = {"old_log_prob": old, "advantages": advantages, "returns": returns, "old_values": old_values}
-        fixed: dict[str, Any] = {name: tensor.double() for name, tensor in others.items()}
-        entropies = mine["entropy"]
         terms = reference.ppo_terms(
-            mine["log_prob"], values=mine["values"], entropies=entropies, r=r, **fixed, **settings
+            mine["log_prob"],
+            old.double(),
+            advantages.double(),
+            mine["values"],
+            returns.double(),
+            mine["entropy"],
+            old_values.double(),
+            r,
+            **settings,
         )
         return {**terms, **gradients(terms["loss"], **mine)}
 
@@ -292,13 +297,14 @@ def a_q_update(draw: Draw, report: Report) -> None:
     table = draw.laid_out(draw.numbers(dtype, 4, 3)).numpy()
     table = table.copy() if 0 in table.strides else table  # each entry has a place of its own
     expected = torch.from_numpy(table.astype(np.float64))
-    state, action, next_state = (int(draw.rng.integers(0, n)) for n in (4, 3, 4))
+    places: list[Any] = [draw.rng.integers(0, n) for n in (4, 3, 4)]
+    state, action, next_state = places
     kind = draw.choice(float, int, bool, np.float64, np.float32, np.float16, np.int64, np.int8, np.bool_)
     reward = kind(draw.choice(0, 1, 0.1, -20.7))
     terminated, alpha, gamma = draw.choice(True, False, np.True_, np.False_), draw.choice(0.3, 1.0), 0.99
     found = q_update(table, state, action, reward, next_state, terminated, alpha=alpha, gamma=gamma)
     sizes = abs(float(reward)) + float(expected.abs().max())
-    transition = (state, action, float(reward), next_state, bool(terminated))
+    transition = (int(state), int(action), float(reward), int(next_state), bool(terminated))
     (error,) = reference.q_learning(expected, [transition], [alpha], gamma)
     report.compare("TD error", found, error, 10 * 2.0**-53 * sizes)
     stored = torch.finfo(dtype).eps * expected.abs()
