@@ -234,6 +234,13 @@ def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:
         assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=num_workers), device="cpu")))
 
 
+def test_begins_to_learn_cartpole(tmp_path: Path) -> None:
+    config = dataclasses.replace(CARTPOLE, seed=3, total_timesteps=15_000)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    returns = [value for _, value in read_scalars(tmp_path / "run")["charts/episodic_return"]]
+    assert (np.mean(returns[:20]) < 40, np.mean(returns[-20:]) > 60) == (True, True), returns
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "compiled"), [(3, False), (2, True)])
 def test_learns_cartpole(tmp_path: Path, seed: int, compiled: bool) -> None:
