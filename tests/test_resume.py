@@ -151,7 +151,14 @@ def test_a_killed_run_ends_as_one_left_alone(
 
 @pytest.mark.parametrize(
     ("algorithm", "train", "config"),
-    [RUNS[0], pytest.param(*RUNS[1], marks=pytest.mark.slow), RUNS[2], RUNS[3], pytest.param(*RUNS[4], marks=pytest.mark.slow), RUNS[5]],
+    [
+        RUNS[0],
+        pytest.param(*RUNS[1], marks=pytest.mark.slow),
+        RUNS[2],
+        RUNS[3],
+        pytest.param(*RUNS[4], marks=pytest.mark.slow),
+        RUNS[5],
+    ],
 )
 def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:
     train(config, run_dir=tmp_path / "often", device="cpu")

@@ -211,7 +211,9 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
     ("fault", "message"),
     [
         ("raise", "environments 2 to 3.*raised(.|\n)*in step(.|\n)*ArithmeticError: the pole snapped"),
-        pytest.param("hang up", "environments 2 to 3.*raised(.|\n)*EOFError: the game server hung up", marks=pytest.mark.slow),
+        pytest.param(
+            "hang up", "environments 2 to 3.*raised(.|\n)*EOFError: the game server hung up", marks=pytest.mark.slow
+        ),
         pytest.param("exit", "raised(.|\n)*SystemExit: 3", marks=pytest.mark.slow),
         ("die", "environments 2 to 3.*died without a word, exit code -9"),
     ],
