@@ -238,7 +238,8 @@ def test_begins_to_learn_cartpole(tmp_path: Path) -> None:
     config = dataclasses.replace(CARTPOLE, seed=3, total_timesteps=15_000)
     train(config, run_dir=tmp_path / "run", device="cpu")
     returns = [value for _, value in read_scalars(tmp_path / "run")["charts/episodic_return"]]
-    assert (np.mean(returns[:20]) < 40, np.mean(returns[-20:]) > 60) == (True, True), returns
+    assert np.mean(returns[:20]) < 40
+    assert np.mean(returns[-20:]) > 60  # 82 at the time of writing
 
 
 @pytest.mark.slow
