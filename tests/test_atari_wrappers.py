@@ -68,13 +68,14 @@ def test_noop_reset_is_the_same_for_the_same_seed_only() -> None:
     assert frames(3) != frames(4)
 
 
-def test_noop_reset_starts_again_when_the_game_ends_meanwhile_and_keeps_what_was_paid() -> None:
+@pytest.mark.parametrize("seed", [0, 1, 3])  # 26, 15 and 25 presses
+def test_noop_reset_starts_again_when_the_game_ends_meanwhile_and_keeps_what_was_paid(seed: int) -> None:
     emulator = FakeAtari(ends_at=3, rewards={1: 5.0, 2: 7.0})
     env = NoopReset(emulator, noop_max=30)
-    env.reset(seed=1)
+    env.reset(seed=seed)
     presses = len(emulator.actions)
     assert presses > 3, "the seed must press beyond the end"
-    assert emulator.seeds == [1] + [None] * (presses // 3), "only the first reset is seeded"
+    assert emulator.seeds == [seed] + [None] * (presses // 3), "only the first reset is seeded"
     assert emulator.frame == presses % 3
     assert env.reset_reward == {0: 0.0, 1: 5.0, 2: 12.0}[presses % 3]
 
@@ -315,6 +316,13 @@ def test_episode_statistics_count_whole_games_unclipped() -> None:
     _, _, terminated, _, info = env.step(0)
     assert terminated
     assert info["episode"] == {"r": 9.0, "l": 3}
+
+
+@pytest.mark.parametrize("end", [{"ends_at": 2}, {"cut_at": 2}])
+def test_a_score_has_in_it_what_the_no_ops_were_paid(end: dict[str, Any]) -> None:
+    env = EpisodeStatistics(NoopReset(FakeAtari(rewards={1: 5.0, 2: 7.0}, **end), noop_max=1))
+    env.reset(seed=0)
+    assert env.step(0)[4]["episode"] == {"r": 12.0, "l": 1}
 
 
 @pytest.mark.parametrize(

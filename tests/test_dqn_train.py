@@ -427,6 +427,14 @@ def test_two_updates_on_the_real_pong(tmp_path: Path, device: str) -> None:
     assert all(math.isfinite(value) for _, value in read_scalars(tmp_path / "run")["losses/td_loss"])
 
 
+def test_begins_to_learn_cartpole(tmp_path: Path) -> None:
+    config = DQNConfig(seed=1, total_timesteps=3_500, exploration_fraction=0.23, learning_starts=500)
+    train(dataclasses.replace(config, eval_frequency=None), run_dir=tmp_path / "run", device="cpu")
+    returns = load_checkpoint(tmp_path / "run", "dqn")["returns"]
+    assert np.mean(returns[:20]) < 40
+    assert np.mean(returns[-10:]) > 120
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("total_timesteps", "compiled"), [(25_000, False), (40_000, True)])
 def test_learns_cartpole(tmp_path: Path, total_timesteps: int, compiled: bool) -> None:

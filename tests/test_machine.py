@@ -46,6 +46,7 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_freed_memory_is_kept_for_the_next_arrays() -> None:
     def bytes_kept(mode: str) -> int:

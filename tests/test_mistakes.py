@@ -539,6 +539,7 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_written(
     assert tree(workplace) == before
 
 
+@pytest.mark.slow
 def test_the_same_in_processes_of_their_own(runs: Path, workplace: Path) -> None:
     lines = {
         "ppo": "--resume half-checkpoint",

@@ -209,7 +209,7 @@ def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(t
 @pytest.mark.parametrize(
     "config",
     [
-        dataclasses.replace(SMALL_PONG, total_timesteps=5 * 64),
+        SMALL_PONG,
         dataclasses.replace(CARTPOLE, total_timesteps=5 * 256, target_kl=0.02, value_clip_coef=0.2),
     ],
     ids=["Pong", "CartPole"],
@@ -232,6 +232,14 @@ def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:
     alone = parameters(train(config, device="cpu"))
     for num_workers in (2, 3):
         assert torch.equal(alone, parameters(train(dataclasses.replace(config, num_workers=num_workers), device="cpu")))
+
+
+def test_begins_to_learn_cartpole(tmp_path: Path) -> None:
+    config = dataclasses.replace(CARTPOLE, seed=3, total_timesteps=15_000)
+    train(config, run_dir=tmp_path / "run", device="cpu")
+    returns = [value for _, value in read_scalars(tmp_path / "run")["charts/episodic_return"]]
+    assert np.mean(returns[:20]) < 40
+    assert np.mean(returns[-20:]) > 60  # 82 at the time of writing
 
 
 @pytest.mark.slow

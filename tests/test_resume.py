@@ -149,7 +149,17 @@ def test_a_killed_run_ends_as_one_left_alone(
         assert_same(one, other)
 
 
-@pytest.mark.parametrize(("algorithm", "train", "config"), RUNS[:6])
+@pytest.mark.parametrize(
+    ("algorithm", "train", "config"),
+    [
+        RUNS[0],
+        pytest.param(*RUNS[1], marks=pytest.mark.slow),
+        RUNS[2],
+        RUNS[3],
+        pytest.param(*RUNS[4], marks=pytest.mark.slow),
+        RUNS[5],
+    ],
+)
 def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:
     train(config, run_dir=tmp_path / "often", device="cpu")
     train(dataclasses.replace(config, checkpoint_frequency=10**9), run_dir=tmp_path / "never", device="cpu")

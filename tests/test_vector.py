@@ -212,7 +212,7 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("exit", "raised(.|\n)*SystemExit: 3"),
+        pytest.param("exit", "raised(.|\n)*SystemExit: 3", marks=pytest.mark.slow),
         ("die", "environments 2 to 3.*died without a word, exit code -9"),
     ],
 )
@@ -397,6 +397,7 @@ def test_workers_leave_when_a_script_ends_without_closing(tmp_path: Path) -> Non
     assert_no_process_left(process.pid)
 
 
+@pytest.mark.slow
 def test_evaluation_workers_have_no_torch_either(tmp_path: Path) -> None:
     config = PPOConfig(num_envs=1, num_steps=4, minibatch_size=4, total_timesteps=4, update_epochs=1)
     train(config, run_dir=tmp_path / "run", device="cpu")
@@ -447,7 +448,7 @@ class Misbehaving(gym.Wrapper[Any, Any, Any, Any]):
         ("inf", "gave a reward that is not finite"),
     ],
 )
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_cannot_be_learned_from_is_an_error_that_names_environment_and_step(
     fault: str, what: str, num_workers: int
 ) -> None:
