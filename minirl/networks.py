@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minirl.checks import ConfigError
-from minirl.fast.machine import Head
+from minirl.fast.machine import Head, send
 from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
@@ -138,4 +138,4 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
     dtype = torch.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else torch.float32
-    return torch.as_tensor(obs, dtype=dtype).to(device, non_blocking=True)  # a GPU need not be done with all before
+    return send(torch.as_tensor(obs, dtype=dtype), device)

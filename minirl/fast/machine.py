@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,7 @@ SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 m
 
 
 def select_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one.
+    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one, and it computes as others do.
 
     Raises:
         ConfigError: if CUDA is asked for and there is none, or the name is another.
@@ -29,6 +30,9 @@ def select_device(name: str) -> torch.device:
         raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda must have a GPU that PyTorch can use: there is none here; use cpu or auto")
+    if name == "cuda":
+        torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
+        torch.backends.cudnn.allow_tf32 = False  # or float32 would be multiplied with 10 bits behind the point
     return torch.device(name)
 
 
@@ -59,6 +63,31 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if processor.get("amx_bf16"):
         return True
     return bool(processor.get("avx512_bf16")) and not processor.get("cpu_name", "").startswith("Intel")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the processor's on the device; nobody waits for a GPU to get it.
+
+    It goes by way of pinned memory, which PyTorch keeps, and hands out again once the GPU has read it.
+    """
+    if device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """Have a GPU send a tensor, and return what waits for it: meanwhile, there is other work to give out."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy
+    here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> NDArray[Any]:
+        arrived.synchronize()
+        return here.numpy()
+
+    return wait
 
 
 def keep_freed_memory() -> None:
@@ -122,9 +151,11 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
     """Within the block, round the weights of linear and convolutional layers to what `torch.autocast` would, once.
 
     It would do so at every call, which for a few observations takes longer than their products. What comes out is the
-    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise.
+    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise. A GPU
+    rounds them in no time, and what it has recorded wants them where they are.
     """
-    weights = [module.weight for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    weights = [layer.weight for layer in layers if layer.weight.device.type == "cpu"]
     kept = [weight.data for weight in weights]
     try:
         if precision != torch.float32:

@@ -1,0 +1,133 @@
+"""Work that a GPU is told once and repeats by itself (a CUDA graph), around any function of tensors.
+
+A network as small as Atari's keeps a GPU busy for less time than Python takes to ask for its hundred kernels one by one.
+Recorded, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
+
+What is assumed of PyTorch, read in its documents and not seen here: `torch.cuda.graph` takes what the compiler makes and
+its memory; random numbers that are drawn in a replay go on from the generator's state, as in a call; an optimiser's
+numbers of steps lie on the GPU (`capturable`). Where recording fails, a warning says why, and the function is called.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RECORDED = ("cuda",)  # on these devices functions are recorded; on others they are called
+PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere each time
+MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
+
+
+class Replayed:
+    """A function of tensors, called twice, then recorded, and replayed from there on.
+
+    A replay works on the memory that was recorded. An input that comes with the call, a batch say, is copied there
+    once it has been seen to lie elsewhere. Anything else that lies elsewhere, weights that were replaced say, is a
+    reason to record again. What a call returns stays what it was: it is a copy.
+
+    Args:
+        function: from tensors, all on one device, to tensors without gradients; it looks at no tensor's values.
+        of_the_call: whether an input comes with the call; these are read and never changed.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Any]], of_the_call: Callable[[Tensor], bool]) -> None:
+        self.function = function
+        self.of_the_call = of_the_call
+        self.calls = self.moves = 0
+        self.still: list[int] = []  # which inputs lie where they lay, and
+        self.places: list[int] = []  # where that is
+        self.buffers: dict[int, Tensor] = {}  # for the others
+        self.replay: Callable[[], None] | None = None
+        self.results: Sequence[Any] = ()
+        self.enabled = True
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Any]:
+        """Call the function."""
+        if not self.enabled:
+            return self.function(*inputs)
+        if self.replay is None or [inputs[number].data_ptr() for number in self.still] != self.places:
+            self.replay = None
+            self._look(inputs)
+            if self.calls <= PLAIN_CALLS or not self._record(inputs):
+                return self.function(*inputs)
+        for number, buffer in self.buffers.items():
+            buffer.copy_(inputs[number])
+        assert self.replay is not None
+        self.replay()
+        return [result.clone() if isinstance(result, Tensor) else result for result in self.results]
+
+    def _look(self, inputs: Sequence[Tensor]) -> None:
+        """See where the inputs lie, and find a place for those of the call that have moved."""
+        self.calls += 1
+        if self.calls == 1:
+            self.still = list(range(len(inputs)))
+        else:
+            pairs = zip(self.still, self.places, strict=True)
+            moved = [number for number, place in pairs if inputs[number].data_ptr() != place]
+            of_the_call = [number for number in moved if self.of_the_call(inputs[number])]
+            self.buffers |= {number: like(inputs[number]) for number in of_the_call}
+            self.still = [number for number in self.still if number not in self.buffers]
+            self.moves += len(moved) > len(of_the_call)
+        self.places = [inputs[number].data_ptr() for number in self.still]
+
+    def _record(self, inputs: Sequence[Tensor]) -> bool:
+        """Record; return whether that worked, and otherwise say why not."""
+        try:
+            if self.moves > MOST:
+                raise RuntimeError(f"what it works on has moved more than {MOST} times")
+            if any(given.device.type not in RECORDED for given in inputs):
+                raise RuntimeError("it reads a tensor in the processor's memory, whose value would be recorded, too")
+            places = [self.buffers.get(number, given) for number, given in enumerate(inputs)]
+            self.replay, self.results = record(self.function, places)
+            if any(isinstance(result, Tensor) and result.requires_grad for result in self.results):
+                raise RuntimeError("a gradient is wanted of what it returns")
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"recording failed, going on without: {reason}", stacklevel=1)
+            self.enabled, self.replay, self.results = False, None, ()
+            self.buffers.clear()
+        return self.enabled
+
+
+def like(given: Tensor) -> Tensor:
+    """Return memory for such a tensor."""
+    return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+
+
+def record(function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Sequence[Any]]:
+    """Record what a function does, without doing it: return what does it, and where its results are then."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            results = function(*inputs)
+    finally:
+        torch.cuda.set_stream(stream)  # an error in the middle leaves another one
+    return graph.replay, results
+
+
+def replayed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return the function; for a GPU, recorded and replayed.
+
+    Args:
+        function: from tensors on the device and numbers to tensors; it changes none of them.
+        device: where they are.
+    """
+    if device.type not in RECORDED:
+        return function
+    kinds: dict[Any, Replayed] = {}  # by the numbers and the tensors' shapes
+
+    def call(*arguments: Any) -> Any:
+        kind = tuple((*a.shape, *a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+        if kind not in kinds:
+            numbers = [None if isinstance(a, Tensor) else a for a in arguments]
+
+            def with_these_numbers(*tensors: Tensor) -> Any:
+                given = iter(tensors)
+                return function(*(next(given) if number is None else number for number in numbers))
+
+            kinds[kind] = Replayed(with_these_numbers, lambda given: True)
+        return kinds[kind](*(a for a in arguments if isinstance(a, Tensor)))
+
+    return call
