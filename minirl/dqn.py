@@ -31,7 +31,8 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.machine import Head, products_in, select_device, select_precision, send, tuned
+from minirl.fast.gpu import send
+from minirl.fast.machine import Head, products_in, select_device, select_precision, tuned
 from minirl.fast.small import InTraining, SmallSequential, for_few
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer

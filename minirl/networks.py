@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minirl.checks import ConfigError
-from minirl.fast.machine import Head, send
+from minirl.fast.gpu import send
+from minirl.fast.machine import Head
 from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)

@@ -29,17 +29,8 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.graphs import replayed
-from minirl.fast.machine import (
-    Head,
-    fetch,
-    one_thread,
-    products_in,
-    rounded_weights,
-    select_device,
-    select_precision,
-    tuned,
-)
+from minirl.fast.gpu import fetch, replayed
+from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
 from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses

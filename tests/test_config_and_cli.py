@@ -14,7 +14,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from minirl import dqn
+from minirl import dqn, ppo
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
@@ -373,7 +373,9 @@ def test_settings_that_do_not_fit_into_memory_are_a_mistake_on_a_gpu_too(
 def test_a_full_device_is_told_in_one_line(device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = "--env-id CartPole-v1 --num-envs 1 --num-steps 1000000000000 --minibatch-size 1000000000000"
     with pytest.raises(SystemExit) as stop:
-        run_training("ppo", PPOConfig, train_ppo, "", [*flags.split(), "--device", device, "--run-dir", str(tmp_path / "run")])
+        run_training(
+            "ppo", PPOConfig, ppo.train, "", [*flags.split(), "--device", device, "--run-dir", str(tmp_path / "run")]
+        )
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the settings must fit into this machine's memory, --num-envs or --num-steps say: ")

@@ -41,13 +41,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._filelock import FileLock
 from torch.utils._pytree import tree_leaves
 
-from minirl.fast.graphs import RECORDED, Replayed
+from minirl.fast.gpu import RECORDED, Replayed
 
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
 # On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
-# like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring. And
-# nothing that changes the order of sums is chosen by the clock there, or two runs would end in different bits.
+# like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
+# Nothing that changes the order of sums is chosen by the clock there, or two runs would end in different bits.
 # Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not taken:
 # `aot_inductor.allow_stack_allocation`, which returns results in memory that the next call overwrites, and
 # `cpp.use_decompose_tanh`, which loses tanh near 0.)
@@ -146,7 +146,7 @@ class Compiled:
             choices |= {"backend": self._recorded, "dynamic": False}
         else:
             choices["options"] |= INDUCTOR[self.device.type]
-        # Each has code of its own, by which PyTorch knows it: otherwise another's, of other networks, would do its work.
+        # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work.
         code = types.FunctionType(Compiled._traced.__code__.replace(), globals())
         whole: Callable[..., Any] = torch.compile(types.MethodType(code, self), **choices)
         with warnings.catch_warnings():
@@ -162,7 +162,7 @@ class Compiled:
             return self.function(*self.stand_ins, *arguments)
 
     def _recorded(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What the compiler makes of it, recorded and replayed. It is called once its conditions have been looked at."""
+        """What the compiler makes of it, recorded and replayed; its conditions have been looked at before."""
         from torch._inductor.compile_fx import compile_fx  # takes a second
 
         whole: Any = compile_fx(module, inputs, config_patches=INDUCTOR[self.device.type])

@@ -3,11 +3,10 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,31 +62,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if processor.get("amx_bf16"):
         return True
     return bool(processor.get("avx512_bf16")) and not processor.get("cpu_name", "").startswith("Intel")
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the processor's on the device; nobody waits for a GPU to get it.
-
-    It goes by way of pinned memory, which PyTorch keeps, and hands out again once the GPU has read it.
-    """
-    if device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
-
-
-def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
-    """Have a GPU send a tensor, and return what waits for it: meanwhile, there is other work to give out."""
-    if tensor.device.type == "cpu":
-        return tensor.numpy
-    here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> NDArray[Any]:
-        arrived.synchronize()
-        return here.numpy()
-
-    return wait
 
 
 def keep_freed_memory() -> None:

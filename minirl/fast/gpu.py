@@ -1,11 +1,12 @@
-"""Work that a GPU is told once and repeats by itself (a CUDA graph), around any function of tensors.
+"""What keeps a GPU busy: nobody waits for it, and what it does again and again it is told once (a CUDA graph).
 
-A network as small as Atari's keeps a GPU busy for less time than Python takes to ask for its hundred kernels one by one.
+A network as small as Atari's keeps a GPU busy for less time than Python takes to ask for its hundred kernels.
 Recorded, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
 
-What is assumed of PyTorch, read in its documents and not seen here: `torch.cuda.graph` takes what the compiler makes and
-its memory; random numbers that are drawn in a replay go on from the generator's state, as in a call; an optimiser's
-numbers of steps lie on the GPU (`capturable`). Where recording fails, a warning says why, and the function is called.
+What is assumed of PyTorch, read in its documents and its source, and not seen here: `torch.cuda.graph` can record what
+the compiler makes, once that has run twice; random numbers that are drawn in a replay go on from the generator's state,
+as in a call; an optimiser counts its steps on the GPU (`capturable`). Where recording fails, a warning says why, and
+the function is called as before.
 """
 
 import warnings
@@ -13,11 +14,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 RECORDED = ("cuda",)  # on these devices functions are recorded; on others they are called
 PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere each time
 MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the processor's on the device; nobody waits until a GPU has got it.
+
+    It goes by way of pinned memory, which PyTorch keeps, and hands out again once the GPU has read it.
+    """
+    if device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """Have a GPU send a tensor, and return what waits for it: meanwhile, there is other work to give out."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy
+    here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> NDArray[Any]:
+        arrived.synchronize()
+        array: NDArray[Any] = here.numpy()
+        return array
+
+    return wait
 
 
 class Replayed:
@@ -96,7 +124,9 @@ def like(given: Tensor) -> Tensor:
     return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
 
 
-def record(function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Sequence[Any]]:
+def record(
+    function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]
+) -> tuple[Callable[[], None], Sequence[Any]]:
     """Record what a function does, without doing it: return what does it, and where its results are then."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
