@@ -5,15 +5,15 @@
 #   bash benchmarks/gpu_check.sh cpu logs fixture     without a GPU; only tests whose name has this in it, no trainings
 #
 # Writes a log of each test file and training below the directory of logs (gpu-check); exit status 1 if one failed. What
-# falls back to the plain path fails here. PYTHON names another Python than `python`, SECONDS_EACH another limit than 160.
+# falls back to the plain path fails here. PYTHON names another Python than `python`, LIMIT other seconds than 160.
 set -u
 cd "$(dirname "$0")/.."
 device=${1:-cuda} logs=${2:-gpu-check} only=${3:-}
 python=${PYTHON:-python}
 strict=(-W "error:compilation failed" -W "error:recording failed")
 mkdir -p "$logs"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1
-export logs python device SECONDS_EACH=${SECONDS_EACH:-160}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2
+export logs LIMIT=${LIMIT:-160}
 
 {
     [ "$device" = cpu ] || nvidia-smi
@@ -30,28 +30,35 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 END
 } 2>&1 | tee "$logs/environment.log"
 
-# Each in a process of its own, as many side by side as there are cores. A name, a limit in seconds, a command.
+# A name and a command, which runs in a process of its own; as many side by side as there are cores.
 one() {
     local name=$1 started=$SECONDS status
     shift
-    timeout -k 5 "$SECONDS_EACH" "$@" >"$logs/$name.log" 2>&1
+    timeout -k 5 "$LIMIT" "$@" >"$logs/$name.log" 2>&1
     status=$?
+    case $name in test_*) [ $status -ne 5 ] || status=0 ;; esac # no test has that in its name
     echo "$name: status $status after $((SECONDS - started)) s: $(grep -v '^[[:space:]]*$' "$logs/$name.log" | tail -n 1)"
     return $status
 }
-export -f one
 
-jobs=() status=0
-run() { # in the background, if there is a core
+processes=() status=0
+run() {
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do sleep 0.2; done
     one "$@" &
-    jobs+=($!)
+    processes+=($!)
+}
+
+tests() { # a file, and a word that its tests have in their names
+    run "test_$1_$2" "$python" "${strict[@]}" -m pytest "tests/test_$1.py" --device "$device" -q -p no:cacheprovider \
+        --durations=5 -k "$2${only:+ and $only}"
 }
 
 # The longest first.
-for file in resume gpu compiled ppo_update dqn_update ppo_train dqn_train evaluate_and_plots pictures config_and_cli; do
-    run "test_$file" "$python" "${strict[@]}" -m pytest "tests/test_$file.py" --device "$device" -q -k "$only" \
-        -p no:cacheprovider --durations=5
+for number in 7 6 5 1 4 0 2 3; do
+    tests resume "config$number"
+done
+for file in gpu compiled ppo_update dqn_update ppo_train dqn_train evaluate_and_plots pictures config_and_cli; do
+    tests "$file" test
 done
 if [ -z "$only" ]; then
     for_all=(--device "$device" --final-games 0 --compile)
@@ -64,8 +71,8 @@ if [ -z "$only" ]; then
     run train_ppo_float32 "$python" "${strict[@]}" train_ppo.py "${short[@]}" --precision float32 \
         --run-dir "$logs/ppo-float32" "${for_all[@]}"
 fi
-for job in "${jobs[@]}"; do
-    wait "$job" || status=1
+for process in "${processes[@]}"; do
+    wait "$process" || status=1
 done
 echo "everything: status $status"
 exit $status

@@ -143,7 +143,7 @@ class Compiled:
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": of_values}}
         if self.device.type in RECORDED:
-            choices |= {"backend": self._recorded, "dynamic": False}
+            choices["backend"] = self._recorded
         else:
             choices["options"] |= INDUCTOR[self.device.type]
         # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work.

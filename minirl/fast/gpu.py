@@ -77,18 +77,24 @@ class Replayed:
             return self.function(*inputs)
         if self.replay is None or [inputs[number].data_ptr() for number in self.still] != self.places:
             self.replay = None
-            self._look(inputs)
-            if self.calls <= PLAIN_CALLS or not self._record(inputs):
+            try:
+                self._look(inputs)
+                if self.calls > PLAIN_CALLS:
+                    self._record(inputs)
+            except Exception as error:
+                self._give_up(error)
+            if self.replay is None:
                 return self.function(*inputs)
         for number, buffer in self.buffers.items():
             buffer.copy_(inputs[number])
-        assert self.replay is not None
         self.replay()
         return [result.clone() if isinstance(result, Tensor) else result for result in self.results]
 
     def _look(self, inputs: Sequence[Tensor]) -> None:
         """See where the inputs lie, and find a place for those of the call that have moved."""
         self.calls += 1
+        if not all(isinstance(given, Tensor) and given.device.type in RECORDED for given in inputs):
+            raise RuntimeError("it reads a number that changes, or another tensor in the processor's memory")
         if self.calls == 1:
             self.still = list(range(len(inputs)))
         else:
@@ -98,25 +104,22 @@ class Replayed:
             self.buffers |= {number: like(inputs[number]) for number in of_the_call}
             self.still = [number for number in self.still if number not in self.buffers]
             self.moves += len(moved) > len(of_the_call)
-        self.places = [inputs[number].data_ptr() for number in self.still]
-
-    def _record(self, inputs: Sequence[Tensor]) -> bool:
-        """Record; return whether that worked, and otherwise say why not."""
-        try:
             if self.moves > MOST:
                 raise RuntimeError(f"what it works on has moved more than {MOST} times")
-            if any(given.device.type not in RECORDED for given in inputs):
-                raise RuntimeError("it reads a tensor in the processor's memory, whose value would be recorded, too")
-            places = [self.buffers.get(number, given) for number, given in enumerate(inputs)]
-            self.replay, self.results = record(self.function, places)
-            if any(isinstance(result, Tensor) and result.requires_grad for result in self.results):
-                raise RuntimeError("a gradient is wanted of what it returns")
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            warnings.warn(f"recording failed, going on without: {reason}", stacklevel=1)
-            self.enabled, self.replay, self.results = False, None, ()
-            self.buffers.clear()
-        return self.enabled
+        self.places = [inputs[number].data_ptr() for number in self.still]
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        places = [self.buffers.get(number, given) for number, given in enumerate(inputs)]
+        replay, self.results = record(self.function, places)
+        if any(isinstance(result, Tensor) and result.requires_grad for result in self.results):
+            raise RuntimeError("a gradient is wanted of what it returns")
+        self.replay = replay
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"recording failed, going on without: {reason}", stacklevel=1)
+        self.enabled, self.results = False, ()
+        self.buffers.clear()
 
 
 def like(given: Tensor) -> Tensor:
