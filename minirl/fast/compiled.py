@@ -165,8 +165,9 @@ class Compiled:
         """What the compiler makes of it, recorded and replayed; its conditions have been looked at before."""
         from torch._inductor.compile_fx import compile_fx  # takes a second
 
+        held = [*module.parameters(), *module.buffers()]  # an optimiser's state, where PyTorch takes it for constant
         whole: Any = compile_fx(module, inputs, config_patches=INDUCTOR[self.device.type])
-        return Replayed(whole, lambda given: any(given is leaf for leaf in tree_leaves(self.arguments))).__call__
+        return Replayed(whole, lambda given: any(given is leaf for leaf in tree_leaves(self.arguments)), held).__call__
 
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Give each parameter a `.grad` to be computed into, and none to those that the function gives none.

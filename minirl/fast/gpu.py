@@ -58,11 +58,18 @@ class Replayed:
     Args:
         function: from tensors, all on one device, to tensors without gradients; it looks at no tensor's values.
         of_the_call: whether an input comes with the call; these are read and never changed.
+        held: tensors that the function has without being given them, an optimiser's state say; they never move.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Any]], of_the_call: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Any]],
+        of_the_call: Callable[[Tensor], bool],
+        held: Sequence[Tensor] = (),
+    ) -> None:
         self.function = function
         self.of_the_call = of_the_call
+        self.held = held
         self.calls = self.moves = 0
         self.still: list[int] = []  # which inputs lie where they lay, and
         self.places: list[int] = []  # where that is
@@ -85,15 +92,14 @@ class Replayed:
                 self._give_up(error)
             if self.replay is None:
                 return self.function(*inputs)
-        for number, buffer in self.buffers.items():
-            buffer.copy_(inputs[number])
+        self._fill_buffers(inputs)
         self.replay()
         return [result.clone() if isinstance(result, Tensor) else result for result in self.results]
 
     def _look(self, inputs: Sequence[Tensor]) -> None:
         """See where the inputs lie, and find a place for those of the call that have moved."""
         self.calls += 1
-        if not all(isinstance(given, Tensor) and given.device.type in RECORDED for given in inputs):
+        if not all(isinstance(given, Tensor) and given.device.type in RECORDED for given in (*inputs, *self.held)):
             raise RuntimeError("it reads a number that changes, or another tensor in the processor's memory")
         if self.calls == 1:
             self.still = list(range(len(inputs)))
@@ -108,7 +114,12 @@ class Replayed:
                 raise RuntimeError(f"what it works on has moved more than {MOST} times")
         self.places = [inputs[number].data_ptr() for number in self.still]
 
+    def _fill_buffers(self, inputs: Sequence[Tensor]) -> None:
+        for number, buffer in self.buffers.items():
+            buffer.copy_(inputs[number])
+
     def _record(self, inputs: Sequence[Tensor]) -> None:
+        self._fill_buffers(inputs)
         places = [self.buffers.get(number, given) for number, given in enumerate(inputs)]
         replay, self.results = record(self.function, places)
         if any(isinstance(result, Tensor) and result.requires_grad for result in self.results):
