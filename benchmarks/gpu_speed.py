@@ -28,7 +28,7 @@ from where_time_goes import CONFIG, env_speed, pieces, seconds
 from minirl import dqn, ppo
 from minirl.dqn import DQNConfig
 from minirl.envs.vector import available_cores
-from minirl.fast import compiled, gpu
+from minirl.fast import gpu
 from minirl.ppo import PPOConfig
 from minirl.runs.run import Run
 
@@ -106,7 +106,7 @@ def clocked(module: Any, clock: Clock) -> Iterator[None]:
 def of_minirl(name: str, work: Work, *, num_envs: int = 8, record: bool = True, **settings: Any) -> None:
     """PPO of this project: by default compiled and recorded, in bfloat16."""
     if not record:
-        gpu.RECORDED = compiled.RECORDED = ()
+        gpu.RECORDED = ()
     batch = num_envs * CONFIG.num_steps
     minibatch = max(CONFIG.minibatch_size, batch // 4)
     settings = {"compile": True, **settings, "num_envs": num_envs, "minibatch_size": minibatch}

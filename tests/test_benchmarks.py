@@ -129,7 +129,7 @@ def test_the_gpus_benchmark_runs_without_one(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that nobody who is lent a GPU finds typing errors on it. Small, and not compiled."""
-    for place in ("minirl.ppo.Run", "minirl.dqn.Run", "minirl.fast.gpu.RECORDED", "minirl.fast.compiled.RECORDED"):
+    for place in ("minirl.ppo.Run", "minirl.dqn.Run", "minirl.fast.gpu.RECORDED"):
         monkeypatch.setattr(place, functools.reduce(getattr, place.split(".")[1:], __import__("minirl")))  # put back
     monkeypatch.setattr("gpu_speed.CONFIG", PPOConfig(**TINY))
     monkeypatch.setattr("where_time_goes.CONFIG", PPOConfig(**TINY))

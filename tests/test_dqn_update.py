@@ -237,4 +237,4 @@ def test_in_bfloat16_the_values_that_are_logged_and_the_weights_stay_float32(dev
     torch.testing.assert_close(logged[2], logged[0], rtol=3e-2, atol=3e-3)
     assert not torch.equal(logged[0], logged[2])
     distances = [((gradient - gradients[0]).norm() / gradients[0].norm()).item() for gradient in gradients]
-    assert distances == [0.0, pytest.approx(0.0, abs=1e-4), pytest.approx(0.0, abs=0.05)]
+    assert distances == [0.0, pytest.approx(0.0, abs=1e-4), pytest.approx(0.0, abs=0.1)]

@@ -284,7 +284,7 @@ def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(enabled: bool, d
     torch.testing.assert_close(logged[2], logged[0], rtol=2e-2, atol=2e-3)
     assert not torch.equal(logged[0], logged[2])
     distances = [((gradient - gradients[0]).norm() / gradients[0].norm()).item() for gradient in gradients]
-    assert distances == [0.0, pytest.approx(0.0, abs=1e-4), pytest.approx(0.0, abs=0.05)]
+    assert distances == [0.0, pytest.approx(0.0, abs=1e-4), pytest.approx(0.0, abs=0.1)]
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 100.1, -20.7])

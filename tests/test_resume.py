@@ -98,7 +98,7 @@ def train_with_kills(
     run_dir: Path,
     calls: list[int],
     monkeypatch: pytest.MonkeyPatch,
-    device: str,
+    device: str = "cpu",
 ) -> None:
     """Train, killed after so many calls of `Run.checkpoint` each time, which mostly save nothing."""
     checkpoint = Run.checkpoint

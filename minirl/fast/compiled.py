@@ -41,7 +41,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._filelock import FileLock
 from torch.utils._pytree import tree_leaves
 
-from minirl.fast.gpu import RECORDED, Replayed
+from minirl.fast import gpu
 
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
@@ -134,7 +134,7 @@ class Compiled:
             self._make_gradients(arguments)
             self.trained = trained
         self.spelling.reached.clear()  # here: in what is compiled, it would be another value at the second call
-        if self.device.type in RECORDED:
+        if self.device.type in gpu.RECORDED:
             self.arguments = arguments
         if self.whole is not None:
             return self.whole(*arguments)
@@ -142,7 +142,7 @@ class Compiled:
             drop_unfinished_files()
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": of_values}}
-        if self.device.type in RECORDED:
+        if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
         else:
             choices["options"] |= INDUCTOR[self.device.type]
@@ -167,7 +167,11 @@ class Compiled:
 
         held = [*module.parameters(), *module.buffers()]  # an optimiser's state, where PyTorch takes it for constant
         whole: Any = compile_fx(module, inputs, config_patches=INDUCTOR[self.device.type])
-        return Replayed(whole, lambda given: any(given is leaf for leaf in tree_leaves(self.arguments)), held).__call__
+
+        def of_the_call(given: Tensor) -> bool:
+            return any(given is leaf for leaf in tree_leaves(self.arguments))
+
+        return gpu.Replayed(whole, of_the_call, held).__call__
 
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Give each parameter a `.grad` to be computed into, and none to those that the function gives none.

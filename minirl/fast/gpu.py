@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-RECORDED = ("cuda",)  # on these devices functions are recorded; on others they are called
+RECORDED: tuple[str, ...] = ("cuda",)  # on these devices functions are recorded; on others they are called
 PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere each time
 MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
 
