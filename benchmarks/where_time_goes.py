@@ -6,26 +6,39 @@ Prints the tables of docs/performance.md: each part alone, the whole training, t
 network at this machine's peak, and the bare emulator on all cores), and how environments scale.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ale_py
 import numpy as np
 import torch
 from pairs import seconds_between
+from torch import Tensor
 
 from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
 from minirl.fast.compiled import compiled
+from minirl.fast.gpu import fetch, replayed
 from minirl.fast.machine import keep_freed_memory, one_thread, rounded_weights, select_precision
 from minirl.networks import observation_tensor
-from minirl.ppo import ActorCritic, PPOConfig, Rollout, act, collect_rollout, gradient_step, train, update_policy
+from minirl.ppo import (
+    ActorCritic,
+    PPOConfig,
+    Rollout,
+    act,
+    collect_rollout,
+    compute_gae,
+    gradient_step,
+    train,
+    update_policy,
+)
 from minirl.runs.run import Run
 
 CONFIG = PPOConfig()
@@ -82,36 +95,63 @@ def env_speed(num_envs: int, num_workers: int) -> float:
         return num_envs / seconds(lambda: envs.step(rng.integers(6, size=num_envs)), 2400 // num_envs)
 
 
-def parts() -> dict[str, float]:
-    """Milliseconds of a vector step of environments and of acting, of a whole rollout step, and of a gradient step."""
-    environments = CONFIG.num_envs / env_speed(CONFIG.num_envs, max(1, available_cores() - 1))
+@contextlib.contextmanager
+def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
+    """What a training does for the steps of an update, in turn: each can be called alone, any number of times."""
     envs = make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True)
     with envs, Run("ppo", CONFIG, None, total=1) as run:
-        agent = ActorCritic(envs.observation_space, envs.action_space)
-        precision = select_precision(CONFIG.precision, CPU, images=True)
+        agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
+        precision = select_precision(CONFIG.precision, device, images=True)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, eps=1e-5, fused=True)
         step = compiled(gradient_step, agent, optimizer, CONFIG, precision)
         policy = compiled(act, agent, precision)
-        rollout = Rollout(CONFIG.num_steps, CONFIG.num_envs, CPU)
+        gae = replayed(compute_gae, device)
+        rollout = Rollout(CONFIG.num_steps, CONFIG.num_envs, device)
         obs = envs.reset(seed=0).copy()
+        inputs = [observation_tensor(obs[half], device) for half in envs.halves]
 
-        @torch.no_grad()
+        def transfer() -> None:
+            for _ in range(CONFIG.num_steps):
+                for half in envs.halves:
+                    fetch(observation_tensor(obs[half], device)[:, 0, 0, 0])()
+
         def play() -> None:
-            for half in envs.halves:
-                policy(observation_tensor(obs[half], CPU))
+            with torch.no_grad(), one_thread(), rounded_weights(agent, precision):
+                for _ in range(CONFIG.num_steps):
+                    for half in inputs:
+                        fetch(policy(half)[0])()
 
-        gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
-        collect = functools.partial(collect_rollout, agent, precision, policy, envs, obs, rollout, run, 0)
-        with one_thread(), rounded_weights(agent, precision):
-            milliseconds = {
-                "environments": 1e3 * environments,
-                "acting": 1e3 * seconds(play, 300),
-                "rollout": 1e3 * seconds(collect, 3) / CONFIG.num_steps,
-            }
-        advantages, returns = torch.randn(2, CONFIG.num_steps, CONFIG.num_envs)
-        samples = rollout.samples(advantages=advantages, returns=returns)
-        update = functools.partial(update_policy, step, samples, CONFIG, 0.1)
-        return {**milliseconds, "gradient": 1e3 * seconds(update, 3) / gradient_steps}
+        def collect() -> None:
+            with one_thread(), rounded_weights(agent, precision):
+                collect_rollout(agent, precision, policy, envs, obs, rollout, run, 0)
+
+        def advantages() -> dict[str, Tensor]:
+            names = ("rewards", "values", "next_values", "terminated", "truncated")
+            found, returns = gae(*(rollout[name] for name in names), CONFIG.gamma, CONFIG.gae_lambda)
+            return rollout.samples(advantages=found, returns=returns)
+
+        collect()
+        samples = advantages()
+        yield {
+            "transfer": transfer,
+            "acting": play,
+            "rollout": collect,
+            "advantages": advantages,
+            "update": functools.partial(update_policy, step, samples, CONFIG, 0.1),
+        }
+
+
+def parts() -> dict[str, float]:
+    """Milliseconds of a vector step of environments and of acting, of a whole rollout step, and of a gradient step."""
+    environments = CONFIG.num_envs / env_speed(CONFIG.num_envs, max(1, available_cores() - 1))
+    gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
+    with pieces(CPU) as functions:
+        return {
+            "environments": 1e3 * environments,
+            "acting": 1e3 * seconds(functions["acting"], 3) / CONFIG.num_steps,
+            "rollout": 1e3 * seconds(functions["rollout"], 3) / CONFIG.num_steps,
+            "gradient": 1e3 * seconds(functions["update"], 3) / gradient_steps,
+        }
 
 
 def training_speed() -> float:

@@ -31,6 +31,7 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
+from minirl.fast.gpu import send
 from minirl.fast.machine import Head, products_in, select_device, select_precision, tuned
 from minirl.fast.small import InTraining, SmallSequential, for_few
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
@@ -441,7 +442,7 @@ def train(
                     for _ in range(passed(config.train_frequency, before.steps, now.steps)):
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
                         with in_training:
-                            losses.append(step(*(column.to(torch_device, non_blocking=True) for column in batch)))
+                            losses.append(step(*(send(column, torch_device) for column in batch)))
                         updates += 1
                 for _ in range(target_updates_due(config, before, now)):
                     target_step.update()

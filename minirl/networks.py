@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minirl.checks import ConfigError
 from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap
+from minirl.fast.gpu import send
 from minirl.fast.machine import Head
 from minirl.fast.small import SmallSequential
 
@@ -141,4 +142,4 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     obs = obs.astype(np.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else np.float32, copy=False)
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
-    return torch.as_tensor(obs).to(device, non_blocking=True)  # a GPU need not be done with all before
+    return send(torch.as_tensor(obs), device)

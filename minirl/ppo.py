@@ -29,6 +29,7 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
+from minirl.fast.gpu import fetch, replayed
 from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
 from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.results.video import Videos
@@ -361,9 +362,9 @@ def collect_rollout(
     def choose(t: int, rows: slice) -> NDArray[np.int64]:
         observations = observation_tensor(obs[rows], device)
         actions, log_probs, values = policy(observations)
+        chosen = fetch(actions)
         rollout.put(t, rows, observations=observations, actions=actions, log_probs=log_probs, values=values)
-        chosen: NDArray[np.int64] = actions.cpu().numpy()
-        return chosen
+        return chosen()
 
     for t, rows, step in envs.play(num_steps, choose):
         obs[rows] = step.observations
@@ -431,7 +432,7 @@ def update_policy(
 ) -> dict[str, float]:
     """Go over the samples for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
     device = samples["advantages"].device
-    clip = torch.tensor(clip_coef, device=device)  # annealed: a tensor is no reason to compile again
+    clip = torch.full((), clip_coef, device=device)  # annealed: a tensor is no reason to compile again
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
         for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size):
@@ -480,6 +481,7 @@ def train(
         precision = select_precision(config.precision, torch_device, images=images)
         policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
+        gae = replayed(compute_gae, torch_device)
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
@@ -501,7 +503,7 @@ def train(
                 agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
                 with one_thread(), rounded_weights(agent, precision):
                     obs = collect_rollout(agent, precision, policy, envs, obs, rollout, run, update * config.batch_size)
-                advantages, returns = compute_gae(
+                advantages, returns = gae(
                     rollout["rewards"],
                     rollout["values"],
                     rollout["next_values"],

@@ -9,7 +9,25 @@ from typing import Any
 
 import pytest
 
+DEVICES = ("cpu", "cuda")
 PATIENCE = 240  # seconds; the slowest test takes a quarter of that
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=DEVICES, default="cpu", help="where tests that take a device run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device than the processor, run the tests that take one, and no others."""
+    if config.getoption("--device") != "cpu":
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where to train, evaluate and draw: `--device`."""
+    name: str = request.config.getoption("--device")
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,17 @@
 """How a speed benchmark compares with the committed ratios. The speeds are given here, not measured."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
+import gpu_speed
 import pairs
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from minirl.ppo import PPOConfig
 
 THEIRS = 100.0
 
@@ -103,3 +109,39 @@ def test_the_clock_runs_from_one_logged_step_to_a_later_one(tmp_path: Path) -> N
             writer.add_scalar("charts/minutes", minutes, step)
     assert pairs.seconds_between(tmp_path, 10, 30) == 90.0
     assert pairs.seconds_between(tmp_path, 20, 30) == 75.0
+
+
+TINY: dict[str, Any] = {"num_envs": 2, "num_steps": 8, "minibatch_size": 8, "update_epochs": 1}
+EAGER = functools.partial(gpu_speed.of_minirl, num_envs=2, num_steps=8, update_epochs=1, record=False, compile=False)
+BENCHMARKS: dict[str, Any] = {
+    "minirl": (EAGER, ["minirl"]),
+    "LeanRL": (functools.partial(gpu_speed.of_leanrl, num_envs=2), ["LeanRL"]),
+    "Double DQN": (gpu_speed.of_dqn, ["Double DQN"]),
+    "a step": (
+        gpu_speed.where_it_goes,
+        [f"a step: {part}" for part in ("transfer", "acting", "rollout", "advantages", "update")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_gpus_benchmark_runs_without_one(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that nobody who is lent a GPU finds typing errors on it. Small, and not compiled."""
+    for place in ("minirl.ppo.Run", "minirl.dqn.Run", "minirl.fast.gpu.RECORDED"):
+        monkeypatch.setattr(place, functools.reduce(getattr, place.split(".")[1:], __import__("minirl")))  # put back
+    monkeypatch.setattr("gpu_speed.CONFIG", PPOConfig(**TINY))
+    monkeypatch.setattr("where_time_goes.CONFIG", PPOConfig(**TINY))
+    monkeypatch.setattr("where_time_goes.compiled", lambda function, *bound: functools.partial(function, *bound))
+    monkeypatch.setattr("leanrl_way.STEPS", 8)
+    monkeypatch.setattr("minirl.dqn.LOG_EVERY", 10)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    measure, names = BENCHMARKS[name]
+    measure(name, gpu_speed.Work(torch.device("cpu"), 0.1))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert [cells[0] for cells in rows] == names
+    for cells in rows:
+        number, unit = cells[1].replace(",", "").split(maxsplit=1)
+        assert float(number) >= 0
+        assert unit in ("steps a second", "ms")

@@ -18,7 +18,6 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import fresh_cache
 
 from minirl.fast.compiled import CODE, FEW, Compiled, StandIn, Steppable, Traceable, compiled, is_whole, of_values
-from tests.devices import DEVICES
 from tests.weights import parameters
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
@@ -132,7 +131,6 @@ def steps(case: str, device: str, *, enabled: bool, count: int = 8) -> tuple[lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_step_is_the_plain_one_whatever_changes(case: str, device: str) -> None:
     plain, compiled_ones = (steps(case, device, enabled=enabled) for enabled in (False, True))

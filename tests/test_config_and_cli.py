@@ -435,6 +435,18 @@ def test_settings_that_do_not_fit_into_memory_are_a_mistake_on_a_gpu_too(
     assert str(error) in line
 
 
+def test_a_full_device_is_told_in_one_line(device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = "--env-id CartPole-v1 --num-envs 1 --num-steps 1000000000000 --minibatch-size 1000000000000"
+    with pytest.raises(SystemExit) as stop:
+        run_training(
+            "ppo", PPOConfig, ppo.train, "", [*flags.split(), "--device", device, "--run-dir", str(tmp_path / "run")]
+        )
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the settings must fit into this machine's memory, --num-envs or --num-steps say: ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_errors_are_not_hidden() -> None:
     def train(config: Any, **options: Any) -> None:
         raise RuntimeError("a bug")

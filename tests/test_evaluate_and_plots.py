@@ -87,8 +87,8 @@ def test_each_environment_plays_its_share_so_that_short_games_are_not_favoured()
         assert play_games(always_0, envs, 5, seed=0) == [3.0, 3.0, 6.0, 6.0, 10.0]
 
 
-def test_evaluate_reports_the_statistics_of_its_games(cartpole_run: Path) -> None:
-    result = evaluate(cartpole_run, episodes=11, stochastic=True)
+def test_evaluate_reports_the_statistics_of_its_games(cartpole_run: Path, device: str) -> None:
+    result = evaluate(cartpole_run, episodes=11, stochastic=True, device=device)
     returns = result["returns"]
     assert len(returns) == result["episodes"] == 11
     assert result["mean_return"] == pytest.approx(np.mean(returns))
@@ -98,9 +98,9 @@ def test_evaluate_reports_the_statistics_of_its_games(cartpole_run: Path) -> Non
     assert len(set(returns)) > 1
 
 
-def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Path) -> None:
+def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Path, device: str) -> None:
     def returns(**options: Any) -> list[float]:
-        result: list[float] = evaluate(cartpole_run, episodes=9, **options)["returns"]
+        result: list[float] = evaluate(cartpole_run, episodes=9, device=device, **options)["returns"]
         return result
 
     assert returns(seed=1) == returns(seed=1)

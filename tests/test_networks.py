@@ -145,7 +145,11 @@ def test_other_pictures_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
 def test_auto_takes_cuda_where_it_is(there: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.backends.cudnn.deterministic", False)
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
     assert select_device("auto") == torch.device(device)
+    assert torch.backends.cudnn.deterministic == there
+    assert torch.backends.cudnn.allow_tf32 != there, "float32 is float32 on a GPU, too"
     assert select_device("cpu") == torch.device("cpu")
 
 

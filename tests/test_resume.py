@@ -103,7 +103,12 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
 
 
 def train_with_kills(
-    train: Callable[..., Any], config: Any, run_dir: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Any],
+    config: Any,
+    run_dir: Path,
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str = "cpu",
 ) -> None:
     """Train, killed after so many calls of `Run.checkpoint` each time, which mostly save nothing."""
     checkpoint = Run.checkpoint
@@ -120,7 +125,7 @@ def train_with_kills(
         with monkeypatch.context() as patch:
             patch.setattr(Run, "checkpoint", counted)
             try:
-                train(config, run_dir=run_dir, resume=number > 0, device="cpu")
+                train(config, run_dir=run_dir, resume=number > 0, device=device)
             except Killed:
                 continue
     assert left is None
@@ -128,9 +133,9 @@ def train_with_kills(
 
 @pytest.mark.parametrize(("algorithm", "train", "config"), RUNS)
 def test_a_killed_run_ends_as_one_left_alone(
-    algorithm: str, train: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, train: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    train(config, run_dir=tmp_path / "alone", device="cpu")
+    train(config, run_dir=tmp_path / "alone", device=device)
     rng = np.random.default_rng(0)
     # The first kill must fall into the run: PPO on Pong has 10 updates.
     calls = (
@@ -138,7 +143,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     )
     times = 1 if getattr(config, "compile", None) else 3  # each of its sessions compiles anew
     kills = [int(rng.integers(1, calls)) for _ in range(times)] + [0]  # the last one at once
-    train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch)
+    train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch, device)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
     assert_same(alone, killed)
     logged = [read_scalars(tmp_path / name) for name in ("alone", "killed")]

@@ -58,8 +58,6 @@ def test_one_function_seeds_every_generator() -> None:
     assert draw() == first
     seed_everything(2)
     assert all(a != b for a, b in zip(draw(), first, strict=True))
-    assert torch.backends.cudnn.deterministic
-    assert not torch.backends.cudnn.allow_tf32, "float32 is float32 on a GPU, too"
 
 
 @pytest.mark.parametrize("saved", [0, 1, 2, 3])

@@ -25,6 +25,7 @@ import math
 import shutil
 import struct
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._filelock import FileLock
+from torch.utils._pytree import tree_leaves
+
+from minirl.fast import gpu
 
 aten = torch.ops.aten
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
@@ -73,6 +77,7 @@ class DigitsNear0(CustomGraphPass):
 
 # On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
 # like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
+# Nothing that changes the order of sums is chosen by the clock there, or two runs would end in different bits.
 # Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not taken:
 # `aot_inductor.allow_stack_allocation`, which returns results in memory that the next call overwrites, and
 # `cpp.use_decompose_tanh`, which loses tanh near 0.)
@@ -84,7 +89,7 @@ INDUCTOR: dict[str, dict[str, Any]] = {
         "fallback_random": True,
         "post_grad_custom_post_pass": DigitsNear0(),
     },
-    "cuda": {"fallback_random": True},
+    "cuda": {"fallback_random": True, "deterministic": True},
 }
 
 # The conditions of a compiled function that are about code and not about values: which modules and functions there are,
@@ -136,6 +141,7 @@ class Compiled:
         weights = [*self.parameters, *(weight for module in modules for weight in module.parameters())]
         self.device = weights[0].device if weights else torch.device("cpu")
         self.trained: list[bool] | None = None  # which parameters were not frozen when last looked at
+        self.arguments: Sequence[Any] = ()  # of the last call, where calls are recorded
         self.whole: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -164,15 +170,21 @@ class Compiled:
             self._make_gradients(arguments)
             self.trained = trained
         self.spelling.reached.clear()  # here: in what is compiled, it would be another value at the second call
+        if self.device.type in gpu.RECORDED:
+            self.arguments = arguments
         if self.whole is not None:
             return self.whole(*arguments)
         with contextlib.suppress(OSError):  # a cache that others clean up, too
             drop_unfinished_files()
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
-        options: dict[str, Any] = {**INDUCTOR[self.device.type], "guard_filter_fn": of_values}
-        # Each has a compiled function of its own: otherwise another's, of other networks, would do its work.
-        choices: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": options}
-        whole: Callable[..., Any] = torch.compile(self._traced, **choices)
+        choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": of_values}}
+        if self.device.type in gpu.RECORDED:
+            choices["backend"] = self._recorded
+        else:
+            choices["options"] |= INDUCTOR[self.device.type]
+        # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work.
+        code = types.FunctionType(Compiled._traced.__code__.replace(), globals())
+        whole: Callable[..., Any] = torch.compile(types.MethodType(code, self), **choices)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
             result = whole(*arguments)
@@ -184,6 +196,18 @@ class Compiled:
         """What is compiled: the function, with what PyTorch can't compile spelt in a way that it can."""
         with self.spelling:
             return self.function(*self.stand_ins, *arguments)
+
+    def _recorded(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What the compiler makes of it, recorded and replayed; its conditions have been looked at before."""
+        from torch._inductor.compile_fx import compile_fx  # takes a second
+
+        held = [*module.parameters(), *module.buffers()]  # an optimiser's state, where PyTorch takes it for constant
+        whole: Any = compile_fx(module, inputs, config_patches=INDUCTOR[self.device.type])
+
+        def of_the_call(given: Tensor) -> bool:
+            return any(given is leaf for leaf in tree_leaves(self.arguments))
+
+        return gpu.Replayed(whole, of_the_call, held).__call__
 
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Give each parameter a `.grad` to be computed into, and none to those that the function gives none.
@@ -294,6 +318,10 @@ class Steppable:
             group["lr"] = rate
             if "fused" in group:
                 group["fused"] = False
+            if "capturable" in group and rate.is_cuda:  # steps are counted on the GPU, also those of a checkpoint
+                group["capturable"] = True
+                for state in [optimizer.state[weight] for weight in group["params"] if weight in optimizer.state]:
+                    state["step"] = state["step"].to(rate.device)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
 
     def put_back(self) -> None:

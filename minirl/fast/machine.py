@@ -18,7 +18,7 @@ SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 m
 
 
 def select_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one.
+    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one, and it computes as others do.
 
     Raises:
         ConfigError: if CUDA is asked for and there is none, or the name is another.
@@ -29,6 +29,9 @@ def select_device(name: str) -> torch.device:
         raise ConfigError(f"--device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda must have a GPU that PyTorch can use: there is none here; use cpu or auto")
+    if name == "cuda":
+        torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
+        torch.backends.cudnn.allow_tf32 = False  # or float32 would be multiplied with 10 bits behind the point
     return torch.device(name)
 
 
@@ -122,9 +125,11 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
     """Within the block, round the weights of linear and convolutional layers to what `torch.autocast` would, once.
 
     It would do so at every call, which for a few observations takes longer than their products. What comes out is the
-    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise.
+    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise. A GPU
+    rounds them in no time, and what it has recorded wants them where they are.
     """
-    weights = [module.weight for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    weights = [layer.weight for layer in layers if layer.weight.device.type == "cpu"]
     kept = [weight.data for weight in weights]
     try:
         if precision != torch.float32:

@@ -27,6 +27,9 @@ COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": 
 # What PyTorch's optimisers keep of each weight, in the weight's shape; other things have others.
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 
+# What PyTorch's optimisers keep of each group that is a matter of the machine: true on a GPU, an error on a processor.
+OF_THE_MACHINE = {"capturable"}
+
 State = dict[str, Any]
 
 
@@ -176,9 +179,13 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
         return
     with reading(saved):
         for name, part in parts.items():
+            groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
+            here = [{key: group[key] for key in OF_THE_MACHINE & group.keys()} for group in groups]
             part.load_state_dict(saved[name])
             if isinstance(part, torch.optim.Optimizer):
                 _require_fitting_moments(part)
+                for group, own in zip(part.param_groups, here, strict=True):
+                    group.update(own)
 
 
 def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -39,15 +39,13 @@ BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators (all devices), and have a GPU compute the same each time.
+    """Seed Python's, NumPy's and PyTorch's generators (all devices).
 
     Environments are seeded by their first reset.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - environments and users' code may draw from the global generator
     torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
-    torch.backends.cudnn.allow_tf32 = False  # or float32 would be multiplied with 10 bits behind the point
 
 
 def derived_seed(seed: int, *purpose: int) -> int:

@@ -1,0 +1,177 @@
+"""What keeps a GPU busy: nobody waits for it, and what it does again and again it is told once (a CUDA graph).
+
+A network as small as Atari's keeps a GPU busy for less time than Python takes to ask for its hundred kernels.
+Recorded, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
+
+What is assumed of PyTorch, read in its documents and its source, and not seen here: `torch.cuda.graph` can record what
+the compiler makes, once that has run twice; random numbers that are drawn in a replay go on from the generator's state,
+as in a call; an optimiser counts its steps on the GPU (`capturable`). Where recording fails, a warning says why, and
+the function is called as before.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+RECORDED: tuple[str, ...] = ("cuda",)  # on these devices functions are recorded; on others they are called
+PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere each time
+MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the processor's on the device; nobody waits until a GPU has got it.
+
+    It goes by way of pinned memory, which PyTorch keeps, and hands out again once the GPU has read it.
+    """
+    if device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
+
+
+def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """Have a GPU send a tensor, and return what waits for it: meanwhile, there is other work to give out."""
+    if tensor.device.type == "cpu":
+        return tensor.numpy
+    here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> NDArray[Any]:
+        arrived.synchronize()
+        array: NDArray[Any] = here.numpy()
+        return array
+
+    return wait
+
+
+class Replayed:
+    """A function of tensors, called twice, then recorded, and replayed from there on.
+
+    A replay works on the memory that was recorded. An input that comes with the call, a batch say, is copied there
+    once it has been seen to lie elsewhere. Anything else that lies elsewhere, weights that were replaced say, is a
+    reason to record again. What a call returns stays what it was: it is a copy.
+
+    Args:
+        function: from tensors, all on one device, to tensors without gradients; it looks at no tensor's values.
+        of_the_call: whether an input comes with the call; these are read and never changed.
+        held: tensors that the function has without being given them, an optimiser's state say; they never move.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Any]],
+        of_the_call: Callable[[Tensor], bool],
+        held: Sequence[Tensor] = (),
+    ) -> None:
+        self.function = function
+        self.of_the_call = of_the_call
+        self.held = held
+        self.calls = self.moves = 0
+        self.still: list[int] = []  # which inputs lie where they lay, and
+        self.places: list[int] = []  # where that is
+        self.buffers: dict[int, Tensor] = {}  # for the others
+        self.replay: Callable[[], None] | None = None
+        self.results: Sequence[Any] = ()
+        self.enabled = True
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Any]:
+        """Call the function."""
+        if not self.enabled:
+            return self.function(*inputs)
+        if self.replay is None or [inputs[number].data_ptr() for number in self.still] != self.places:
+            self.replay = None
+            try:
+                self._look(inputs)
+                if self.calls > PLAIN_CALLS:
+                    self._record(inputs)
+            except Exception as error:
+                self._give_up(error)
+            if self.replay is None:
+                return self.function(*inputs)
+        self._fill_buffers(inputs)
+        self.replay()
+        return [result.clone() if isinstance(result, Tensor) else result for result in self.results]
+
+    def _look(self, inputs: Sequence[Tensor]) -> None:
+        """See where the inputs lie, and find a place for those of the call that have moved."""
+        self.calls += 1
+        if not all(isinstance(given, Tensor) and given.device.type in RECORDED for given in (*inputs, *self.held)):
+            raise RuntimeError("it reads a number that changes, or another tensor in the processor's memory")
+        if self.calls == 1:
+            self.still = list(range(len(inputs)))
+        else:
+            pairs = zip(self.still, self.places, strict=True)
+            moved = [number for number, place in pairs if inputs[number].data_ptr() != place]
+            of_the_call = [number for number in moved if self.of_the_call(inputs[number])]
+            self.buffers |= {number: like(inputs[number]) for number in of_the_call}
+            self.still = [number for number in self.still if number not in self.buffers]
+            self.moves += len(moved) > len(of_the_call)
+            if self.moves > MOST:
+                raise RuntimeError(f"what it works on has moved more than {MOST} times")
+        self.places = [inputs[number].data_ptr() for number in self.still]
+
+    def _fill_buffers(self, inputs: Sequence[Tensor]) -> None:
+        for number, buffer in self.buffers.items():
+            buffer.copy_(inputs[number])
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        self._fill_buffers(inputs)
+        places = [self.buffers.get(number, given) for number, given in enumerate(inputs)]
+        replay, self.results = record(self.function, places)
+        if any(isinstance(result, Tensor) and result.requires_grad for result in self.results):
+            raise RuntimeError("a gradient is wanted of what it returns")
+        self.replay = replay
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"recording failed, going on without: {reason}", stacklevel=1)
+        self.enabled, self.results = False, ()
+        self.buffers.clear()
+
+
+def like(given: Tensor) -> Tensor:
+    """Return memory for such a tensor."""
+    return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+
+
+def record(
+    function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]
+) -> tuple[Callable[[], None], Sequence[Any]]:
+    """Record what a function does, without doing it: return what does it, and where its results are then."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            results = function(*inputs)
+    finally:
+        torch.cuda.set_stream(stream)  # an error in the middle leaves another one
+    return graph.replay, results
+
+
+def replayed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return the function; for a GPU, recorded and replayed.
+
+    Args:
+        function: from tensors on the device and numbers to tensors; it changes none of them.
+        device: where they are.
+    """
+    if device.type not in RECORDED:
+        return function
+    kinds: dict[Any, Replayed] = {}  # by the numbers and the tensors' shapes
+
+    def call(*arguments: Any) -> Any:
+        kind = tuple((*a.shape, *a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+        if kind not in kinds:
+            numbers = [None if isinstance(a, Tensor) else a for a in arguments]
+
+            def with_these_numbers(*tensors: Tensor) -> Any:
+                given = iter(tensors)
+                return function(*(next(given) if number is None else number for number in numbers))
+
+            kinds[kind] = Replayed(with_these_numbers, lambda given: True)
+        return kinds[kind](*(a for a in arguments if isinstance(a, Tensor)))
+
+    return call
