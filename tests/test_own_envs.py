@@ -214,14 +214,14 @@ def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> 
 
 
 def test_what_cannot_be_captured_is_named() -> None:
-    deep: list[Any] = []
+    endless: list[Any] = []
     for _ in range(10**5):
-        deep = [deep]
+        endless = [endless]
     for thing, message in (
         (object(), "Walk.thing is a object"),
         ([1, (b"", {2: 3j})], "Walk.thing is a complex"),
         (np.array([None]), "Walk.thing is a ndarray"),
-        (deep, "Walk raises RecursionError"),
+        (endless, "Walk raises RecursionError"),
     ):
         env: Any = Walk()
         env.thing = thing

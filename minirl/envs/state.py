@@ -75,7 +75,7 @@ def restore(env: Layer, state: State) -> None:
         CantRestore: if the environment has other layers, or one of them keeps other things.
     """
     seeded_reset(env, 0)  # makes what only a first reset makes
-    _make(state, [], env)
+    _put_back(state, [env], env)
 
 
 def layers_of(env: Layer) -> Iterator[Layer]:
