@@ -142,7 +142,7 @@ def main() -> None:
     started, seed, wrong = time.monotonic(), arguments.seed, 0
     while seed == arguments.seed or time.monotonic() - started < 60 * arguments.minutes:
         draw = Draw(seed)
-        case = draw.one_of(draw_ppo, draw_dqn, draw_q_learning)(draw)
+        case = draw.one_of(draw_ppo, draw_ppo, draw_dqn, draw_dqn, draw_q_learning)(draw)
         with tempfile.TemporaryDirectory() as folder:
             report = check(case, Path(folder))
         name = max(report.worst, key=lambda what: report.worst[what])

@@ -47,7 +47,6 @@ CASES = {
     "ppo, two workers": Case(ppo, PPOConfig(**PPO | {"num_workers": 2})),
     "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
     "ppo, one reward": Case(ppo, PPOConfig(**PPO | {"env_id": "tests.recorded:Constant-v0"})),
-    # Of minibatches of 16 the compiler computes e^x - 1 one by one, which keeps its digits; of 64 it does not.
     "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | {"num_steps": 32, "minibatch_size": 64})),
     "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),

@@ -4,7 +4,9 @@ Every column of the rollouts or of the batches, every loss, moment, weight and b
 the clock's (`charts/SPS`, `charts/minutes`) is compared.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
 
 from minirl import dqn, ppo, q_learning
 from tests.recompute.of_dqn import check_dqn
@@ -19,6 +21,10 @@ def check(case: Case, folder: Path) -> Report:
     """Train, and compute all of it again."""
     report = Report()
     recording = record(case, folder)
-    checks = {ppo: check_ppo, dqn: check_dqn, q_learning: check_q_learning}
+    checks: dict[Any, Any] = {
+        ppo: check_ppo,
+        dqn: functools.partial(check_dqn, log_every=case.log_every),
+        q_learning: check_q_learning,
+    }
     checks[case.module](case.config, recording, report)
     return report

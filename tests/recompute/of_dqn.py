@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests import recorded, reference
-from tests.recompute.record import Case, Recording, Update
+from tests.recompute.record import Recording, Update
 from tests.recompute.report import UNLIKELY, Report, mean_of
 from tests.recompute.steps import check_chain, check_result, check_step, columns, episodes, products
 from tests.reference import SINGLE, Numbers, Rounding, Weights, with_bounds
@@ -105,7 +105,7 @@ def multiples(every: int, before: int, now: int) -> int:
     return sum(step % every == 0 for step in range(before + 1, now + 1))
 
 
-def check_dqn(config: Any, recording: Recording, report: Report, log_every: int = Case.log_every) -> None:
+def check_dqn(config: Any, recording: Recording, report: Report, log_every: int) -> None:
     """Compare a run of Double DQN, step by step."""
     raw, length = columns(recording)
     envs, window = config.num_envs, config.buffer_size // config.num_envs
