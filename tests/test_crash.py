@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.run import Run
 from tests.test_resume import ROOT, assert_same
 
+resource = pytest.importorskip("resource")  # Windows has no limits of this kind
 DQN = "--total-timesteps 2000 --buffer-size 400 --batch-size 16 --learning-starts 100 --checkpoint-frequency 100"
 
 # Runs a script in a process that kills itself at a moment of its eleventh atomic write: half of the file written, all
