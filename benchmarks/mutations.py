@@ -60,8 +60,8 @@ def read_mutations(text: str) -> list[Mutation]:
 MUTATIONS = read_mutations(Path(__file__).with_suffix(".txt").read_text())
 
 
-def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None) -> tuple[int, str]:
-    """Run quick tests in a copy, with a mutation or without; return pytest's status, and which test failed first.
+def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None, *, slow: bool = False) -> tuple[int, str]:
+    """Run tests in a copy, with a mutation or without; return pytest's status, and which test failed first.
 
     Raises:
         ValueError: if what the mutation changes does not stand exactly once in its file.
@@ -77,7 +77,8 @@ def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None) -> tuple
             path.write_text(mutation.changed(path.read_text()))
         # One thread each: several run side by side.
         environment = {**os.environ, "PYTHONPATH": directory, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        chosen = [] if slow else ["-m", "not slow"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *chosen, "-p", "no:cacheprovider", *tests]
         result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     said = result.stdout.splitlines() or result.stderr.splitlines()
     return result.returncode, next((line for line in said if line.startswith(("FAILED", "ERROR"))), *said[-1:])
@@ -88,19 +89,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Change one line at a time, and see whether the quick tests notice.")
     parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name has this in it")
     parser.add_argument("--whole", action="store_true", help="run all quick tests, not only those that should notice")
+    parser.add_argument("--slow", action="store_true", help="the slow tests, too")
     given = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if given.only in mutation.name]
     named = {test for mutation in chosen for test in mutation.tests}
-    status, said = run_tests(() if given.whole else tuple(sorted(named)))
+    status, said = run_tests(() if given.whole else tuple(sorted(named)), slow=given.slow)
     if status != 0:
         raise SystemExit(f"error: the tests must pass without a mutation: {said}")
     survived = 0
     with ThreadPoolExecutor(available_cores()) as pool:
-        results = pool.map(lambda mutation: run_tests(() if given.whole else mutation.tests, mutation), chosen)
+        results = pool.map(
+            lambda mutation: run_tests(() if given.whole else mutation.tests, mutation, slow=given.slow), chosen
+        )
         for mutation, (status, said) in zip(chosen, results, strict=True):
             survived += status != 1  # a test that failed; other numbers are for tests that could not be run
             print(f"{'red' if status == 1 else 'SURVIVED'}  {mutation.file}: {mutation.name}: {said}", flush=True)
-    print(f"{len(chosen) - survived} of {len(chosen)} mutations turn the quick tests red")
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations turn the tests red")
     raise SystemExit(survived > 0)
 
 
