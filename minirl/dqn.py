@@ -33,7 +33,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import send
 from minirl.fast.machine import Head, products_in, select_device, select_precision, tuned
-from minirl.fast.small import InTraining, SmallSequential, for_few
+from minirl.fast.small import InTraining, SmallSequential
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
@@ -257,7 +257,7 @@ def q_function(network: nn.Module, device: torch.device) -> Callable[[NDArray[An
         values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
         return values
 
-    return for_few(network, q_values)
+    return q_values
 
 
 def greedy_policy(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.int64]]:

@@ -106,8 +106,8 @@ CASES: dict[str, tuple[list[Callable[[], nn.Module]], Optimizers, Any]] = {
         lambda network: torch.optim.RMSprop(network.parameters(), lr=1e-3),
         nothing,
     ),
-    "SGD with momentum, another state": (
-        [],
+    "SGD with momentum, another state, features folded": (
+        [lambda: nn.Unflatten(1, (2, 4)), lambda: nn.Flatten()],
         lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
         another_state,
     ),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minirl import dqn
 from minirl.dqn import QNetwork, greedy_policy, q_function
 from minirl.fast.small import FEW, InTraining, SmallSequential
-from minirl.networks import Categorical, mlp
+from minirl.networks import Categorical, mlp, observation_tensor
 from minirl.ppo import ActorCritic, act
 
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
@@ -132,6 +133,13 @@ def test_a_head_that_starts_at_zero_is_seen_when_it_is_set() -> None:
         assert q_function(network, CPU)(obs).tolist() == [[0, 0]]
         network.head.bias.copy_(torch.tensor([0.0, 5.0]))
         assert q_function(network, CPU)(obs).tolist() == [[0, 5]]
+
+
+def test_what_is_done_to_observations_before_the_network_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, obs = QNetwork(VECTOR, 2, (8,)), np.array([[0.1, -0.2, 0.3, 0.4]], np.float32)
+    expected = q_function(network, CPU)(2 * obs)
+    monkeypatch.setattr(dqn, "observation_tensor", lambda obs, device: 2 * observation_tensor(obs, device))
+    np.testing.assert_allclose(q_function(network, CPU)(obs), expected, rtol=1e-6)
 
 
 def test_a_greedy_policy_follows_the_weights_and_takes_the_first_of_equals() -> None:

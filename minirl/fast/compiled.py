@@ -22,6 +22,8 @@ import copy
 import functools
 import inspect
 import math
+import os
+import re
 import shutil
 import struct
 import sys
@@ -45,6 +47,7 @@ from torch.utils._pytree import tree_leaves
 from minirl.fast import gpu
 
 aten = torch.ops.aten
+NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that nobody edits
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
 # What is computed of single numbers, Adam's corrections and the clipped norm's factor say, is kept in memory. Otherwise
@@ -231,7 +234,10 @@ class Compiled:
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
         """Go on with the plain function."""
         reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"compilation failed, going on without: {reason}", stacklevel=1)  # once, whoever called
+        places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+        theirs = [place for place in places if not place[0].startswith(NOT_THEIRS)]
+        where = f" ({theirs[-1][0]}, line {theirs[-1][1]})" if theirs else ""
+        warnings.warn(f"compilation failed, going on without: {reason}{where}", stacklevel=1)  # once, whoever called
         self.enabled = False
         for optimizer in self.optimizers:
             optimizer.put_back()
@@ -393,6 +399,8 @@ class Traceable(TorchFunctionMode):
             if inputs.ndim == 2 and bias is not None and inputs.shape[0] * weight.numel() <= FEW:
                 # (out, in, 1) * (in, B): side by side in memory are the samples, which fill whole vectors.
                 return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
+        if func is torch.Tensor.unflatten:  # is Python there, with a `super()` that the compiler can't follow here
+            return torch.unflatten(*args, **kwargs)
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in ARITHMETIC and result.ndim == 0 and not result.requires_grad:
             return result.as_strided((), ())  # itself, but kept in memory

@@ -13,7 +13,6 @@ from minirl.fast.machine import Head
 
 FEW = 500_000  # multiplications: beyond, PyTorch is as fast as NumPy
 
-Array = NDArray[Any]
 Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -39,10 +38,10 @@ class SmallSequential(nn.Sequential):
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, n) -> (B, m)."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.ndim != 2:
-            return super().forward(inputs)  # type: ignore[no-untyped-call,no-any-return]
+            return nn.Sequential.forward(self, inputs)  # type: ignore[no-untyped-call,no-any-return]
         layers, rows = self.in_numpy()
         if layers is None or len(inputs) > rows or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(inputs)  # type: ignore[no-untyped-call,no-any-return]
+            return nn.Sequential.forward(self, inputs)  # type: ignore[no-untyped-call,no-any-return]
         values = inputs.numpy()
         for layer in layers:
             values = layer(values)
@@ -105,28 +104,6 @@ def _layer(module: nn.Module) -> Layer | None:
             product, sum_ = weight.numpy().T, 0 if bias is None else bias.detach().numpy()
             return lambda inputs: inputs @ product + sum_
     return None
-
-
-def for_few(network: nn.Module, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Return a function of vectors (B, n) that calls a network, without PyTorch where NumPy computes all of it.
-
-    That is where the network is a `SmallSequential` without a `forward` of its own, and on the processor.
-    """
-    if not isinstance(network, SmallSequential) or type(network).forward is not SmallSequential.forward:
-        return function
-
-    def for_few_vectors(inputs: Array) -> Array:
-        if inputs.ndim != 2:
-            return function(inputs)
-        layers, rows = network.in_numpy()
-        if layers is None or len(inputs) > rows or network._forward_hooks or network._forward_pre_hooks:
-            return function(inputs)
-        values = inputs.astype(np.float32, copy=False)
-        for layer in layers:
-            values = layer(values)
-        return values
-
-    return for_few_vectors
 
 
 class InTraining:
