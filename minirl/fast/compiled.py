@@ -185,8 +185,9 @@ class Compiled:
             choices["backend"] = self._recorded
         else:
             choices["options"] |= INDUCTOR[self.device.type]
-        # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work.
-        code = types.FunctionType(Compiled._traced.__code__.replace(), globals())
+        # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work. And a
+        # name of its own, by which PyTorch remembers which sizes have changed from call to call.
+        code = types.FunctionType(Compiled._traced.__code__.replace(co_name=f"_traced_{id(self)}"), globals())
         whole: Callable[..., Any] = torch.compile(types.MethodType(code, self), **choices)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
