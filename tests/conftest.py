@@ -17,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where tests that take a device run")
 
 
+def pytest_configure() -> None:
+    """Let the tests, and what they start, see that a terminal is gone: under `nohup` they would not."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On another device than the processor, run the tests that take one, and no others."""
     if config.getoption("--device") != "cpu":

@@ -66,7 +66,7 @@ class Line(gym.Env[Any, Any]):
         return np.full((8, 8, 3), 40 * self.place, np.uint8) if self.image is None else self.image()
 
 
-class Unmakable(Line):
+class NeverMade(Line):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.level = dict[str, int]()["level"]
@@ -155,8 +155,8 @@ both("ResetPair", start=lambda obs, info: (0.5, 1.0))
 both("Raises", odd=lambda *_: fail())
 both("ResetRaises", start=lambda *_: fail())
 both("RenderRaises", image=fail)
-gym.register("Unmakable-v0", "tests.peculiar_envs:Unmakable")
-gym.register("UnmakableTable-v0", "tests.peculiar_envs:Unmakable")
+gym.register("NeverMade-v0", "tests.peculiar_envs:NeverMade")
+gym.register("NeverMadeTable-v0", "tests.peculiar_envs:NeverMade")
 gym.register("OldReset-v0", "tests.peculiar_envs:OldReset")
 gym.register("OldResetTable-v0", "tests.peculiar_envs:OldReset", kwargs={"space": Discrete(PLACES), "show": int})
 gym.register("Missing-v0", "tests.peculiar_envs:NoSuchClass")

@@ -135,7 +135,7 @@ def test_a_fault_in_training_is_one_line_and_their_traceback(
 def test_an_environment_that_raises_while_it_is_made(
     algorithm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    env_id = id_of("Unmakable", algorithm)
+    env_id = id_of("NeverMade", algorithm)
     with pytest.raises(SystemExit) as stop:
         train(algorithm, env_id, tmp_path / "run")
     assert stop.value.code == 1

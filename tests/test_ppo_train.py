@@ -209,7 +209,7 @@ def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(t
     [
         SMALL_PONG,
         dataclasses.replace(CARTPOLE, total_timesteps=5 * 256, target_kl=0.02, value_clip_coef=0.2),
-        dataclasses.replace(SMALL_PONG, total_timesteps=5 * 64, compile=True),
+        pytest.param(dataclasses.replace(SMALL_PONG, total_timesteps=5 * 64, compile=True), marks=pytest.mark.slow),
     ],
     ids=["Pong", "CartPole", "Pong, compiled"],
 )

@@ -27,6 +27,7 @@ SAME = [
     ("conditions", "dqn, compiled"),
     ("frames-once", "dqn, images"),
     ("modes", "dqn, compiled"),
+    ("numbers-once", "dqn, compiled"),
     ("rounded-weights", "ppo, bfloat16"),
     ("skip-and-shrink", "ppo, images"),
 ]
