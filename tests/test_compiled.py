@@ -17,7 +17,8 @@ from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.utils import fresh_cache
 
-from minirl.fast.compiled import CODE, FEW, Compiled, StandIn, Steppable, Traceable, compiled, is_whole, of_values
+from minirl.fast.compiled import CODE, Compiled, compiled, is_whole, of_values
+from minirl.fast.spelling import FEW, StandIn, Steppable, Traceable
 from tests.weights import parameters
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]

@@ -1,0 +1,182 @@
+"""What PyTorch's compiler can't take, or takes badly, spelt otherwise; all of it is the same maths."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
+
+# What is computed of single numbers, Adam's corrections and the clipped norm's factor say, is kept in memory. Otherwise
+# the compiler would compute it anew, powers and all, for every eight weights that it is a factor of.
+ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
+
+
+class DigitsNear0(CustomGraphPass):
+    """Spells e^x - 1, of `Tensor.expm1` and in ELU, as 2 t / (1 - t) with t = tanh(x / 2) where |x| is at most 1.
+
+    The compiler takes 1 from e^x, rounded to 1e-7: of x = 1e-6 it leaves one digit.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Do it in a function that is being compiled."""
+        for node in graph.find_nodes(op="call_function", target=aten.expm1.default):
+            with graph.inserting_before(node):
+                x = torch.fx.Proxy(node.args[0])
+                t = aten.tanh.default(aten.mul.Tensor(x, 0.5))
+                near = aten.div.Tensor(aten.mul.Tensor(t, 2), aten.add.Tensor(aten.neg.default(t), 1))
+                far = aten.sub.Tensor(aten.exp.default(x), 1)
+                result = aten.where.self(aten.le.Scalar(aten.abs.default(x), 1), near, far)
+            node.replace_all_uses_with(result.node)
+            graph.erase_node(node)
+
+    def uuid(self) -> str:
+        """Its name in the compiler's cache."""
+        return "minirl: e^x - 1 by tanh"
+
+
+class Steppable:
+    """An optimiser whose `step` can be part of a compiled function.
+
+    Its learning rates become tensors, so that another one is no reason to compile again, and its kernels those that
+    the compiler can join with the rest. Whoever sets `group["lr"]` to a number is understood.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
+        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in optimizer.param_groups]
+        self.given = [math.nan for _ in optimizer.param_groups]  # what the rates are
+        self.fused = [group.get("fused") for group in optimizer.param_groups]
+
+    def prepare(self) -> None:
+        """Look at the learning rates, which may have been set, or come from a checkpoint.
+
+        Raises:
+            RuntimeError: if the optimiser has hooks, which would not be called, or has got other parameters.
+        """
+        optimizer = self.optimizer
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise RuntimeError("the optimiser has hooks, which only its own `step` calls")
+        for number, (group, rate) in enumerate(zip(optimizer.param_groups, self.rates, strict=True)):
+            if (given := group["lr"]) is rate:
+                continue
+            if given != self.given[number]:
+                rate.fill_(given)
+                self.given[number] = float(given)
+            group["lr"] = rate
+            if "fused" in group:
+                group["fused"] = False
+            if "capturable" in group and rate.is_cuda:  # steps are counted on the GPU, also those of a checkpoint
+                group["capturable"] = True
+                for state in [optimizer.state[weight] for weight in group["params"] if weight in optimizer.state]:
+                    state["step"] = state["step"].to(rate.device)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
+
+    def put_back(self) -> None:
+        """Make the optimiser what it was."""
+        for group, rate, fused in zip(self.optimizer.param_groups, self.rates, self.fused, strict=True):
+            if group["lr"] is rate:
+                group["lr"] = rate.item()
+            if "fused" in group:
+                group["fused"] = fused
+
+
+class StandIn:
+    """Takes an optimiser's place while a function is compiled. `.grad` is a tensor that stays, and is set to 0."""
+
+    def __init__(self, steppable: Steppable, spelling: "Traceable") -> None:
+        self.steppable = steppable
+        self.spelling = spelling
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's own."""
+        return self.steppable.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `Optimizer.zero_grad`."""
+        with torch.no_grad():
+            for weight in self.steppable.parameters:
+                if weight.grad is not None:
+                    weight.grad.zero_()
+
+    def step(self) -> None:
+        """As `Optimizer.step`.
+
+        Raises:
+            RuntimeError: if a parameter that had a gradient has none now: its moments would move it all the same.
+        """
+        for weight in self.steppable.parameters:
+            if weight.grad is not None and not any(weight is other for other in self.spelling.reached):
+                raise RuntimeError("a parameter that had a gradient has none now")
+        with torch.no_grad():
+            self.steppable.step(self.steppable.optimizer)
+
+
+class Traceable(TorchFunctionMode):
+    """Within it, what PyTorch's compiler can't take, or takes badly, is spelt otherwise. All of it is the same maths.
+
+    `backward` adds to the `.grad` that is there. A linear layer with little to multiply is products and sums, which the
+    compiler merges with the rest: a fifth of the update's time for a network like CartPole's. Single numbers that come
+    of arithmetic are computed once.
+
+    Args:
+        parameters: what `backward` computes the gradient of.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.reached: list[Tensor] = []  # parameters that `backward` has given a gradient
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Stand in for every function of PyTorch, and change these."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            return self._backward(*args, **kwargs)
+        if func is F.linear and len(args) == 3:
+            inputs, weight, bias = args
+            if inputs.ndim == 2 and bias is not None and inputs.shape[0] * weight.numel() <= FEW:
+                # (out, in, 1) * (in, B): side by side in memory are the samples, which fill whole vectors.
+                return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
+        if func is torch.Tensor.unflatten:  # is Python there, with a `super()` that the compiler can't follow here
+            return torch.unflatten(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in ARITHMETIC and result.ndim == 0 and not result.requires_grad:
+            return result.as_strided((), ())  # itself, but kept in memory
+        return result
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if gradient is not None or create_graph or inputs is not None:
+            raise RuntimeError("in a compiled function, backward takes no more than retain_graph")
+        weights = [weight for weight in self.parameters if weight.requires_grad]
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, weights, retain_graph=retain_graph, allow_unused=True
+        )
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if weight.grad is None:
+                    raise RuntimeError("a parameter that had no gradient has one now")
+                weight.grad.add_(gradient)
+                self.reached.append(weight)
