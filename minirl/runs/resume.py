@@ -18,7 +18,7 @@ from minirl.checks import ConfigError
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
-from minirl.runs.checkpoints import State, atomic_file, reading, set_random_state
+from minirl.runs.checkpoints import State, atomic_file, brief, reading, set_random_state
 from minirl.runs.copies import how_a_copy_differs
 from minirl.runs.run import derived_seed
 
@@ -106,7 +106,8 @@ class MemoryFiles:
                 with np.load(path, allow_pickle=False) as arrays:
                     memory.put(span[0], dict(arrays))
             except Exception as error:  # zip files break in many ways
-                raise ConfigError(f"{path} must be part of this run's memory, and can't be read: {error}") from error
+                why = f"can't be read: {brief(error)}"
+                raise ConfigError(f"{path} must be part of this run's memory, and {why}") from error
         memory.set_counters(saved["counters"])
 
     def _file(self, span: tuple[int, int]) -> Path:
