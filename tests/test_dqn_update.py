@@ -13,7 +13,7 @@ from minirl.dqn import DQNConfig, QNetwork, Target, double_dqn_target, dqn_loss,
 from minirl.envs.make import make_vector_env
 from minirl.fast.compiled import Compiled, compiled
 from minirl.replay import Batch
-from tests.weights import parameters
+from tests.weights import assert_close_elsewhere_and_in_bfloat16, parameters
 
 CPU = torch.device("cpu")
 
@@ -233,9 +233,4 @@ def test_in_bfloat16_the_values_that_are_logged_and_the_weights_stay_float32(dev
         logged.append(gradient_step(online, target, optimizer, DQNConfig(), precision, *columns).cpu())
         gradients.append(torch.cat([p.grad.flatten() for p in online.parameters() if p.grad is not None]).cpu())
         assert {parameter.dtype for parameter in online.parameters()} == {torch.float32}
-    assert logged[2].dtype == gradients[2].dtype == torch.float32
-    torch.testing.assert_close(logged[1], logged[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logged[2], logged[0], rtol=3e-2, atol=3e-3)
-    assert not torch.equal(logged[0], logged[2])
-    distances = [((gradient - gradients[0]).norm() / gradients[0].norm()).item() for gradient in gradients]
-    assert distances == [0.0, pytest.approx(0.0, abs=1e-4), pytest.approx(0.0, abs=0.1)]
+    assert_close_elsewhere_and_in_bfloat16(logged, gradients, rtol=0.03)

@@ -136,8 +136,9 @@ def recipe_note(algorithm: str, config: Any) -> str | None:
     fitting = [
         f"@recipes/{file.name}" for file in files if f"--env-id {config.env_id}" in file.read_text().splitlines()
     ]
-    where = f"better ones: {' or '.join(fitting)}" if fitting else "recipes/ has better ones for some tasks"
-    return f"all settings are the defaults, which are for {defaults.env_id}; {where}"
+    others = "; recipes/ has better ones for some tasks" if files else ""
+    where = f"; better ones: {' or '.join(fitting)}" if fitting else others
+    return f"all settings are the defaults, which are for {defaults.env_id}{where}"
 
 
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
