@@ -63,7 +63,8 @@ class DQNConfig:
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
     learning_starts: int = setting(1_000, "agent steps before the first one", at_least=0, group="gradient steps")
-    train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
+    train_frequency: int = setting(1, "agent steps between them", at_least=1)
+    gradient_steps: int = setting(1, "how many each time", at_least=1)
     batch_size: int = setting(64, "transitions per gradient step", at_least=1)
     learning_rate: float = setting(5e-3, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
@@ -105,7 +106,8 @@ class DQNConfig:
     @property
     def compiles(self) -> bool:
         """Whether the update is compiled: that takes some 20 seconds, and saves a third of a millisecond each."""
-        return self.total_timesteps / self.train_frequency >= COMPILED_FROM if self.compile is None else self.compile
+        gradient_steps = self.total_timesteps * self.gradient_steps / self.train_frequency
+        return gradient_steps >= COMPILED_FROM if self.compile is None else self.compile
 
     @property
     def last_step(self) -> int:
@@ -439,7 +441,7 @@ def train(
                 before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(played.episodes))
 
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
-                    for _ in range(passed(config.train_frequency, before.steps, now.steps)):
+                    for _ in range(config.gradient_steps * passed(config.train_frequency, before.steps, now.steps)):
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
                         with in_training:
                             losses.append(step(*(send(column, torch_device) for column in batch)))

@@ -40,6 +40,7 @@ DQN: dict[str, Any] = {
     "num_workers": 1,
 }
 FRAMES = {"env_id": "frames"}
+FEW = {"total_timesteps": 200, "learning_starts": 100, "train_frequency": 10}  # updates, which take long on images
 COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
 CASES = {
@@ -52,12 +53,12 @@ CASES = {
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
-    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, max_grad_norm=1.0, huber=True), kills=[130]),
-    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
+    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=3, max_grad_norm=1.0, huber=True), kills=[130]),
+    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
     "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5)),
     "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
-    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES), own=recorded.OwnQNetwork),
+    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES | FEW), own=recorded.OwnQNetwork),
     "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
     "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
 }
