@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
+from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import send
@@ -57,6 +58,7 @@ class DQNConfig:
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(100_000, "agent steps to train for, over all environments", at_least=1)
     num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
+    frame_size: int = setting(84, "rows and columns of an Atari game's frames", at_least=SMALLEST_IMAGE)
     num_envs: int = setting(1, "environments played side by side (N)", at_least=1, group="environments and memory")
     buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((24, 24), "hidden layers on vectors", at_least=1, group="network and loss")
@@ -380,7 +382,9 @@ def train(
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
     with (
-        make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
+        make_vector_env(
+            config.env_id, config.num_envs, num_workers=config.num_workers, frame_size=config.frame_size
+        ) as envs,
         Judge(config, run_dir) as judge,
     ):
         online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))

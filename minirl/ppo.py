@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
+from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import fetch, replayed
@@ -51,6 +52,7 @@ class PPOConfig:
     env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes", group="task")
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
+    frame_size: int = setting(84, "rows and columns of an Atari game's frames", at_least=SMALLEST_IMAGE)
     num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts and advantages")
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
@@ -469,7 +471,9 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
+    with make_vector_env(
+        config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
+    ) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -54,7 +54,9 @@ CASES = {
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
     "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=3, max_grad_norm=1.0, huber=True), kills=[130]),
-    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
+    "dqn, images": Case(
+        dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]
+    ),
     "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5)),
     "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),

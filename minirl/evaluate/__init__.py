@@ -19,7 +19,7 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.guard import EnvError
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
 from minirl.ppo import ActorCritic, PPOConfig, choose_actions
@@ -84,12 +84,12 @@ def evaluate(
     if seed is None:
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
     env_id = settings["env_id"]
-    one_hot = settings["algorithm"] != "q_learning"
-    with make_envs(env_id, episodes, render, one_hot) as envs:
+    shown = shown_to(settings)
+    with make_envs(env_id, episodes, render, shown) as envs:
         policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:
             seed_everything(seed)
-            if not record_game(policy, env_id, seed, video, one_hot=one_hot):
+            if not record_game(policy, env_id, seed, video, **shown):
                 print(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game", file=sys.stderr)
         if render:
             policy = at_game_speed(policy, steps_per_second(env_id))
@@ -106,11 +106,11 @@ def evaluate(
     }
 
 
-def make_envs(env_id: str, episodes: int, render: bool, one_hot: bool) -> VectorEnv:
+def make_envs(env_id: str, episodes: int, render: bool, shown: dict[str, Any]) -> VectorEnv:
     """Make the environments for `episodes` games: side by side, or one in a window."""
     if not render:
-        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), one_hot=one_hot)
-    window = open_window(env_id, one_hot=one_hot)
+        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), **shown)
+    window = open_window(env_id, **shown)
     return VectorEnv(lambda: window, 1, num_workers=1)
 
 
