@@ -312,6 +312,7 @@ def test_without_episodic_life_only_the_end_of_the_game_ends_the_episode() -> No
     assert "episode" in info
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5"])
 def test_a_game_of_half_an_hour_is_cut_not_over(env_id: str) -> None:
     env = make_atari_env(env_id, episodic_life=False, noop_max=0)

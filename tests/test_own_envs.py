@@ -28,7 +28,6 @@ from tests.own_envs import (
     EXACT,
     KINDS,
     GlobalNumpy,
-    GlobalPython,
     Hidden,
     Holds,
     Nested,
@@ -97,10 +96,13 @@ def test_a_checkpoint_that_cannot_be_read_never_takes_the_place_of_a_good_one(va
 
 # A run that was killed and resumed against the same left alone, which also holds that one seed gives one run.
 
-CASES = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
+CASES: list[Any] = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
 CASES += [("dqn", make.__name__, 1) for make in (OwnGenerator, GlobalNumpy, Holds, Shared, Samples)]
-CASES += [("ppo", make.__name__, 2) for make in (GlobalNumpy, GlobalPython, Shared, Samples)]
-CASES += [("dqn", make.__name__, 2) for make in (GlobalNumpy, GlobalPython)]
+CASES += [("ppo", "GlobalNumpy", 2)]
+CASES += [
+    pytest.param(*case, 2, marks=pytest.mark.slow)
+    for case in (*(("ppo", name) for name in ("GlobalPython", "Shared", "Samples")), ("dqn", "GlobalNumpy"))
+]
 
 
 @pytest.mark.parametrize(("algorithm", "name", "workers"), CASES)
@@ -116,7 +118,7 @@ def test_a_resumed_run_is_the_run_left_alone(
 
 
 @pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_judging_changes_nothing_of_the_training(workers: int, name: str, tmp_path: Path) -> None:
     for run, every in (("judged", 40), ("alone", None)):
         games = {"eval_frequency": every, "eval_episodes": 2, "confirm_episodes": 2}

@@ -63,7 +63,7 @@ Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
 
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
-    ("ppo", ppo.train, PPO_PONG),
+    pytest.param("ppo", ppo.train, PPO_PONG, marks=pytest.mark.slow),  # tests/test_recomputed.py has the quick one
     ("dqn", dqn.train, DQN_CARTPOLE),
     ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, num_envs=3, target_network_episodes=2, tau=1.0)),
     ("dqn", dqn.train, DQN_PONG),
@@ -158,7 +158,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     ("algorithm", "train", "config"),
     [
         RUNS[0],
-        pytest.param(*RUNS[1], marks=pytest.mark.slow),
+        RUNS[1],
         RUNS[2],
         RUNS[3],
         pytest.param(*RUNS[4], marks=pytest.mark.slow),
