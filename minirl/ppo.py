@@ -31,7 +31,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import fetch, replayed
 from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
-from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
+from minirl.networks import Distribution, NatureCNN, is_image, mlp, observation_tensor, orthogonal, policy_over
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses
 from minirl.runs.resume import env_state, start_envs
@@ -102,15 +102,16 @@ class ActorCritic(nn.Module):
 
     Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, 64 x 64 with tanh, one
     for each. The policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
+    The distribution is the action space's (`minirl.networks.policy_over`): a Categorical of Discrete actions, of a Box
+    a Gaussian, whose standard deviations are weights of their own, at first e^0.
 
     Raises:
-        ConfigError: if the observations are not a Box or the actions not Discrete.
+        ConfigError: if the observations are not a Box, or the actions of a kind that is not known.
     """
 
     def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
         super().__init__()
-        if not isinstance(action_space, gym.spaces.Discrete):
-            raise ConfigError(f"--env-id must have Discrete actions for PPO, not {action_space}")
+        num_outputs, self.policy = policy_over(action_space)
         assert observation_space.shape is not None
         self.critic_body: nn.Module | None = None  # its own only on vectors
         self.actor_body: nn.Module
@@ -121,14 +122,18 @@ class ActorCritic(nn.Module):
             sizes = (*observation_space.shape, 64, 64)
             self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
             num_features = sizes[-1]
-        self.actor = orthogonal(Head(num_features, int(action_space.n)), gain=0.01)
+        self.actor = orthogonal(Head(num_features, num_outputs), gain=0.01)
         self.critic = orthogonal(Head(num_features, 1), gain=1.0)
+        self.log_std: nn.Parameter | None = None  # in all states the same
+        if isinstance(action_space, gym.spaces.Box):
+            self.log_std = nn.Parameter(torch.zeros(action_space.shape))
 
-    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
         actor_features = self.actor_body(obs)
         critic_features = actor_features if self.critic_body is None else self.critic_body(obs)
-        return Categorical(logits=self.actor(actor_features)), self.critic(critic_features).squeeze(-1)
+        outputs, values = self.actor(actor_features), self.critic(critic_features).squeeze(-1)
+        return self.policy(outputs) if self.log_std is None else self.policy(outputs, self.log_std), values
 
 
 def compute_gae(
@@ -332,7 +337,7 @@ class Rollout:
 
 
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
+    """Draw actions: observations (B, ...) -> actions (B, ...), their log-probabilities (B,) and the values (B,)."""
     with products_in(precision, obs.device):
         distribution, values = agent(obs)
     actions = distribution.sample()
@@ -359,7 +364,7 @@ def collect_rollout(
             values: Tensor = agent(observation_tensor(observations, device))[1]
         return values
 
-    def choose(t: int, rows: slice) -> NDArray[np.int64]:
+    def choose(t: int, rows: slice) -> NDArray[Any]:
         observations = observation_tensor(obs[rows], device)
         actions, log_probs, values = policy(observations)
         chosen = fetch(actions)
@@ -380,10 +385,10 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
-    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N,)."""
+def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[Any]:
+    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N, ...)."""
     distribution, _ = agent(observation_tensor(obs, next(agent.parameters()).device))
-    actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
+    actions: NDArray[Any] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
     return actions
 
 
