@@ -22,6 +22,8 @@ from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
 
+EPSILON, FARTHEST = 1e-8, 10.0  # of what is normalised, as in Gymnasium and Stable-Baselines3
+
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
     """Give a layer orthogonal weights times `gain`, and zero biases. Returns the layer.
@@ -246,6 +248,95 @@ def policy_over(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]
     if isinstance(space, gym.spaces.MultiBinary):
         return math.prod(shape), functools.partial(Bernoullis, shape=shape)
     return math.prod(shape), Gaussian
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance, number by number, of all that it has taken in, in float64; a checkpoint holds them.
+
+    Args:
+        shape: of one of those that are taken in.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def take_in(self, batch: Tensor) -> None:
+        """Take in some more, (B, ...), in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
+
+        M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b),  variance = M2 / n
+        """
+        batch = batch.double()
+        mean, count = batch.mean(dim=0), self.count + len(batch)
+        share = len(batch) / count
+        distance = mean - self.mean
+        self.variance.mul_(1 - share).add_(share * (batch - mean).square().mean(dim=0))
+        self.variance.add_(distance.square() * share * (1 - share))
+        self.mean.add_(distance * share)
+        self.count.copy_(count)
+
+
+class NormalizeObservation(RunningMoments):
+    """Shifts and scales vectors (B, n) to mean 0 and variance 1 as far as was taken in, and clips them to +-10.
+
+    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, but as a layer: whoever loads the network has its
+    statistics, too. They change where `take_in` is called, and nowhere else.
+    """
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, n) -> (B, n); the same until something is taken in, but for the clipping."""
+        scaled = (obs - self.mean) * (self.variance + EPSILON).rsqrt()
+        return scaled.clamp(-FARTHEST, FARTHEST).to(obs.dtype)
+
+
+class NormalizeReward(RunningMoments):
+    """Divides rewards by the running standard deviation of the discounted return, and clips them to +-10.
+
+        G_t = r_t + gamma G_{t-1} in each environment, anew after an end;  r_t / sqrt(variance of all G up to t)
+
+    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`: nothing is subtracted, which would change what is best.
+
+    Args:
+        num_envs: N.
+        gamma: the discount factor.
+    """
+
+    discounted: Tensor
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__(())
+        self.gamma = gamma
+        self.register_buffer("discounted", torch.zeros(num_envs, dtype=torch.float64))
+
+    def forward(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> NDArray[Any]:
+        """Take in the rewards (T, N) of some steps; return them (float32), normalised step by step.
+
+        Args:
+            rewards: of all environments, in the order in which they were played.
+            ended: (T, N), where an episode was over.
+        """
+        discounted: NDArray[Any] = self.discounted.numpy()
+        history: NDArray[Any] = np.empty(rewards.shape)
+        for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):
+            history[t] = discounted * self.gamma + paid
+            discounted = np.where(over, 0.0, history[t])
+        # The variance after each step, from sums so far of distances to some place in the middle, and their squares.
+        count, place = float(self.count), history.mean()
+        counts = count + history.shape[1] * np.arange(1, len(history) + 1)
+        before = float(self.mean) - place
+        sums = count * before + (history - place).sum(axis=1).cumsum()
+        squares = count * (float(self.variance) + before**2) + np.square(history - place).sum(axis=1).cumsum()
+        variances = np.maximum(squares / counts - np.square(sums / counts), 0)
+        self.discounted.copy_(torch.from_numpy(discounted))
+        self.take_in(torch.from_numpy(history.ravel()))
+        scaled: NDArray[Any] = rewards / np.sqrt(variances + EPSILON)[:, None]
+        return scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
 
 
 def is_image(space: gym.Space[object]) -> bool:
