@@ -188,7 +188,7 @@ def test_what_cannot_be_made_twice_or_fails_is_left_to_the_training() -> None:
 
 
 GYMNASIUMS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1", "Taxi-v4", "CliffWalking-v1")
-CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0")
+CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 
 
 @pytest.mark.parametrize(
