@@ -1,6 +1,7 @@
 """Actions that are not one choice: their distributions, their way to the environment, and training with them."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -16,12 +17,22 @@ from minirl.checks import ConfigError
 from minirl.envs.guard import EnvError, Guard
 from minirl.envs.make import make_vector_env
 from minirl.evaluate import evaluate
-from minirl.networks import Bernoullis, Categoricals, Gaussian, policy_over
+from minirl.networks import (
+    Bernoullis,
+    Categoricals,
+    Gaussian,
+    NormalizeObservation,
+    NormalizeReward,
+    RunningMoments,
+    policy_over,
+)
 from minirl.plots.of_run import draw_picture
 from minirl.ppo import ActorCritic, PPOConfig, choose_actions, train
+from minirl.results.play import play_games
 from minirl.results.video import record_game
 from minirl.runs.checkpoints import load_checkpoint
 from tests.fake_envs import ACTIONS, REFUSED
+from tests.reference import scaled_rewards
 from tests.test_resume import assert_same, train_with_kills
 
 TINY = PPOConfig(
@@ -212,6 +223,77 @@ def test_a_video_takes_the_actions_that_training_takes(monkeypatch: pytest.Monke
     assert len(taken) == 200
     assert any(abs(drawn) > 2 for drawn, _ in taken)
     assert all(given == pytest.approx(min(max(drawn, -2), 2)) for drawn, given in taken)
+
+
+# Normalisation
+
+
+def test_moments_are_those_of_the_whole_history() -> None:
+    rng = np.random.default_rng(0)
+    history = rng.normal([3, -1e6, 0, 1e-4], [0.5, 2, 1e4, 1e-6], (500, 4))
+    moments = RunningMoments((4,))
+    for piece in np.split(history, [1, 2, 50, 333]):
+        moments.take_in(torch.from_numpy(piece))
+        seen = history[: int(moments.count)]
+        np.testing.assert_allclose(moments.mean, seen.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, seen.var(axis=0), rtol=1e-7, atol=1e-20)
+    assert int(moments.count) == 500
+
+
+def test_observations_are_scaled_clipped_and_nothing_else_changes_the_statistics() -> None:
+    normalize = NormalizeObservation((3,))
+    obs = torch.tensor([[1.0, 5.0, 100.0], [3.0, 5.0, -100.0]])
+    assert normalize(obs).tolist() == [[1, 5, 10], [3, 5, -10]], "nothing taken in: clipped only"
+    normalize.take_in(obs)  # means 2, 5 and 0, variances 1, 0 and 10,000
+    scaled = normalize(torch.tensor([[4.0, 5.0, 50.0], [2.0, 6.0, -5000.0]]))
+    torch.testing.assert_close(scaled, torch.tensor([[2.0, 0.0, 0.5], [0.0, 10.0, -10.0]]))
+    assert scaled.dtype == torch.float32
+    assert normalize.count == 2
+
+
+def test_rewards_by_hand() -> None:
+    norm = NormalizeReward(2, 0.5)
+    # Returns: 1 and 3, of variance 1; then 2 + 0.5 and, anew, 4.
+    found = norm(np.float32([[1, 3], [2, 4]]), np.array([[False, True], [False, False]]))  # type: ignore[arg-type]
+    deviation = np.array([1, 3, 2.5, 4]).std()
+    np.testing.assert_allclose(found, [[1, 3], [2 / deviation, 4 / deviation]], rtol=1e-6)
+    assert norm.discounted.tolist() == [2.5, 4]
+    assert float(norm.mean) == pytest.approx(10.5 / 4)
+    assert norm.count == 4
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(offset: float) -> None:
+    rng = np.random.default_rng(0)
+    rewards, ended = (rng.normal(offset, 1, (60, 3))).astype(np.float32), rng.random((60, 3)) < 0.1
+    norm, found = NormalizeReward(3, 0.9), []
+    for piece in range(3):  # the returns go on from one rollout to the next, and from one process to the next
+        rows = slice(20 * piece, 20 * piece + 20)
+        found.append(norm(rewards[rows], ended[rows]))
+        loaded = NormalizeReward(3, 0.9)
+        loaded.load_state_dict(norm.state_dict())
+        norm = loaded
+    expected = scaled_rewards(torch.from_numpy(rewards).double(), torch.from_numpy(ended), 0.9)
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=2e-6)
+
+
+def test_a_checkpoint_holds_what_is_normalised_by_and_evaluation_leaves_it(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, env_id="Pendulum-v1", norm_obs=True, norm_reward=True)
+    agent = train(config, run_dir=tmp_path / "run", device="cpu")
+    assert agent.normalize is not None
+    assert int(agent.normalize.count) == config.total_timesteps
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert int(saved["norm_reward"]["count"]) == config.total_timesteps
+    with make_vector_env("Pendulum-v1", 2) as envs:
+        mine = ActorCritic(envs.observation_space, envs.action_space, norm_obs=True)
+        mine.load_state_dict(saved["model"])
+        with pytest.raises(RuntimeError, match=r"normalize\.mean"):
+            ActorCritic(envs.observation_space, envs.action_space).load_state_dict(saved["model"])
+        before = agent(torch.from_numpy(envs.reset(seed=0)))[0].mean
+        assert torch.equal(mine(torch.from_numpy(envs.reset(seed=0)))[0].mean, before)
+        returns = play_games(functools.partial(choose_actions, mine), envs, 2, seed=7)
+    assert evaluate(tmp_path / "run", episodes=2, seed=7, device="cpu")["returns"] == returns
+    assert_same(mine.state_dict(), agent.state_dict())
 
 
 # Training

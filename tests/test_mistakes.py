@@ -368,6 +368,7 @@ CASES: list[tuple[str, str, str]] = [
         ("ppo", f"--env-id tests.fake_envs:{name}Actions-v0", f"--env-id must have actions that are .*, not {kind}.*")
         for name, kind in [("Dict", "Dict"), ("Tuple", "Tuple"), ("Text", "Text"), ("Bytes", "Box")]
     ),
+    ("ppo", "--norm-obs", "--norm-obs must go with vectors as observations: images are divided by 255"),
     ("dqn", "--env-id tests.fake_envs:DictActions-v0", "--env-id must have actions that are .*, not Dict.*"),
     ("dqn", "--env-id tests.fake_envs:ChoicesActions-v0", "--env-id must have Discrete actions for DQN, not Multi.*"),
     (
