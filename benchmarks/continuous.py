@@ -1,4 +1,4 @@
-"""What PPO reaches on continuous control. Remakes the tables of docs/continuous.md.
+"""What PPO reaches on continuous control. Remakes the tables of docs/continuous-control.md.
 
     python benchmarks/continuous.py ppo-pendulum ppo-mountaincar-continuous --seeds 5
     python benchmarks/continuous.py ppo-hopper ppo-halfcheetah ppo-walker2d
