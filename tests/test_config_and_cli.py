@@ -203,6 +203,8 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "anneal_lr": False,
         "anneal_clip": False,
         "norm_adv": True,
+        "norm_obs": False,
+        "norm_reward": False,
         "value_clip_coef": None,
         "target_kl": None,
         # What changes no result.

@@ -477,7 +477,7 @@ def test_settings_that_can_not_work_are_refused(settings: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
-        ("tests.fake_envs:Box2Actions-v0", "must have Discrete actions for DQN"),
+        ("tests.fake_envs:OneActions-v0", "must have Discrete actions for DQN"),
         ("NoSuchEnv-v0", "--env-id must be"),
     ],
 )

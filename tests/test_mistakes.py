@@ -359,7 +359,6 @@ CASES: list[tuple[str, str, str]] = [
         "--env-id a:b:c-v0",
         "--env-id must be an environment that Gymnasium can make: ModuleNotFoundError: .*'a:b'",
     ),
-    ("ppo", "--env-id Pendulum-v1", "--env-id must have Discrete actions for PPO, not Box.*"),
     ("ppo", "--env-id NoSuchGame-v0", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id ALE/Pang-v5", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id Acrobot-v0", "--env-id must be an environment that Gymnasium can make.*"),
@@ -368,7 +367,18 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", "--env-id CartPole-v99", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id no_such_module:Env-v0", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),
-    ("ppo", "--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete actions.*"),
+    *(
+        ("ppo", f"--env-id tests.fake_envs:{name}Actions-v0", f"--env-id must have actions that are .*, not {kind}.*")
+        for name, kind in [("Dict", "Dict"), ("Tuple", "Tuple"), ("Text", "Text"), ("Bytes", "Box")]
+    ),
+    ("ppo", "--norm-obs", "--norm-obs must go with vectors as observations: images are divided by 255"),
+    ("dqn", "--env-id tests.fake_envs:DictActions-v0", "--env-id must have actions that are .*, not Dict.*"),
+    ("dqn", "--env-id tests.fake_envs:ChoicesActions-v0", "--env-id must have Discrete actions for DQN, not Multi.*"),
+    (
+        "q",
+        "--env-id tests.fake_envs:OneActions-v0",
+        "--env-id must have Discrete observations .* for a Q-table, not .*",
+    ),
     ("ppo", "--env-id tests.fake_envs:SmallPicture-v0", "--env-id must have vectors .n,. or images.*"),
     ("dqn", "--env-id Pendulum-v1", "--env-id must have Discrete actions for DQN, not Box.*"),
     ("dqn", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),

@@ -190,9 +190,12 @@ def test_what_cannot_be_made_twice_or_fails_is_left_to_the_training() -> None:
 
 
 GYMNASIUMS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1", "Taxi-v4", "CliffWalking-v1")
+CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 
 
-@pytest.mark.parametrize("env_id", [*GYMNASIUMS, "minirl/GridWorld-v0", "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"])
+@pytest.mark.parametrize(
+    "env_id", [*GYMNASIUMS, *CONTINUOUS, "minirl/GridWorld-v0", "PongNoFrameskip-v4", "BreakoutNoFrameskip-v4"]
+)
 def test_copies_of_known_environments_play_alike(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "PATIENCE", 60.0)
     make = functools.partial(make_env, env_id)

@@ -41,6 +41,7 @@ DQN: dict[str, Any] = {
 }
 FRAMES = {"env_id": "frames"}
 FEW = {"total_timesteps": 200, "learning_starts": 100, "train_frequency": 10}  # updates, which take long on images
+PUSHED: dict[str, Any] = {"env_id": "tests.recorded:Pushed-v0", "norm_obs": True, "norm_reward": True}
 COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
 CASES = {
@@ -49,6 +50,11 @@ CASES = {
     "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
     "ppo, one reward": Case(ppo, PPOConfig(**PPO | {"env_id": "tests.recorded:Constant-v0"})),
     "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | {"num_steps": 32, "minibatch_size": 64})),
+    "ppo, normalised": Case(ppo, PPOConfig(**PPO | PUSHED, value_clip_coef=0.2), kills=[2]),
+    "ppo, normalised, two workers": Case(ppo, PPOConfig(**PPO | PUSHED | {"num_workers": 2})),
+    "ppo, normalised, compiled": Case(
+        ppo, PPOConfig(**PPO | PUSHED | COMPILED | {"num_steps": 32, "minibatch_size": 64})
+    ),
     "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),

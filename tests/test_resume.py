@@ -61,6 +61,10 @@ DQN_PONG = dataclasses.replace(
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
 
+# Episodes of 200 steps, of 999, of some 20 and of 1,000: cut, cut, ended, cut.
+NORMALISED = dataclasses.replace(PPO_CARTPOLE, num_envs=2, norm_obs=True, norm_reward=True, num_steps=32)
+CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5")
+
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
     pytest.param("ppo", ppo.train, PPO_PONG, marks=pytest.mark.slow),  # tests/test_recomputed.py has the quick one
@@ -79,6 +83,16 @@ RUNS: list[Any] = [
         marks=pytest.mark.slow,
     ),
     ("q_learning", q_learning.train, Q_GRID),
+    *(("ppo", ppo.train, dataclasses.replace(NORMALISED, env_id=env_id)) for env_id in CONTINUOUS),
+    pytest.param(
+        "ppo",
+        ppo.train,
+        dataclasses.replace(NORMALISED, env_id="HalfCheetah-v5", num_workers=2, total_timesteps=640),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "ppo", ppo.train, dataclasses.replace(NORMALISED, env_id="Hopper-v5", compile=True), marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -176,6 +190,11 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
+        (
+            "ppo",
+            "--env-id Hopper-v5 --num-envs 2 --num-steps 64 --minibatch-size 64 --total-timesteps 8192 --norm-obs "
+            "--norm-reward",
+        ),
         ("ppo", "--env-id CartPole-v1 --num-steps 16 --minibatch-size 64 --total-timesteps 8192"),
         (
             "dqn",

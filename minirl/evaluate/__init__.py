@@ -142,7 +142,8 @@ def ppo_agent(
 ) -> ActorCritic:
     """Return PPO's network with the weights that a run has saved."""
     saved = load_checkpoint(run_dir, "ppo", "model")
-    agent = ActorCritic(observation_space, action_space).to(device)
+    norm_obs = load_settings(run_dir).get("norm_obs", False)
+    agent = ActorCritic(observation_space, action_space, norm_obs=norm_obs).to(device)
     load_weights(agent, saved)
     return agent
 

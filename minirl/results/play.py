@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from minirl.envs.make import make_vector_env, shown_to
@@ -15,7 +14,7 @@ from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
 from minirl.runs.run import derived_seed, seed_everything
 
-Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
+Policy = Callable[[NDArray[Any]], NDArray[Any]]  # observations (N, ...) -> actions (N, ...)
 
 SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
 JUDGE, CONFIRM = 2, 5  # set the judge's seeds apart from all others

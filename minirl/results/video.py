@@ -110,14 +110,13 @@ def play_and_draw(
     Raises:
         ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
     """
-    first_action = int(getattr(env.action_space, "start", 0))
     guard, statistics = Guard(env), statistics_of(env)
     assert statistics is not None
     obs, _ = guard.reset(seed=seed)
     first = draw(guard, flag)
     yield first
     while not statistics.finished and not stopped():
-        obs, _, terminated, truncated, _ = guard.step(int(policy(np.asarray(obs)[None])[0]) + first_action)
+        obs, _, terminated, truncated, _ = guard.step(policy(np.asarray(obs)[None])[0])
         if (terminated or truncated) and not statistics.finished:
             obs, _ = guard.reset()  # a life was lost; the game goes on
         picture = draw(guard, flag)

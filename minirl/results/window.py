@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError, described
@@ -48,7 +47,7 @@ def at_game_speed(policy: Policy, steps_per_second: float) -> Policy:
     """Return a policy that waits where the game would run too fast: without a sound card, ALE plays at double speed."""
     next_time = time.monotonic()
 
-    def waiting_policy(observations: NDArray[Any]) -> NDArray[np.int64]:
+    def waiting_policy(observations: NDArray[Any]) -> NDArray[Any]:
         nonlocal next_time
         time.sleep(max(0.0, next_time - time.monotonic()))
         next_time = time.monotonic() + 1 / steps_per_second

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
@@ -120,7 +119,7 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience
 
-        def hurried(observations: NDArray[Any]) -> NDArray[np.int64]:
+        def hurried(observations: NDArray[Any]) -> NDArray[Any]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
             return policy(observations)
