@@ -350,8 +350,8 @@ def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
     tags, stacked = ("losses/td_loss", "losses/q_values", "losses/grad_norm"), torch.stack(losses)
     if not stacked.isfinite().all():
         first = int(stacked.isfinite().all(dim=1).long().argmin())
-        update = f"update {last_update - len(losses) + 1 + first:,}"
-        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), update)
+        update = last_update - len(losses) + 1 + first
+        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), "update", update)
     return dict(zip(tags, stacked.mean(dim=0).tolist(), strict=True))
 
 

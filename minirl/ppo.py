@@ -556,7 +556,7 @@ def train(
                 agent.train()
                 samples = rollout.samples(advantages=advantages, returns=returns)
                 losses = update_policy(step, samples, config, clip_coef)
-                require_finite_losses(losses, f"update {update + 1:,}")
+                require_finite_losses(losses, "update", update + 1)
                 if config.norm_obs and agent.normalize is not None:
                     # Only now, or the policy that learns would not be the one that has played.
                     agent.normalize.take_in(samples["observations"])
