@@ -22,7 +22,7 @@ from minirl.envs.guard import EnvError
 from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
-from minirl.ppo import ActorCritic, PPOConfig, choose_actions
+from minirl.ppo import ActorCritic, PPOConfig, choose_actions, make_agent
 from minirl.q_learning import QLearningConfig, load_table
 from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
@@ -142,8 +142,8 @@ def ppo_agent(
 ) -> ActorCritic:
     """Return PPO's network with the weights that a run has saved."""
     saved = load_checkpoint(run_dir, "ppo", "model")
-    norm_obs = load_settings(run_dir).get("norm_obs", False)
-    agent = ActorCritic(observation_space, action_space, norm_obs=norm_obs).to(device)
+    config = saved_config(PPOConfig, run_dir, load_settings(run_dir))
+    agent = make_agent(config, observation_space, action_space).to(device)
     load_weights(agent, saved)
     return agent
 
