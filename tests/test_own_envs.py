@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,26 @@ def test_copies_of_known_environments_play_alike(env_id: str, monkeypatch: pytes
     with contextlib.closing(make()) as env:
         env.reset(seed=0)
         assert capture(env)["kept"] == type(env).__name__
+
+
+def test_physics_is_put_back_whole() -> None:
+    def whole(env: gym.Env[Any, Any]) -> list[Any]:
+        core: Any = env.unwrapped
+        everything = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(core.model, everything))
+        mujoco.mj_getState(core.model, core.data, state, everything)
+        return [state.tolist(), core.data.time, core.data.xpos.tolist(), core.data.cfrc_ext.tolist()]
+
+    env, other = make_env("Ant-v5"), make_env("Ant-v5")
+    env.reset(seed=0)
+    for _ in range(9):
+        env.step(np.ones(8, np.float32))
+    state, expected = capture(env), whole(env)
+    assert whole(env) == expected, "it is not changed"
+    assert expected[1] > 0
+    env.step(np.ones(8, np.float32))
+    restore(other, state)
+    assert whole(other) == expected, "a copy, and no view of what plays on"
 
 
 def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> None:
