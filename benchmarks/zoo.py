@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pairs import Timing, compare, report, seconds_between
+from ppo_speed import sb3_envs, sb3_ppo
 
 from minirl.envs.vector import available_cores
 from minirl.evaluate import TRAINING_SCRIPTS
@@ -146,19 +147,18 @@ def train_minirl(name: str) -> Timing:
 
 def train_sb3(name: str) -> Timing:
     """Train a row with Stable-Baselines3 and the same settings."""
-    from stable_baselines3 import DQN, PPO
+    from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
     config, started = settings_of(name), time.perf_counter()
     first, last = clock_of(config)
-    env: VecEnv = make_vec_env(config.env_id, n_envs=config.num_envs, seed=0)
-    common = {"learning_rate": config.learning_rate, "gamma": config.gamma, "seed": 0, "device": "cpu"}
     if name.startswith("dqn"):
         model: Any = DQN(
             "MlpPolicy",
-            env,
+            make_vec_env(config.env_id, n_envs=config.num_envs, seed=0),
+            learning_rate=config.learning_rate,
+            gamma=config.gamma,
             buffer_size=config.buffer_size,
             learning_starts=config.learning_starts,
             batch_size=config.batch_size,
@@ -169,24 +169,11 @@ def train_sb3(name: str) -> Timing:
             exploration_final_eps=config.end_epsilon,
             max_grad_norm=config.max_grad_norm,
             policy_kwargs={"net_arch": list(config.hidden_sizes)},
-            **common,
+            device="cpu",
+            seed=0,
         )
     else:
-        if getattr(config, "norm_obs", False) or getattr(config, "norm_reward", False):
-            env = VecNormalize(env, norm_obs=config.norm_obs, norm_reward=config.norm_reward, gamma=config.gamma)
-        model = PPO(
-            "MlpPolicy",
-            env,
-            n_steps=config.num_steps,
-            batch_size=config.minibatch_size,
-            n_epochs=config.update_epochs,
-            gae_lambda=config.gae_lambda,
-            clip_range=config.clip_coef,
-            ent_coef=config.ent_coef,
-            vf_coef=config.vf_coef,
-            max_grad_norm=config.max_grad_norm,
-            **common,
-        )
+        model = sb3_ppo(config, sb3_envs(config, seed=0), seed=0)
     times: dict[int, float] = {}
 
     class Clock(BaseCallback):
