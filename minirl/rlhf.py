@@ -1,27 +1,23 @@
-"""RLHF: a language model learns what people like (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; Stiennon et al.
-2020, https://arxiv.org/abs/2009.01325; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
+"""RLHF: a language model learns what people like, in three stages (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593;
+Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
 
-    a language model p(next token | tokens so far) of some texts                         pretrain
-        loss = -mean(log p)
-    a reward model r(text) of which of two texts people prefer                           train_reward_model
+    a language model p(next token | tokens so far), loss = -mean(log p)                  pretrain
+    a reward model r(text): which of two texts do people prefer?                         train_reward_model
         loss = -mean(log sigmoid(r_chosen - r_rejected))                                 preference_loss
     PPO, as in `minirl.ppo`: a token is an action, a text an episode                     train_policy
-        repeat:
-            write texts with the policy pi_old                                           write
-            reward of each token = -kl_coef (log pi_old - log p_reference),
-            and r(text) more for the last                                                token_rewards
-            advantages                                                                   ppo.compute_gae
-            a few epochs of gradient steps                                               ppo.ppo_loss
+        repeat: write texts with the policy pi_old                                       write
+            reward of a token = -kl_coef (log pi_old - log p_reference),
+                                and r(text) more for the last one                        token_rewards
+            advantages                                                                   compute_gae of minirl.ppo
+            a few epochs of gradient steps                                               ppo_loss of minirl.ppo
 
 Read from top to bottom: settings, network, the maths as pure functions, the stages, training.
 """
 
 import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +28,24 @@ from minirl.envs.vector import Episode
 from minirl.fast.machine import Head, select_device, tuned
 from minirl.networks import Categorical
 from minirl.ppo import STATS, compute_gae, explained_variance, normalized, ppo_loss
-from minirl.runs.checkpoints import (
-    Part,
-    State,
-    load_checkpoint,
-    load_parts,
-    reading,
-    require_finite_losses,
-    set_random_state,
-)
+from minirl.runs import checkpoints
+from minirl.runs.checkpoints import Part, State, require_finite_losses
 from minirl.runs.run import Run, derived_seed, seed_everything
 from minirl.runs.settings import MAX_SEED, check_settings, setting
-from minirl.texts import END, Texts, Vocabulary, as_rows, hidden_score, is_grammatical, read_corpus, read_pairs, reviews
-from minirl.texts import words_of_the_grammar
+from minirl.texts import END, Pairs, Texts, Vocabulary, described, load_texts, rated_pairs
+from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
-CORPUS, HELD_OUT = 20_000, 1_000  # reviews by the grammar; pairs that the reward model does not learn from
-TEXTS, ORDER = 5, 6  # set the seeds of the reviews and of the order of pairs apart from all others
-CHECKPOINT_KEYS = ("model", "reference", "reward", "kl_coef", "pairs", "vocabulary", *(f"{s}_optimizer" for s in STAGES))
+LEARNED = ("model", "reference", "reward", "lm_optimizer", "reward_optimizer", "ppo_optimizer")
+CHECKPOINT_KEYS = (*LEARNED, "kl_coef", "pairs", "vocabulary")
+HELD_OUT = 2_000  # pairs that the reward model is judged by
 AT_ONCE = 512  # texts written or judged at once
-WARMUP = 0.05  # share of a stage in which the learning rate rises
-LOG_EVERY = 16  # gradient steps of the reward model between two looks at the pairs held out
+WARMUP = 0.05  # share of the first two stages in which the learning rate rises
+JUDGE_EVERY = 32  # gradient steps of the reward model between two looks at the pairs held out
+ORDER = 7  # sets the seeds of the order of pairs apart from all others
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
-Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of it
+Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
 
 
 @dataclass(frozen=True)
@@ -64,31 +54,31 @@ class RLHFConfig:
 
     stage: str = setting("ppo", "up to which stage: lm, reward or ppo", group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
-    num_episodes: int = setting(10_240, "texts that PPO writes", at_least=1)
+    num_episodes: int = setting(7_680, "texts that PPO writes", at_least=1)
     text: str | None = setting(None, "file of texts to learn from, one a line; none: reviews by a grammar")
     tokens: str = setting("characters", "of that file: characters or bytes")
-    preferences: str | None = setting(None, "file of pairs, in JSON; none: a hidden rule chooses, with errors")
-    context: int = setting(32, "tokens of a text at most, L", at_least=4, group="language model")
+    preferences: str | None = setting(None, "file of pairs in JSON; none: a hidden rule chooses, and errs")
+    context: int = setting(32, "tokens of a text at most (L)", at_least=4, group="language model")
     width: int = setting(64, "numbers that stand for a token", at_least=1)
     num_layers: int = setting(2, "blocks of attention and MLP", at_least=1)
     num_heads: int = setting(4, "heads of attention; must divide the width", at_least=1)
-    lm_steps: int = setting(1_500, "gradient steps", at_least=1)
-    lm_batch_size: int = setting(64, "texts of each", at_least=1)
-    lm_learning_rate: float = setting(3e-3, "Adam's step size, which rises and then falls to 0", above=0)
-    num_pairs: int = setting(4_096, "pairs to learn from, where the hidden rule chooses", at_least=1, group="reward model")
-    rater_sharpness: float = setting(6.0, "how seldom it errs: the log-odds of 0 against 1", at_least=0)
-    reward_epochs: int = setting(1, "passes over the pairs", at_least=1)
-    reward_batch_size: int = setting(64, "pairs of a gradient step", at_least=1)
-    reward_learning_rate: float = setting(1e-3, "Adam's step size, as above", above=0)
-    kl_coef: float = setting(0.05, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
-    kl_target: float | None = setting(None, "adapt kl_coef so that a text has this KL, in nats; none: fixed", above=0)
+    lm_steps: int = setting(2_000, "gradient steps", at_least=1)
+    lm_batch_size: int = setting(32, "texts a gradient step", at_least=1)
+    lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
+    num_pairs: int = setting(4_096, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
+    rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
+    reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
+    reward_batch_size: int = setting(64, "pairs a gradient step", at_least=1)
+    reward_learning_rate: float = setting(3e-3, "Adam's step size, as above", above=0)
+    kl_coef: float = setting(0.1, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
+    kl_target: float | None = setting(None, "nats a text to which kl_coef adapts; none: it is fixed", above=0)
     batch_size: int = setting(128, "texts between two updates (N)", at_least=1)
-    whiten_rewards: bool = setting(False, "divide the rewards of the tokens by their standard deviation")
+    whiten_rewards: bool = setting(False, "divide the tokens' rewards by their standard deviation")
     gamma: float = setting(1.0, "discount factor", at_least=0, at_most=1)
     gae_lambda: float = setting(0.95, "lambda of the advantage estimate", at_least=0, at_most=1)
-    minibatch_size: int = setting(32, "texts of a gradient step; must divide N", at_least=1, group="gradient steps")
+    minibatch_size: int = setting(32, "texts a gradient step; must divide N", at_least=1, group="gradient steps")
     update_epochs: int = setting(4, "passes over the N texts per update", at_least=1)
-    learning_rate: float = setting(1e-3, "Adam's step size", above=0)
+    learning_rate: float = setting(5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
     max_grad_norm: float = setting(1.0, "clip the norm of the gradient to this, in all stages", above=0)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
@@ -115,80 +105,32 @@ class RLHFConfig:
         """Updates of PPO: the last one may go past `num_episodes`."""
         return math.ceil(self.num_episodes / self.batch_size)
 
-    def ends(self, num_pairs: int) -> dict[str, int]:
-        """After how many texts of the whole run each stage ends: those learned from, two a pair, and those written."""
+    def plan(self, num_pairs: int) -> dict[str, tuple[int, int]]:
+        """Return of each stage the texts of a step, two a pair, and the number of steps."""
         batches = self.reward_epochs * math.ceil(num_pairs / self.reward_batch_size)
-        lm = self.lm_steps * self.lm_batch_size
-        reward = lm + 2 * batches * self.reward_batch_size
-        return {"lm": lm, "reward": reward, "ppo": reward + self.num_updates * self.batch_size}
-
-
-Cache = list[tuple[Tensor, Tensor]]  # of each block, the keys and values of the tokens so far
-
-
-class Block(nn.Module):
-    """Attention to the tokens so far, then an MLP; each adds to what comes in, and looks at it normalised (pre-norm)."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.queries_keys_values, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, L, width), and keys and values of tokens before -> (B, L, width), and those of all tokens."""
-        heads = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, width / heads) each
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
-        x = x + self.mixed(seen.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x)), (keys, values)
+        sizes = (self.lm_batch_size, 2 * self.reward_batch_size, self.batch_size)
+        steps = zip(sizes, (self.lm_steps, batches, self.num_updates), strict=True)
+        return dict(zip(STAGES[: STAGES.index(self.stage) + 1], steps, strict=False))
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer: features of each token, which know it and the tokens before it, and no later one.
+    """A transformer with two heads: the distribution of the next token, and a score.
 
-    From the features come the distribution of the next token, by the embedding once more (tied), and a score, by a
-    linear layer that starts at 0: of the whole text at its last token (the reward model), or of what is still to come
-    at each (PPO's values). There is no dropout: a text must be as likely in learning as it was when it was written.
+    The first is the embedding once more (tied). The second is linear and starts at 0: the reward model's is its word on
+    the whole text, at the last token; the policy's is the value at each, what is still to come.
     """
 
     def __init__(self, num_tokens: int, config: RLHFConfig) -> None:
         super().__init__()
-        self.token, self.position = (nn.Embedding(n, config.width) for n in (num_tokens, config.context))
-        self.blocks = nn.ModuleList(Block(config.width, config.num_heads) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.body = Transformer(num_tokens, config.context, config.width, config.num_layers, config.num_heads)
         self.scores = Head(config.width, 1)
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                nn.init.zeros_(weight) if name == "scores.weight" else nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.scores.weight)
+        nn.init.zeros_(self.scores.bias)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Tokens (B, L) -> features (B, L, width).
-
-        With a `cache`, empty at first, it remembers keys and values there, and `tokens` go on from those before: several
-        at first, and then one at a time.
-        """
-        start = cache[0][0].shape[2] if cache else 0
-        x = self.token(tokens) + self.position(torch.arange(start, start + tokens.shape[1], device=tokens.device))
-        past: list[Any] = list(cache) if cache else [None] * len(self.blocks)
-        for number, block in enumerate(self.blocks):
-            x, past[number] = block(x, past[number])
-        if cache is not None:
-            cache[:] = past
-        features: Tensor = self.norm(x)
-        return features
-
-    def next_token(self, features: Tensor) -> Categorical:
-        """Features (..., width) -> the distribution of the token that follows each."""
-        return Categorical(F.linear(features, self.token.weight))
-
-    def score(self, features: Tensor) -> Tensor:
-        """Features (..., width) -> scores (...)."""
-        scores: Tensor = self.scores(features).squeeze(-1)
-        return scores
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Categorical, Tensor]:
+        """Tokens (B, L) -> the distribution of the token that follows each, and scores (B, L)."""
+        features = self.body(tokens, cache)
+        return Categorical(F.linear(features, self.body.token.weight)), self.scores(features).squeeze(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -242,15 +184,13 @@ def last_of(written: Tensor) -> Tensor:
 
 
 def whitened(rewards: Tensor, written: Tensor) -> Tensor:
-    """Return rewards (N, T) divided by the standard deviation of those of chosen tokens; their mean stays, as in Ziegler
-    et al.'s code: who shifts the rewards of tokens pays for long texts, or for short ones."""
-    chosen = rewards[written]
-    scaled = (rewards - chosen.mean()) / (chosen.std() + 1e-8) + chosen.mean()
-    return scaled.where(written, 0.0)
+    """Return rewards (N, T) scaled to deviation 1 over the chosen tokens; their mean stays, or length would pay."""
+    mean, deviation = rewards[written].mean(), rewards[written].std()
+    return ((rewards - mean) / (deviation + 1e-8) + mean).where(written, 0.0)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
-    """Return the coefficient moved in proportion to how far the KL is off, at most by 2 % (Ziegler et al. 2019, eq. 3)."""
+    """Return the coefficient, moved as far as the KL is off, at most by 2 % (Ziegler et al. 2019, section 2.2)."""
     return kl_coef * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
 
 
@@ -258,131 +198,70 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
     """Write on from each prompt until `END`, or until the row is full.
 
-    All rows begin at token 0: those with a longer prompt are told their tokens for longer. Thus nothing lies to the left
-    of a text, and what lies to its right comes later, where nobody looks.
+    Every row begins with token 0 and is told its own prompt first. So nothing lies to the left of a text, and what lies to
+    its right comes later, where no token looks.
 
     Returns:
-        The texts; log pi of each token and the values before each, (N, L - 1), where tokens were written.
+        The texts; log pi of each token, and the value before each, (N, L - 1), of those that were written.
     """
     num_texts, context = prompts.tokens.shape
-    column = torch.arange(context, device=prompts.tokens.device)
-    given = column < prompts.prompt[:, None]
+    given = torch.arange(context, device=prompts.tokens.device) < prompts.prompt[:, None]
     tokens = prompts.tokens.where(given, END)
     log_probs, values = (torch.zeros(num_texts, context - 1, device=tokens.device) for _ in range(2))
-    ended = torch.zeros(num_texts, dtype=torch.bool, device=tokens.device)
+    ended = torch.zeros_like(given[:, 0])
     cache: Cache = []
     first = int(prompts.prompt.min())
-    features = model(tokens[:, :first], cache)[:, -1]
+    distribution, scores = model(tokens[:, :first], cache)
     for t in range(first, context):
-        distribution = model.next_token(features)
+        distribution = Categorical(distribution.logits[:, -1])
         drawn = distribution.sample()
         tokens[:, t] = tokens[:, t].where(given[:, t] | ended, drawn)
-        log_probs[:, t - 1], values[:, t - 1] = distribution.log_prob(tokens[:, t]), model.score(features)
+        log_probs[:, t - 1], values[:, t - 1] = distribution.log_prob(tokens[:, t]), scores[:, -1]
         ended |= ~given[:, t] & (drawn == END)
         if ended.all():
             break
-        features = model(tokens[:, t : t + 1], cache)[:, -1]
-    behind = (tokens == END) & ~given
-    length = torch.where(behind.any(dim=1), behind.int().argmax(dim=1) + 1, context)
+        distribution, scores = model(tokens[:, t : t + 1], cache)
+    ends = (tokens == END) & ~given
+    length = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, context)
     return Texts(tokens, prompts.prompt, length), log_probs, values
 
 
 def said_of(model: LanguageModel, tokens: Tensor) -> tuple[Categorical, Tensor, Tensor]:
     """Tokens (N, L) -> the distribution of each but the first, log pi of it and the value before it, (N, L - 1)."""
-    features = model(tokens[:, :-1])
-    distribution = model.next_token(features)
-    return distribution, distribution.log_prob(tokens[:, 1:]), model.score(features)
+    distribution, values = model(tokens[:, :-1])
+    return distribution, distribution.log_prob(tokens[:, 1:]), values
 
 
 def judged(reward: LanguageModel, texts: Texts) -> Tensor:
     """Return the reward model's scores of texts, (N,): its word at their last token."""
-    last = texts.length[:, None] - 1
-    return reward.score(reward(texts.tokens).take_along_dim(last[..., None], dim=1)).squeeze(-1)
+    scores = torch.cat([reward(part)[1] for part in texts.tokens.split(AT_ONCE)])
+    return scores.gather(1, texts.length[:, None] - 1).squeeze(1)
 
 
-class Pairs(NamedTuple):
-    """Pairs of texts, the first `held_out` of them to judge the reward model by."""
-
-    chosen: Texts
-    rejected: Texts
-    held_out: int
-    best_accuracy: float  # of the hidden rule itself on those held out: what the noise allows; NaN where there is none
-
-    def rows(self, some: Tensor | slice) -> "Pairs":
-        """Return some of them."""
-        return self._replace(chosen=self.chosen.rows(some), rejected=self.rejected.rows(some))
-
-    def learned(self) -> "Pairs":
-        """Return those to learn from."""
-        return self.rows(slice(self.held_out, None))
+def text_advantages(
+    rewards: Tensor, values: Tensor, written: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns of texts, (N, T) as all of them: each is an episode that ends for good at its last
+    token, so that nothing behind it counts. Those of tokens that were not chosen mean nothing."""
+    rewards, values, last = rewards.T, values.T, last_of(written).T
+    next_values = torch.cat([values[1:], values[-1:]])
+    advantages, returns = compute_gae(rewards, values, next_values, last, torch.zeros_like(last), gamma, gae_lambda)
+    return advantages.T, returns.T
 
 
 def make_pairs(model: LanguageModel, prompts: Texts, vocabulary: Vocabulary, config: RLHFConfig) -> Pairs:
-    """Have the model write twice from the same prompts; the hidden rule prefers one, with errors (Bradley and Terry)."""
+    """Have the model write on twice from each of some prompts, and the hidden rule choose, with its errors."""
     number = HELD_OUT + config.num_pairs
-    chosen = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
-    first, second = (write_many(model, chosen) for _ in range(2))
-    scores = [torch.tensor([hidden_score(text) for text in vocabulary.texts_of(texts)]) for texts in (first, second)]
-    better = scores[0] - scores[1]
-    first_is_chosen = torch.rand(number) < torch.sigmoid(config.rater_sharpness * better)
-    agrees = torch.where(better == 0, 0.5, (first_is_chosen == (better > 0)).float())
-    swap = (~first_is_chosen).to(prompts.tokens.device)
-
-    def either(one: Texts, other: Texts) -> Texts:
-        return Texts(*(torch.where(swap.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(one, other, strict=True)))
-
-    return Pairs(either(first, second), either(second, first), HELD_OUT, agrees[:HELD_OUT].mean().item())
-
-
-def load_texts(config: RLHFConfig, device: torch.device) -> tuple[Vocabulary, Texts, Pairs | None]:
-    """Return the vocabulary, the texts to learn from, and somebody's own pairs.
-
-    Raises:
-        ConfigError: if a file will not do.
-    """
-    if config.text is None:
-        vocabulary, corpus = words_of_the_grammar(), reviews(CORPUS, config.context, derived_seed(config.seed, TEXTS))
-    else:
-        vocabulary, corpus = read_corpus(Path(config.text), config.tokens, config.context)
-    if config.preferences is None:
-        return vocabulary, corpus.to(device), None
-    chosen, rejected = read_pairs(Path(config.preferences), vocabulary, config.context)
-    order = torch.randperm(len(chosen.tokens), generator=torch.Generator().manual_seed(config.seed))
-    held_out = min(HELD_OUT, max(1, len(order) // 10))
-    pairs = Pairs(chosen.rows(order).to(device), rejected.rows(order).to(device), held_out, math.nan)
-    return vocabulary, corpus.to(device), pairs
-
-
-def restored_pairs(saved: State, device: torch.device) -> Pairs | None:
-    """Return the pairs of a checkpoint.
-
-    Raises:
-        ConfigError: if it does not hold any such.
-    """
-    with reading(saved):
-        if saved["pairs"] is None:
-            return None
-        chosen, rejected, held_out, best_accuracy = saved["pairs"]
-        return Pairs(Texts(*chosen).to(device), Texts(*rejected).to(device), held_out, best_accuracy)
-
-
-def write_many(model: LanguageModel, prompts: Texts) -> Texts:
-    """Write on from any number of prompts, some at once."""
-    parts = [write(model, prompts.rows(slice(i, i + AT_ONCE)))[0] for i in range(0, len(prompts.tokens), AT_ONCE)]
-    return Texts(*map(torch.cat, zip(*parts, strict=True)))
-
-
-@torch.no_grad()
-def judged_many(reward: LanguageModel, texts: Texts) -> Tensor:
-    """Return the scores of any number of texts, (N,)."""
-    starts = range(0, len(texts.tokens), AT_ONCE)
-    return torch.cat([judged(reward, texts.rows(slice(start, start + AT_ONCE))) for start in starts])
+    begun = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
+    first, second = (Texts.joined([write(model, part)[0] for part in begun.split(AT_ONCE)]) for _ in range(2))
+    return rated_pairs(first, second, vocabulary, config.rater_sharpness, HELD_OUT)
 
 
 def accuracy(reward: LanguageModel, pairs: Pairs) -> float:
     """Return the share of the pairs held out in which the chosen text has the higher score."""
-    held_out = pairs.rows(slice(0, pairs.held_out))
-    return (judged_many(reward, held_out.chosen) > judged_many(reward, held_out.rejected)).double().mean().item()
+    with torch.no_grad():
+        chosen, rejected = (judged(reward, texts.rows(slice(0, pairs.held_out))) for texts in pairs[:2])
+    return (chosen > rejected).double().mean().item()
 
 
 def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: RLHFConfig) -> Tensor:
@@ -395,8 +274,8 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, conf
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup: float = 0.0) -> float:
-    """Let the learning rate rise linearly over the first share of a stage, and fall linearly to 0 at its end."""
-    rate *= min(1.0, (1 - done) / (1 - warmup), done / warmup if warmup else 1.0)
+    """Set the learning rate: it rises linearly over the first share of a stage, `warmup`, and falls to 0 at its end."""
+    rate *= done / warmup if done < warmup else (1 - done) / (1 - warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
@@ -405,48 +284,47 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup:
 def pretrain(
     model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Texts, config: RLHFConfig, first: int = 0
 ) -> Iterator[Step]:
-    """Stage 1: learn to say texts of a corpus, from gradient step `first` on; yield what is to be logged of each."""
-    whole = corpus._replace(prompt=torch.ones_like(corpus.prompt))  # openings are learned, too
+    """Stage 1: learn to say the texts of a corpus, from gradient step `first` on."""
     for step in range(first, config.lm_steps):
         rate = set_rate(optimizer, config.lm_learning_rate, (step + 1) / (config.lm_steps + 1), WARMUP)
-        batch = whole.rows(torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)).trimmed()
-        _, log_prob, _ = said_of(model, batch.tokens)
-        loss = -masked_mean(log_prob, batch.written)
-        grad_norm = learn(model, optimizer, loss, config)
-        losses = {"losses/lm_loss": loss.item(), "losses/grad_norm": grad_norm.item()}
-        require_finite_losses(losses, f"step {step + 1:,} of the language model")
+        chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
+        texts = corpus.rows(chosen).trimmed()
+        texts = texts._replace(prompt=torch.ones_like(texts.prompt))  # prompts are learned, too
+        loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
+        losses = {"losses/grad_norm": learn(model, optimizer, loss, config).item(), "losses/lm_loss": loss.item()}
+        require_finite_losses(losses, f"gradient step {step + 1:,} of the language model")
         yield {**losses, "charts/learning_rate": rate}, []
 
 
 def train_reward_model(
     reward: LanguageModel, optimizer: torch.optim.Optimizer, pairs: Pairs, config: RLHFConfig, first: int = 0
 ) -> Iterator[Step]:
-    """Stage 2: learn which text of a pair was chosen; in the end scale the scores of the texts to mean 0 and deviation 1."""
-    learned = pairs.learned()
-    number = len(learned.chosen.tokens)
-    steps_each = math.ceil(number / config.reward_batch_size)
+    """Stage 2: learn which text of a pair was chosen, from gradient step `first` on; in the end, scale the scores."""
+    chosen, rejected = pairs.learned()
+    steps_each = math.ceil(len(chosen.tokens) / config.reward_batch_size)
     last = config.reward_epochs * steps_each
     for step in range(first, last):
         rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
-        order = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, step // steps_each))
-        batches = torch.randperm(number, generator=order).split(config.reward_batch_size)
-        batch = learned.rows(batches[step % steps_each].to(learned.chosen.tokens.device))
-        loss = preference_loss(judged(reward, batch.chosen.trimmed()), judged(reward, batch.rejected.trimmed()))
-        grad_norm = learn(reward, optimizer, loss, config)
-        losses = {"losses/preference_loss": loss.item(), "losses/grad_norm": grad_norm.item()}
-        require_finite_losses(losses, f"step {step + 1:,} of the reward model")
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == last:
+        epoch, number = divmod(step, steps_each)
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, epoch))
+        batch = torch.randperm(len(chosen.tokens), generator=generator).split(config.reward_batch_size)[number]
+        some = [texts.rows(batch.to(texts.tokens.device)).trimmed() for texts in (chosen, rejected)]
+        loss = preference_loss(*(judged(reward, texts) for texts in some))
+        losses = {"losses/grad_norm": learn(reward, optimizer, loss, config).item()}
+        losses["losses/preference_loss"] = loss.item()
+        require_finite_losses(losses, f"gradient step {step + 1:,} of the reward model")
+        if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
-            if not math.isnan(pairs.best_accuracy):
-                losses["reward/best_accuracy"] = pairs.best_accuracy
+            losses |= {} if math.isnan(pairs.best_accuracy) else {"reward/best_accuracy": pairs.best_accuracy}
         if step + 1 == last:
-            standardize(reward, torch.cat([judged_many(reward, texts) for texts in (learned.chosen, learned.rejected)]))
+            with torch.no_grad():
+                standardize(reward, torch.cat([judged(reward, texts) for texts in (chosen, rejected)]))
         yield {**losses, "charts/learning_rate": rate}, []
 
 
 @torch.no_grad()
 def standardize(reward: LanguageModel, scores: Tensor) -> None:
-    """Change the reward model's last layer so that these of its scores (N,) would have mean 0 and deviation 1."""
+    """Change the last layer so that these scores (N,) of the reward model would have mean 0 and deviation 1."""
     deviation = scores.std() + 1e-8
     reward.scores.weight.div_(deviation)
     reward.scores.bias.sub_(scores.mean()).div_(deviation)
@@ -457,41 +335,24 @@ def gradient_step(
 ) -> Tensor:
     """Learn from a minibatch of texts: `chosen` (B,) of all. Return `STATS` and the gradient's norm before clipping."""
     batch = {name: column[chosen] for name, column in samples.items()}
-    distribution, log_prob, values = said_of(policy, batch["tokens"])
-    written = batch["written"]
-    old_log_prob, old_values, advantages, returns = (
-        batch[name][written] for name in ("log_probs", "values", "advantages", "returns")
-    )
+    distribution, log_prob, values = said_of(policy, batch.pop("tokens"))
+    written = batch.pop("written")
+    batch = {name: column[written] for name, column in batch.items()}  # from here on token by token
     loss, stats = ppo_loss(
         log_prob[written],
-        old_log_prob,
-        normalized(advantages) if config.norm_adv else advantages,
+        batch["log_probs"],
+        normalized(batch["advantages"]) if config.norm_adv else batch["advantages"],
         values[written],
-        returns,
+        batch["returns"],
         distribution.entropy()[written],
         clip_coef=config.clip_coef,
         vf_coef=config.vf_coef,
         ent_coef=config.ent_coef,
-        old_values=old_values,
+        old_values=batch["values"],
         value_clip_coef=config.value_clip_coef,
     )
     grad_norm = learn(policy, optimizer, loss, config)
     return torch.stack([*(stats[name] for name in STATS), grad_norm])
-
-
-class KLCoef:
-    """The price of a nat, which a checkpoint holds: it may move (`--kl-target`)."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return it."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put it back."""
-        self.value = float(state_dict["value"])
 
 
 def train_policy(
@@ -499,25 +360,26 @@ def train_policy(
     reference: LanguageModel,
     reward: LanguageModel,
     optimizer: torch.optim.Optimizer,
+    kl_coef: Tensor,
     prompts: Texts,
     vocabulary: Vocabulary,
-    kl_coef: KLCoef,
     config: RLHFConfig,
     first: int = 0,
 ) -> Iterator[Step]:
-    """Stage 3: PPO on what the reward model likes, from update `first` on; yield the texts' episodes, too."""
+    """Stage 3: PPO on what the reward model likes, from update `first` on. `kl_coef` () moves with `--kl-target`."""
     device = prompts.tokens.device
     for update in range(first, config.num_updates):
-        rate = set_rate(optimizer, config.learning_rate, update / config.num_updates * config.anneal_lr)
-        chosen = torch.randint(len(prompts.tokens), (config.batch_size,), device=device)
-        texts, log_probs, values = write(policy, prompts.rows(chosen))
+        rate = set_rate(optimizer, config.learning_rate, update / config.num_updates if config.anneal_lr else 0)
+        begun = prompts.rows(torch.randint(len(prompts.tokens), (config.batch_size,), device=device))
+        texts, log_probs, values = write(policy, begun)
         written = texts.written
         with torch.no_grad():
             scores = judged(reward, texts)
             log_ratio = (log_probs - said_of(reference, texts.tokens)[1]).where(written, 0.0)
-        rewards = token_rewards(scores, log_ratio, written, kl_coef.value)
+        rewards = token_rewards(scores, log_ratio, written, kl_coef.item())
         used = whitened(rewards, written) if config.whiten_rewards else rewards
-        advantages, returns = text_gae(used, values, written, config.gamma, config.gae_lambda)
+        advantages, returns = text_advantages(used, values, written, config.gamma, config.gae_lambda)
+
         samples = {"tokens": texts.tokens, "written": written, "log_probs": log_probs, "values": values}
         samples |= {"advantages": advantages, "returns": returns}
         history = [
@@ -529,38 +391,17 @@ def train_policy(
         losses = {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
         require_finite_losses(losses, f"update {update + 1:,}")
         losses["losses/explained_variance"] = explained_variance(values[written], returns[written])
-        about = {**describe(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.value}
+        about = {**described(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}
         if config.kl_target is not None:
-            kl_coef.value = adapted_kl_coef(kl_coef.value, about["texts/kl"], config.kl_target)
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), about["texts/kl"], config.kl_target))
         sums, lengths = rewards.sum(dim=1).tolist(), written.sum(dim=1).tolist()
         yield {**losses, **about, "charts/learning_rate": rate}, list(map(Episode, range(len(sums)), sums, lengths))
-
-
-def text_gae(
-    rewards: Tensor, values: Tensor, written: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (N, T) of texts of different lengths: each is an episode that ends for good at its last
-    token, so that nothing behind it counts; those of tokens that were not chosen mean nothing."""
-    rows = (rewards, values, F.pad(values[:, 1:], (0, 1)), last_of(written), torch.zeros_like(written))
-    advantages, returns = compute_gae(*(column.T for column in rows), gamma, gae_lambda)
-    return advantages.T, returns.T
-
-
-def describe(texts: Texts, scores: Tensor, log_ratio: Tensor, vocabulary: Vocabulary) -> dict[str, float]:
-    """Return means over texts: the reward model's score (N,), log pi - log p_reference (N, T) summed over a text, and,
-    of the grammar's words, the hidden rule's score and the share of texts that the grammar accepts."""
-    about = {"texts/reward_score": scores.mean().item(), "texts/kl": log_ratio.sum(dim=1).mean().item()}
-    if vocabulary.kind == "words":
-        in_words = vocabulary.texts_of(texts)
-        about["texts/hidden_score"] = statistics.fmean(map(hidden_score, in_words))
-        about["texts/grammatical"] = statistics.fmean(map(is_grammatical, in_words))
-    return about
 
 
 def train(
     config: RLHFConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> LanguageModel:
-    """Train through the stages and return the policy; after `--stage lm` or `reward`, the language model.
+    """Train, up to `config.stage`, and return the policy; before the last stage, that is the language model.
 
     Args:
         config: the settings.
@@ -574,57 +415,51 @@ def train(
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()
+    saved = checkpoints.load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS) if resume else None
     vocabulary, corpus, pairs = load_texts(config, torch_device)
-    ends = config.ends(config.num_pairs if pairs is None else len(pairs.learned().chosen.tokens))
-    prompts = corpus if pairs is None else pairs.learned().chosen
-    saved = load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS) if resume else None
+    prompts = corpus if pairs is None else pairs.learned()[0]
+    plan = config.plan(config.num_pairs if pairs is None else len(prompts.tokens))
+    total = sum(size * steps for size, steps in plan.values())
     done: int = saved["global_step"] if saved else 0
-    if done > ends[config.stage]:
-        raise ConfigError(f"--stage and --num-episodes must go as far as the {done} texts already done")
+    if done > total:
+        raise ConfigError(f"--stage and --num-episodes must go as far as the {done} texts that are done")
     seed_everything(config.seed)
     model, reference, reward = (LanguageModel(len(vocabulary), config).to(torch_device) for _ in range(3))
     optimizers = [torch.optim.Adam(network.parameters(), eps=1e-5, fused=True) for network in (model, reward, model)]
-    kl_coef = KLCoef(config.kl_coef)
-    learned: dict[str, Part] = {"model": model, "reference": reference, "reward": reward, "kl_coef": kl_coef}
-    learned |= {f"{stage}_optimizer": optimizer for stage, optimizer in zip(STAGES, optimizers, strict=True)}
-    load_parts(learned, saved)
+    learned: dict[str, Part] = dict(zip(LEARNED, [model, reference, reward, *optimizers], strict=True))
+    kl_coef = torch.tensor(config.kl_coef)
+    checkpoints.load_parts(learned, saved)
     if saved is not None:
-        pairs = restored_pairs(saved, torch_device)
-        set_random_state(saved)
+        with checkpoints.reading(saved):
+            kl_coef.copy_(saved["kl_coef"])
+            pairs = Pairs.restored(saved["pairs"], torch_device) if saved["pairs"] else pairs
+        checkpoints.set_random_state(saved)
 
     def state() -> State:
-        kept = None if pairs is None else [*map(list, pairs[:2]), *pairs[2:]]
-        parts = {name: part.state_dict() for name, part in learned.items()}
-        return {**parts, "pairs": kept, "vocabulary": vocabulary.tokens}
+        kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens}
+        return {**{name: part.state_dict() for name, part in learned.items()}, **kept}
 
-    total = ends[config.stage]
     with Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved) as run, tuned(model):
         run.checkpoint(done, state)
-        begin = 0
-        for stage, optimizer in zip(STAGES, optimizers, strict=True):
-            if done == begin and stage == "reward":
-                reward.load_state_dict(model.state_dict())
-                pairs = make_pairs(model, prompts, vocabulary, config) if pairs is None else pairs
-            if done == begin and stage == "ppo":
-                reference.load_state_dict(model.state_dict())
+        before = 0  # texts of the stages before
+        for (stage, (size, num_steps)), optimizer in zip(plan.items(), optimizers, strict=False):
+            first, before = (done - before) // size, before + size * num_steps
+            if done >= before:
+                continue
             if stage == "lm":
-                texts_each = config.lm_batch_size
-                steps = pretrain(model, optimizer, corpus, config, done // texts_each)
+                steps = pretrain(model, optimizer, corpus, config, first)
             elif stage == "reward":
-                texts_each = 2 * config.reward_batch_size
-                steps = train_reward_model(reward, optimizer, pairs, config, (done - begin) // texts_each)
+                if first == 0:
+                    reward.load_state_dict(model.state_dict())
+                pairs = pairs or make_pairs(model, prompts, vocabulary, config)
+                steps = train_reward_model(reward, optimizer, pairs, config, first)
             else:
-                texts_each = config.batch_size
-                first = (done - begin) // texts_each
-                steps = train_policy(
-                    model, reference, reward, optimizer, prompts, vocabulary, kl_coef, config, first
-                )
-            for scalars, episodes in steps if done < ends[stage] else ():
-                done += texts_each
+                if first == 0:
+                    reference.load_state_dict(model.state_dict())
+                steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
+            for scalars, episodes in steps:
+                done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)
                 run.checkpoint(done, state, finished=done == total)
-            if stage == config.stage:
-                break
-            begin = ends[stage]
     return model

@@ -11,8 +11,10 @@ Half of them are by pleased guests and half by displeased ones. A reader whom no
 
 import functools
 import json
+import math
 import random
 import re
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,43 +22,54 @@ import torch
 from torch import Tensor
 
 from minirl.checks import ConfigError
+from minirl.runs.run import derived_seed
 
+TEXTS = 8  # sets the seed of the reviews apart from all others
 END = 0  # the token before a text, behind it, and in what is left of its row
 KINDS = ("FOOD", "STAFF", "PLACE")  # each review has an opinion of each
+REVIEWS, LONGEST = 20_000, 26  # how many are learned from, and the tokens of a long one
 OF_THE_MOOD = 0.8  # share of a pleased guest's opinions that are praise, and of a displeased one's that are not
 
-# Each symbol, in capitals, stands for one of several sequences of words and symbols, "" for none.
-RULES: dict[str, list[str]] = {
-    "OPENING": ["we VISIT WHEN", "i VISIT WHEN", "WHEN we VISIT", "WHEN i VISIT", "we VISIT with COMPANY"],
-    "VISIT": ["came for MEAL", "stopped for MEAL", "had MEAL here", "ordered MEAL", "tried their MEAL"],
-    "MEAL": "breakfast brunch lunch tea dinner supper dessert drinks snacks coffee".split(),
-    "WHEN": ["on DAY", "last DAY", "in MONTH", "last night", "yesterday", "today"],
-    "DAY": "monday tuesday wednesday thursday friday saturday sunday".split(),
-    "MONTH": "january february march april may june july august september october november december".split(),
-    "COMPANY": ["friends", "colleagues", "neighbours", "my RELATIVE"],
-    "RELATIVE": "wife husband sister brother mother father son daughter boss cousin aunt uncle".split(),
-    "GOOD_FOOD": ["the FOOD was DEGREE TASTY", "the FOOD tasted DEGREE TASTY", "WHO LIKED the FOOD"],
-    "BAD_FOOD": ["the FOOD was DEGREE NASTY", "the FOOD tasted DEGREE NASTY", "WHO HATED the FOOD"],
-    "GOOD_STAFF": ["the STAFF was DEGREE KIND", "our STAFF seemed DEGREE KIND", "WHO LIKED the STAFF"],
-    "BAD_STAFF": ["the STAFF was DEGREE RUDE", "our STAFF seemed DEGREE RUDE", "WHO HATED the STAFF"],
-    "GOOD_PLACE": ["the PLACE was DEGREE PRETTY", "the PLACE looked DEGREE PRETTY", "WHO LIKED the PLACE"],
-    "BAD_PLACE": ["the PLACE was DEGREE UGLY", "the PLACE looked DEGREE UGLY", "WHO HATED the PLACE"],
-    "WHO": ["i", "we"],
-    "FOOD": "soup salad bread steak fish pasta pizza rice curry stew burger chicken lamb duck omelette soufflé cake pie "
-    "pudding cheese sauce risotto salmon tuna beef pork beans noodles dumplings pancakes".split(),
-    "STAFF": "waiter waitress chef barman manager host owner cook cashier doorman sommelier hostess".split(),
-    "PLACE": "terrace garden view room table bar kitchen hall window courtyard lounge entrance balcony lobby".split(),
-    "DEGREE": ["", "", *"very really quite rather truly simply so".split()],
-    "TASTY": "tasty delicious fresh juicy crisp tender superb excellent perfect wonderful creamy rich spicy fluffy "
-    "heavenly divine fragrant great".split(),
-    "NASTY": "nasty bland stale dry soggy tough awful terrible horrible greasy bitter salty cold burnt raw rotten "
-    "disgusting tasteless".split(),
-    "KIND": "kind friendly polite helpful attentive charming patient cheerful warm welcoming funny caring".split(),
-    "RUDE": "rude unfriendly impolite lazy careless grumpy impatient arrogant slow annoying clumsy bored".split(),
-    "PRETTY": "pretty lovely cosy bright clean quiet elegant stylish spacious beautiful airy charming".split(),
-    "UGLY": "ugly dirty dark loud cramped shabby smelly dusty crowded dull draughty gloomy".split(),
-    "LIKED": "liked loved adored enjoyed praised admired".split(),
-    "HATED": "hated disliked despised regretted loathed detested".split(),
+# Each symbol, in capitals, stands for one of several sequences of words and symbols; "-" is none.
+GRAMMAR = """
+OPENING = we VISIT WHEN | i VISIT WHEN | WHEN we VISIT | WHEN i VISIT | we VISIT with COMPANY
+VISIT = came for MEAL | stopped for MEAL | had MEAL here | ordered MEAL | tried their MEAL
+MEAL = breakfast | brunch | lunch | tea | dinner | supper | dessert | drinks | snacks | coffee
+WHEN = on DAY | last DAY | in MONTH | last night | yesterday | today
+DAY = monday | tuesday | wednesday | thursday | friday | saturday | sunday
+MONTH = january | february | march | april | may | june | july | august | september | october | november | december
+COMPANY = friends | colleagues | neighbours | my RELATIVE
+RELATIVE = wife | husband | sister | brother | mother | father | son | daughter | boss | cousin | aunt | uncle
+GOOD_FOOD = the FOOD was DEGREE TASTY | the FOOD tasted DEGREE TASTY | WHO LIKED the FOOD
+BAD_FOOD = the FOOD was DEGREE NASTY | the FOOD tasted DEGREE NASTY | WHO HATED the FOOD
+GOOD_STAFF = the STAFF was DEGREE FRIENDLY | our STAFF seemed DEGREE FRIENDLY | WHO LIKED the STAFF
+BAD_STAFF = the STAFF was DEGREE RUDE | our STAFF seemed DEGREE RUDE | WHO HATED the STAFF
+GOOD_PLACE = the PLACE was DEGREE PRETTY | the PLACE looked DEGREE PRETTY | WHO LIKED the PLACE
+BAD_PLACE = the PLACE was DEGREE UGLY | the PLACE looked DEGREE UGLY | WHO HATED the PLACE
+WHO = i | we
+FOOD = soup | salad | bread | steak | fish | pasta | pizza | rice | curry | stew | burger | chicken | lamb | duck |
+    omelette | soufflé | cake | pie | pudding | cheese | sauce | risotto | salmon | tuna | beef | pork | beans |
+    noodles | dumplings | pancakes
+STAFF = waiter | waitress | chef | barman | manager | host | owner | cook | cashier | doorman | sommelier | hostess
+PLACE = terrace | garden | view | room | table | bar | kitchen | hall | window | courtyard | lounge | entrance |
+    balcony | lobby
+DEGREE = - | - | very | really | quite | rather | truly | simply | so
+TASTY = tasty | delicious | fresh | juicy | crisp | tender | superb | excellent | perfect | wonderful | creamy | rich
+    | spicy | fluffy | heavenly | divine | fragrant | great
+NASTY = nasty | bland | stale | dry | soggy | tough | awful | terrible | horrible | greasy | bitter | salty | cold |
+    burnt | raw | rotten | disgusting | tasteless
+FRIENDLY = kind | friendly | polite | helpful | attentive | charming | patient | cheerful | warm | welcoming | funny |
+    caring
+RUDE = rude | unfriendly | impolite | lazy | careless | grumpy | impatient | arrogant | slow | annoying | clumsy |
+    bored
+PRETTY = pretty | lovely | cosy | bright | clean | quiet | elegant | stylish | spacious | beautiful | airy | charming
+UGLY = ugly | dirty | dark | loud | cramped | shabby | smelly | dusty | crowded | dull | draughty | gloomy
+LIKED = liked | loved | adored | enjoyed | praised | admired
+HATED = hated | disliked | despised | regretted | loathed | detested
+"""
+RULES = {
+    rule.split(" = ")[0]: [" ".join(sequence.replace("-", "").split()) for sequence in rule.split(" = ")[1].split("|")]
+    for rule in GRAMMAR.strip().replace("\n    ", " ").splitlines()
 }
 
 
@@ -110,8 +123,8 @@ def hidden_score(text: str) -> float:
     """Return what the hidden rule thinks of a review, from 0 to 1, the best there is: the share of its opinions that is
     praise of the food, the staff and the place, each counted once.
 
-    Only a sentence that the grammar can read is an opinion of anything, though all but the opening count as one; of fewer
-    than three, those that are missing count, too. Of the grammar's own reviews the mean is 1/2.
+    Every sentence but the opening counts as an opinion, three in any case, and only one that the grammar can read may
+    count as praise. Of the grammar's own reviews the mean is 1/2.
     """
     sentences = [sentence for sentence in sentences_of(text)[1:] if sentence != " "]
     praised = {opinion for sentence in sentences if (opinion := opinion_of(sentence) or "").startswith("GOOD")}
@@ -131,9 +144,18 @@ class Texts(NamedTuple):
         t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
         return (t >= self.prompt[:, None] - 1) & (t < self.length[:, None] - 1)
 
-    def rows(self, chosen: Tensor | slice) -> "Texts":
+    def rows(self, chosen: Any) -> "Texts":
         """Return some of them."""
         return Texts(*(column[chosen] for column in self))
+
+    def split(self, size: int) -> list["Texts"]:
+        """Return them in parts of this many, the last one smaller."""
+        return [Texts(*columns) for columns in zip(*(column.split(size) for column in self), strict=True)]
+
+    @staticmethod
+    def joined(parts: list["Texts"]) -> "Texts":
+        """Return all texts of all parts."""
+        return Texts(*map(torch.cat, zip(*parts, strict=True)))
 
     def trimmed(self) -> "Texts":
         """Return them without the columns behind the longest."""
@@ -142,6 +164,30 @@ class Texts(NamedTuple):
     def to(self, device: torch.device) -> "Texts":
         """Return them on a device."""
         return Texts(*(column.to(device) for column in self))
+
+
+class Pairs(NamedTuple):
+    """Pairs of texts from the same prompts, of which somebody has chosen one; the first are held out, to judge by."""
+
+    chosen: Texts
+    rejected: Texts
+    held_out: int
+    best_accuracy: (
+        float  # of the hidden rule itself on those held out, so what its errors allow; NaN where there is none
+    )
+
+    def learned(self) -> tuple[Texts, Texts]:
+        """Return those to learn from: what was chosen, and what was not."""
+        return self.chosen.rows(slice(self.held_out, None)), self.rejected.rows(slice(self.held_out, None))
+
+    def plain(self) -> list[Any]:
+        """Return tensors and numbers, for a checkpoint."""
+        return [list(self.chosen), list(self.rejected), self.held_out, self.best_accuracy]
+
+    @staticmethod
+    def restored(plain: list[Any], device: torch.device) -> "Pairs":
+        """Return the pairs that these were."""
+        return Pairs(Texts(*plain[0]).to(device), Texts(*plain[1]).to(device), *plain[2:])
 
 
 class Vocabulary:
@@ -180,30 +226,29 @@ class Vocabulary:
             return bytes(number - 1 for number in numbers).decode(errors="replace")
         return (" " if self.kind == "words" else "").join(self.tokens[number - 1] for number in numbers)
 
-    def texts_of(self, texts: Texts) -> list[str]:
+    def in_words(self, texts: Texts) -> list[str]:
         """Return texts in words, prompt and all."""
         return [self.decode(row[:end]) for row, end in zip(texts.tokens.tolist(), texts.length.tolist(), strict=True)]
 
 
 def words_of_the_grammar() -> Vocabulary:
     """Return the vocabulary of the grammar."""
-    return Vocabulary("words", sorted({part for rule in RULES.values() for part in " ".join(rule).split()} - {*RULES} | {"."}))
+    return Vocabulary(
+        "words", sorted({part for rule in RULES.values() for part in " ".join(rule).split()} - {*RULES} | {"."})
+    )
 
 
-def as_rows(pairs: list[tuple[list[int], list[int]]], context: int, *, whole: bool = True) -> Texts:
-    """Return texts (prompt, rest), without `END`, as rows of `context` tokens; a text that fills its row has none behind.
+def as_rows(pairs: list[tuple[list[int], list[int]]], context: int) -> Texts:
+    """Return texts (prompt, rest) as rows of `context` tokens. One that fills its row has no `END` behind it.
 
     Args:
-        pairs: each no longer than context - 1.
+        pairs: each of up to context - 1 tokens, without `END`.
         context: L.
-        whole: whether there is an `END` behind the rest.
     """
-    tokens = torch.full((len(pairs), context), END)
-    lengths = []
-    for row, (prompt, rest) in zip(tokens, pairs, strict=True):
-        row[1 : 1 + len(prompt) + len(rest)] = torch.tensor(prompt + rest, dtype=torch.long)
-        lengths.append(min(1 + len(prompt) + len(rest) + whole, context))
-    return Texts(tokens, torch.tensor([1 + len(prompt) for prompt, _ in pairs]), torch.tensor(lengths))
+    rows = [[END, *prompt, *rest] for prompt, rest in pairs]
+    tokens = torch.tensor([[*row, *[END] * (context - len(row))] for row in rows])
+    prompts = torch.tensor([1 + len(prompt) for prompt, _ in pairs])
+    return Texts(tokens, prompts, torch.tensor([min(len(row) + 1, context) for row in rows]))
 
 
 def reviews(number: int, context: int, seed: int) -> Texts:
@@ -216,7 +261,7 @@ def reviews(number: int, context: int, seed: int) -> Texts:
     texts = [tuple(map(vocabulary.encode, write_review(rng))) for _ in range(number)]
     longest = max(len(opening) + len(rest) for opening, rest in texts)
     if longest + 2 > context:
-        raise ConfigError(f"--context must be at least {LONGEST_REVIEW + 2} tokens for the grammar's reviews, not {context}")
+        raise ConfigError(f"--context must be at least {LONGEST + 2} tokens for the grammar's reviews, not {context}")
     return as_rows(texts, context)
 
 
@@ -232,14 +277,13 @@ def read_corpus(path: Path, kind: str, context: int) -> tuple[Vocabulary, Texts]
     if not numbers:
         raise ConfigError(f"--text must be a file with some text in it, and {path} has none")
     size = context - 1
-    return vocabulary, as_rows([([], line[i : i + size]) for line in numbers for i in range(0, len(line), size)], context)
+    return vocabulary, as_rows(
+        [([], line[i : i + size]) for line in numbers for i in range(0, len(line), size)], context
+    )
 
 
-def read_pairs(path: Path, vocabulary: Vocabulary, context: int) -> tuple[Texts, Texts]:
-    """Read somebody's preferences, a JSON object with `prompt`, `chosen` and `rejected` a line.
-
-    Returns:
-        What was chosen and what was rejected, prompts included.
+def read_pairs(path: Path, vocabulary: Vocabulary, context: int, seed: int) -> Pairs:
+    """Read somebody's preferences, a JSON object with `prompt`, `chosen` and `rejected` a line; a tenth is held out.
 
     Raises:
         ConfigError: naming the file and the line, if one is no such object, empty, too long for the context or of words
@@ -254,8 +298,11 @@ def read_pairs(path: Path, vocabulary: Vocabulary, context: int) -> tuple[Texts,
                 raise ConfigError(f"{path}, line {number}, {error}") from None
     if len(pairs) < 2:
         raise ConfigError(f"--preferences must be a file of at least two pairs, and {path} has {len(pairs) or 'none'}")
-    chosen, rejected = (as_rows([(p["prompt"], p[key]) for p in pairs], context) for key in ("chosen", "rejected"))
-    return chosen, rejected
+    random.Random(seed).shuffle(pairs)
+    chosen, rejected = (
+        as_rows([(pair["prompt"], pair[key]) for pair in pairs], context) for key in ("chosen", "rejected")
+    )
+    return Pairs(chosen, rejected, max(1, len(pairs) // 10), math.nan)
 
 
 def read_pair(line: str, vocabulary: Vocabulary, context: int) -> dict[str, list[int]]:
@@ -288,3 +335,44 @@ def read(path: Path, flag: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} must be a file of text (UTF-8): {error}") from None
+
+
+def rated_pairs(first: Texts, second: Texts, vocabulary: Vocabulary, sharpness: float, held_out: int) -> Pairs:
+    """Return pairs of texts as the hidden rule chooses: with the probability sigmoid(sharpness (score - other score)).
+
+    That is Bradley and Terry's model (1952): the closer two texts are, the more often the worse one is preferred.
+    """
+    scores = [torch.tensor([hidden_score(text) for text in vocabulary.in_words(texts)]) for texts in (first, second)]
+    better = scores[0] - scores[1]
+    chosen = torch.rand(len(better)) < torch.sigmoid(sharpness * better)
+    right = (chosen == (better > 0)).float().where(better != 0, 0.5)[:held_out].mean().item()
+    both = Texts(*(torch.stack(columns) for columns in zip(first, second, strict=True)))
+    which, row = (~chosen).long().to(first.tokens.device), torch.arange(len(better), device=first.tokens.device)
+    return Pairs(both.rows((which, row)), both.rows((1 - which, row)), held_out, right)
+
+
+def described(texts: Texts, scores: Tensor, log_ratio: Tensor, vocabulary: Vocabulary) -> dict[str, float]:
+    """Return means over texts, by TensorBoard's tags: the reward model's scores (N,), log pi - log p_reference (N, T)
+    summed over a text, and of the grammar's words the hidden rule's score and the share that the grammar accepts."""
+    about = {"texts/reward_score": scores.mean().item(), "texts/kl": log_ratio.sum(dim=1).mean().item()}
+    if vocabulary.kind == "words":
+        in_words = vocabulary.in_words(texts)
+        about["texts/hidden_score"] = statistics.fmean(map(hidden_score, in_words))
+        about["texts/grammatical"] = statistics.fmean(map(is_grammatical, in_words))
+    return about
+
+
+def load_texts(config: Any, device: torch.device) -> tuple[Vocabulary, Texts, Pairs | None]:
+    """Return what `--text` and `--preferences` name: a vocabulary, texts to learn from, and pairs that somebody chose.
+
+    Raises:
+        ConfigError: if a file will not do.
+    """
+    if config.text is None:
+        vocabulary, corpus = words_of_the_grammar(), reviews(REVIEWS, config.context, derived_seed(config.seed, TEXTS))
+    else:
+        vocabulary, corpus = read_corpus(Path(config.text), config.tokens, config.context)
+    if config.preferences is None:
+        return vocabulary, corpus.to(device), None
+    pairs = read_pairs(Path(config.preferences), vocabulary, config.context, config.seed)
+    return vocabulary, corpus.to(device), Pairs.restored(pairs.plain(), device)
