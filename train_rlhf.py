@@ -6,7 +6,7 @@ def main() -> None:
     from minirl.rlhf import RLHFConfig, train
     from minirl.scripts.train import run_training
 
-    about = "Learn to write, learn what is liked, and write what is liked, by PPO; without flags, on restaurant reviews."
+    about = "Learn to write, then what people like, then to write that, by PPO; without flags, reviews."
     run_training("rlhf", RLHFConfig, train, about)
 
 

@@ -58,7 +58,7 @@ class RLHFConfig:
     text: str | None = setting(None, "file of texts to learn from, one a line; none: reviews by a grammar")
     tokens: str = setting("characters", "of that file: characters or bytes")
     preferences: str | None = setting(None, "file of pairs in JSON; none: a hidden rule chooses, and errs")
-    context: int = setting(32, "tokens of a text at most (L)", at_least=4, group="language model")
+    context: int = setting(28, "tokens of a text at most (L)", at_least=4, group="language model")
     width: int = setting(64, "numbers that stand for a token", at_least=1)
     num_layers: int = setting(2, "blocks of attention and MLP", at_least=1)
     num_heads: int = setting(4, "heads of attention; must divide the width", at_least=1)
@@ -144,12 +144,10 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The reward model's loss, L = -mean(log sigmoid(r_chosen - r_rejected)): that of Bradley and Terry's model (1952),
-    in which the log-odds of a choice are the difference of the scores (Stiennon et al. 2020, section 3.4).
+    """The reward model's loss, L = -mean(log sigmoid(r_chosen - r_rejected)), of the scores of pairs, (B,) each.
 
-    Args:
-        chosen: (B,) scores of the texts that were preferred.
-        rejected: (B,) of the others.
+    In Bradley and Terry's model (1952) the log-odds of a choice are the difference of two scores, and this is minus its
+    log-likelihood (Stiennon et al. 2020, section 3.4).
 
     Raises:
         ValueError: if the shapes differ.
@@ -162,13 +160,8 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, written: Tensor, kl_coef: f
     """Return the reward of each token, -kl_coef (log pi - log p_reference), and the text's score more for the last one.
 
     Summed over a text it is r(text) - kl_coef log(pi(text) / p_reference(text)), whose mean is the objective (Ziegler
-    et al. 2019, eq. 2).
-
-    Args:
-        scores: (N,) r(text).
-        log_ratio: (N, T) log pi - log p_reference of each token.
-        written: (N, T) whether it was chosen; rewards of others, prompt and padding, are 0.
-        kl_coef: the price of a nat.
+    et al. 2019, eq. 2). `scores` is (N,), `log_ratio` (N, T), and `written` (N, T) says which tokens were chosen: the
+    others, of prompts and padding, get nothing.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -198,8 +191,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
     """Write on from each prompt until `END`, or until the row is full.
 
-    Every row begins with token 0 and is told its own prompt first. So nothing lies to the left of a text, and what lies to
-    its right comes later, where no token looks.
+    Every row begins with token 0 and is told its own prompt first. So nothing lies to the left of a text, and what lies
+    to its right comes later, where no token looks.
 
     Returns:
         The texts; log pi of each token, and the value before each, (N, L - 1), of those that were written.
@@ -288,8 +281,7 @@ def pretrain(
     for step in range(first, config.lm_steps):
         rate = set_rate(optimizer, config.lm_learning_rate, (step + 1) / (config.lm_steps + 1), WARMUP)
         chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
-        texts = corpus.rows(chosen).trimmed()
-        texts = texts._replace(prompt=torch.ones_like(texts.prompt))  # prompts are learned, too
+        texts = corpus.rows(chosen)._replace(prompt=torch.ones_like(chosen))  # prompts are learned, too
         loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
         losses = {"losses/grad_norm": learn(model, optimizer, loss, config).item(), "losses/lm_loss": loss.item()}
         require_finite_losses(losses, f"gradient step {step + 1:,} of the language model")
@@ -308,8 +300,8 @@ def train_reward_model(
         epoch, number = divmod(step, steps_each)
         generator = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, epoch))
         batch = torch.randperm(len(chosen.tokens), generator=generator).split(config.reward_batch_size)[number]
-        some = [texts.rows(batch.to(texts.tokens.device)).trimmed() for texts in (chosen, rejected)]
-        loss = preference_loss(*(judged(reward, texts) for texts in some))
+        batch = batch.to(chosen.tokens.device)
+        loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
         losses = {"losses/grad_norm": learn(reward, optimizer, loss, config).item()}
         losses["losses/preference_loss"] = loss.item()
         require_finite_losses(losses, f"gradient step {step + 1:,} of the reward model")

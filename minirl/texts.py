@@ -157,10 +157,6 @@ class Texts(NamedTuple):
         """Return all texts of all parts."""
         return Texts(*map(torch.cat, zip(*parts, strict=True)))
 
-    def trimmed(self) -> "Texts":
-        """Return them without the columns behind the longest."""
-        return self._replace(tokens=self.tokens[:, : int(self.length.max())])
-
     def to(self, device: torch.device) -> "Texts":
         """Return them on a device."""
         return Texts(*(column.to(device) for column in self))
@@ -255,14 +251,13 @@ def reviews(number: int, context: int, seed: int) -> Texts:
     """Return reviews by the grammar, each with its opening as the prompt.
 
     Raises:
-        ConfigError: if one is longer than the context.
+        ConfigError: if the longest does not fit into the context.
     """
-    rng, vocabulary = random.Random(seed), words_of_the_grammar()
-    texts = [tuple(map(vocabulary.encode, write_review(rng))) for _ in range(number)]
-    longest = max(len(opening) + len(rest) for opening, rest in texts)
-    if longest + 2 > context:
+    if context < LONGEST + 2:
         raise ConfigError(f"--context must be at least {LONGEST + 2} tokens for the grammar's reviews, not {context}")
-    return as_rows(texts, context)
+    rng, vocabulary = random.Random(seed), words_of_the_grammar()
+    texts = (write_review(rng) for _ in range(number))
+    return as_rows([(vocabulary.encode(opening), vocabulary.encode(rest)) for opening, rest in texts], context)
 
 
 def read_corpus(path: Path, kind: str, context: int) -> tuple[Vocabulary, Texts]:
