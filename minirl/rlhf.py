@@ -65,7 +65,7 @@ class RLHFConfig:
     lm_steps: int = setting(2_000, "gradient steps", at_least=1)
     lm_batch_size: int = setting(32, "texts a gradient step", at_least=1)
     lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
-    num_pairs: int = setting(4_096, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
+    num_pairs: int = setting(6_144, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
     rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
     reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
     reward_batch_size: int = setting(64, "pairs a gradient step", at_least=1)

@@ -424,7 +424,7 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--resume nested-sizes", "nested-sizes/config.json: --hidden-sizes must be .*, not .*"),
     ("evaluate", "dqn-gamma-2", "dqn-gamma-2/config.json: --gamma must be a number from 0 to 1, not 2"),
     ("evaluate", "text-seed", "text-seed/config.json must hold the settings of a run"),
-    ("evaluate", "sarsa", "sarsa must hold a run of ppo, dqn or q_learning, not of sarsa"),
+    ("evaluate", "sarsa", "sarsa must hold a run of ppo, dqn, q_learning or rlhf, not of sarsa"),
     ("evaluate", "unknown-env", "--env-id must be an environment that Gymnasium can make: .*NoSuchEnv.*"),
     # Checkpoints that are none
     ("ppo", "--resume no-checkpoint", "no-checkpoint/checkpoint.pt: there is no checkpoint here"),

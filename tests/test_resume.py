@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl import dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning, rlhf
 from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
@@ -60,6 +60,12 @@ DQN_PONG = dataclasses.replace(
     checkpoint_frequency=30,
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
+RLHF = rlhf.RLHFConfig(
+    **{"width": 8, "num_layers": 1, "num_heads": 2, "lm_steps": 12, "lm_batch_size": 8, "num_pairs": 48},
+    **{"reward_epochs": 2, "reward_batch_size": 8, "num_episodes": 96, "batch_size": 8, "minibatch_size": 4},
+    kl_target=5.0,
+    checkpoint_frequency=16,
+)
 
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
@@ -79,6 +85,7 @@ RUNS: list[Any] = [
         marks=pytest.mark.slow,
     ),
     ("q_learning", q_learning.train, Q_GRID),
+    ("rlhf", rlhf.train, RLHF),
 ]
 
 
@@ -137,19 +144,21 @@ def test_a_killed_run_ends_as_one_left_alone(
 ) -> None:
     train(config, run_dir=tmp_path / "alone", device=device)
     rng = np.random.default_rng(0)
-    # The first kill must fall into the run: PPO on Pong has 10 updates.
-    calls = (
-        config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // config.num_envs
-    )
+    # The first kill must fall into the run: PPO on Pong has 10 updates; those of RLHF fall into its three stages.
+    if algorithm == "dqn":
+        calls = 350 // config.num_envs
+    else:
+        calls = config.num_updates // 2 if algorithm == "ppo" else 280
     times = 1 if getattr(config, "compile", None) else 3  # each of its sessions compiles anew
     kills = [int(rng.integers(1, calls)) for _ in range(times)] + [0]  # the last one at once
+    kills = [5, 13, 13, 0] if algorithm == "rlhf" else kills
     train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch, device)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
     assert_same(alone, killed)
     logged = [read_scalars(tmp_path / name) for name in ("alone", "killed")]
     for tag in logged[0].keys() - {"charts/SPS", "charts/minutes"}:
         assert logged[0][tag] == logged[1][tag], f"{tag}: means over updates go on, too"
-    if config.env_id == "CartPole-v1" and algorithm == "dqn":
+    if algorithm == "dqn" and config.env_id == "CartPole-v1":
         one, other = (load_checkpoint(tmp_path / name, algorithm, file=BEST_FILE) for name in ("alone", "killed"))
         assert_same(one, other)
 
@@ -163,6 +172,7 @@ def test_a_killed_run_ends_as_one_left_alone(
         RUNS[3],
         pytest.param(*RUNS[4], marks=pytest.mark.slow),
         RUNS[5],
+        RUNS[-1],
     ],
 )
 def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:

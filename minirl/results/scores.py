@@ -1,4 +1,4 @@
-"""What RLHF came to: the reward model's score and the hidden rule's, against the KL divergence from the language model."""
+"""What RLHF came to: the reward model's score and the hidden rule's, against the KL from the language model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
