@@ -38,10 +38,8 @@ from minirl.transformer import Cache, Transformer
 STAGES = ("lm", "reward", "ppo")
 LEARNED = ("model", "reference", "reward", "lm_optimizer", "reward_optimizer", "ppo_optimizer")
 CHECKPOINT_KEYS = (*LEARNED, "kl_coef", "pairs", "vocabulary")
-HELD_OUT = 2_000  # pairs that the reward model is judged by
-AT_ONCE = 512  # texts written or judged at once
-WARMUP = 0.05  # share of the first two stages in which the learning rate rises
-JUDGE_EVERY = 32  # gradient steps of the reward model between two looks at the pairs held out
+HELD_OUT, AT_ONCE = 2_000, 512  # pairs that the reward model is judged by; texts written or judged at once
+WARMUP, JUDGE_EVERY = 0.05, 32  # share of a stage in which the learning rate rises; gradient steps until it is judged
 ORDER = 7  # sets the seeds of the order of pairs apart from all others
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
@@ -283,7 +281,8 @@ def pretrain(
         chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
         texts = corpus.rows(chosen)._replace(prompt=torch.ones_like(chosen))  # prompts are learned, too
         loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
-        losses = {"losses/grad_norm": learn(model, optimizer, loss, config).item(), "losses/lm_loss": loss.item()}
+        grad_norm = learn(model, optimizer, loss, config)
+        losses = {"losses/grad_norm": grad_norm.item(), "losses/lm_loss": loss.item()}
         require_finite_losses(losses, f"gradient step {step + 1:,} of the language model")
         yield {**losses, "charts/learning_rate": rate}, []
 
@@ -299,27 +298,21 @@ def train_reward_model(
         rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
         epoch, number = divmod(step, steps_each)
         generator = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, epoch))
-        batch = torch.randperm(len(chosen.tokens), generator=generator).split(config.reward_batch_size)[number]
-        batch = batch.to(chosen.tokens.device)
+        order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
+        batch = order.split(config.reward_batch_size)[number]
         loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
-        losses = {"losses/grad_norm": learn(reward, optimizer, loss, config).item()}
-        losses["losses/preference_loss"] = loss.item()
+        grad_norm = learn(reward, optimizer, loss, config)
+        losses = {"losses/grad_norm": grad_norm.item(), "losses/preference_loss": loss.item()}
         require_finite_losses(losses, f"gradient step {step + 1:,} of the reward model")
         if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
             losses |= {} if math.isnan(pairs.best_accuracy) else {"reward/best_accuracy": pairs.best_accuracy}
         if step + 1 == last:
-            with torch.no_grad():
-                standardize(reward, torch.cat([judged(reward, texts) for texts in (chosen, rejected)]))
+            with torch.no_grad():  # scores of what the language model writes are to have mean 0 and deviation 1
+                scores = torch.cat([judged(reward, texts) for texts in (chosen, rejected)])
+                reward.scores.weight.div_(scores.std() + 1e-8)
+                reward.scores.bias.sub_(scores.mean()).div_(scores.std() + 1e-8)
         yield {**losses, "charts/learning_rate": rate}, []
-
-
-@torch.no_grad()
-def standardize(reward: LanguageModel, scores: Tensor) -> None:
-    """Change the last layer so that these scores (N,) of the reward model would have mean 0 and deviation 1."""
-    deviation = scores.std() + 1e-8
-    reward.scores.weight.div_(deviation)
-    reward.scores.bias.sub_(scores.mean()).div_(deviation)
 
 
 def gradient_step(

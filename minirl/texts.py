@@ -363,11 +363,13 @@ def load_texts(config: Any, device: torch.device) -> tuple[Vocabulary, Texts, Pa
     Raises:
         ConfigError: if a file will not do.
     """
-    if config.text is None:
-        vocabulary, corpus = words_of_the_grammar(), reviews(REVIEWS, config.context, derived_seed(config.seed, TEXTS))
-    else:
+    corpus, pairs = None, None
+    vocabulary = words_of_the_grammar()
+    if config.text is not None:
         vocabulary, corpus = read_corpus(Path(config.text), config.tokens, config.context)
-    if config.preferences is None:
-        return vocabulary, corpus.to(device), None
-    pairs = read_pairs(Path(config.preferences), vocabulary, config.context, config.seed)
-    return vocabulary, corpus.to(device), Pairs.restored(pairs.plain(), device)
+    if config.preferences is not None:
+        pairs = read_pairs(Path(config.preferences), vocabulary, config.context, config.seed)
+        pairs = Pairs.restored(pairs.plain(), device)
+    if corpus is None:
+        corpus = reviews(REVIEWS, config.context, derived_seed(config.seed, TEXTS))
+    return vocabulary, corpus.to(device), pairs

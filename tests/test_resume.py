@@ -60,12 +60,9 @@ DQN_PONG = dataclasses.replace(
     checkpoint_frequency=30,
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
-RLHF = rlhf.RLHFConfig(
-    **{"width": 8, "num_layers": 1, "num_heads": 2, "lm_steps": 12, "lm_batch_size": 8, "num_pairs": 48},
-    **{"reward_epochs": 2, "reward_batch_size": 8, "num_episodes": 96, "batch_size": 8, "minibatch_size": 4},
-    kl_target=5.0,
-    checkpoint_frequency=16,
-)
+SMALL: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch_size": 4, "kl_target": 5.0}
+BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8}
+RLHF = rlhf.RLHFConfig(lm_steps=12, num_pairs=48, num_episodes=96, checkpoint_frequency=16, **SMALL, **BATCHES)
 
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
@@ -87,6 +84,12 @@ RUNS: list[Any] = [
     ("q_learning", q_learning.train, Q_GRID),
     ("rlhf", rlhf.train, RLHF),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirl.texts.REVIEWS", 100)
+    monkeypatch.setattr("minirl.rlhf.HELD_OUT", 16)
 
 
 class Killed(BaseException):
@@ -144,11 +147,9 @@ def test_a_killed_run_ends_as_one_left_alone(
 ) -> None:
     train(config, run_dir=tmp_path / "alone", device=device)
     rng = np.random.default_rng(0)
+    num_envs = getattr(config, "num_envs", 1)
     # The first kill must fall into the run: PPO on Pong has 10 updates; those of RLHF fall into its three stages.
-    if algorithm == "dqn":
-        calls = 350 // config.num_envs
-    else:
-        calls = config.num_updates // 2 if algorithm == "ppo" else 280
+    calls = config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // num_envs
     times = 1 if getattr(config, "compile", None) else 3  # each of its sessions compiles anew
     kills = [int(rng.integers(1, calls)) for _ in range(times)] + [0]  # the last one at once
     kills = [5, 13, 13, 0] if algorithm == "rlhf" else kills
@@ -212,6 +213,26 @@ def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
         arguments = ["--resume", str(run_dir)]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True)
     assert_same(load_checkpoint(tmp_path / "alone", script), load_checkpoint(run_dir, script))
+
+
+@pytest.mark.slow
+def test_sigkill_in_each_stage_of_rlhf(tmp_path: Path) -> None:
+    flags = "--width 8 --num-heads 2 --lm-steps 600 --num-pairs 2048 --num-episodes 4096 --checkpoint-frequency 512"
+    command = [sys.executable, "train_rlhf.py", "--device", "cpu", "--final-games", "0"]
+    alone, run_dir = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run([*command, *flags.split(), "--run-dir", str(alone)], cwd=ROOT, check=True)
+    arguments = [*flags.split(), "--run-dir", str(run_dir)]
+    # Of 600 x 32 texts of the language model, 2 x 2 x 2048 of pairs, and 4096 that are written.
+    for step in (8_000, 24_000, 29_000):
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT)
+        while not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        arguments = ["--resume", str(run_dir)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+    assert_same(load_checkpoint(alone, "rlhf"), load_checkpoint(run_dir, "rlhf"))
 
 
 def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(

@@ -113,11 +113,11 @@ def test_advantages_of_texts_of_different_lengths_are_those_of_each_alone() -> N
     assert advantages.shape == (5, 7)
     for row, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         own = slice(first, last + 1)
-        alone = [quantity[row, own, None] for quantity in (rewards, values)]
-        following = torch.cat([alone[1][1:], torch.full((1, 1), math.nan)])  # nothing follows the end
-        end = torch.zeros_like(alone[0], dtype=torch.bool)
+        own_rewards, own_values = rewards[row, own, None], values[row, own, None]
+        following = torch.cat([own_values[1:], torch.full((1, 1), math.nan)])  # nothing follows the end
+        end = torch.zeros_like(own_rewards, dtype=torch.bool)
         end[-1] = True
-        expected = compute_gae(*alone, following, end, torch.zeros_like(end), 0.9, 0.8)
+        expected = compute_gae(own_rewards, own_values, following, end, torch.zeros_like(end), 0.9, 0.8)
         torch.testing.assert_close(advantages[row, own], expected[0][:, 0])
         torch.testing.assert_close(returns[row, own], expected[1][:, 0])
         # by its definition, too: a sum of TD errors

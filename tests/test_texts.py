@@ -193,17 +193,20 @@ def test_a_bad_pair_is_named_by_its_line(line: str, message: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "has none"),
-        (b"\n  \n", "has none"),
-        (b"\xff\xfe", r"must be a file of text \(UTF-8\)"),
-        (None, "No such file"),
+        (b"", ".* has none"),
+        (b"\n  \n", ".* has none"),
+        (b"\xff\xfe", r"a file of text \(UTF-8\)"),
+        (None, ".*No such file"),
     ],
 )
 def test_a_file_without_text_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"--text must be .*{message}"):
+    with pytest.raises(ConfigError, match=rf"--text must be {message}"):
         read_corpus(tmp_path / "text", "characters", 6)
+
+
+def test_one_pair_is_too_few(tmp_path: Path) -> None:
     (tmp_path / "pairs").write_text(GOOD_PAIR)
     with pytest.raises(ConfigError, match=r"--preferences must be a file of at least two pairs, and .* has 1"):
         read_pairs(tmp_path / "pairs", Vocabulary("characters", ["a", "b"]), 6, 0)
