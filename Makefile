@@ -46,7 +46,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: minirl needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[plot,test,bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[plot,test,bench,mujoco]'
 	@touch $(INSTALLED)
 
 clean:

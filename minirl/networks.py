@@ -1,8 +1,9 @@
-"""What the networks of DQN and PPO share: two bodies, a last layer, a distribution, and what they are shown."""
+"""What the networks of DQN and PPO share: two bodies, a last layer, distributions, and what they are shown."""
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import cv2
@@ -11,14 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minirl.checks import ConfigError
-from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap
+from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap, require_actions
 from minirl.fast.gpu import send
 from minirl.fast.machine import Head
 from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
+
+EPSILON, FARTHEST = 1e-8, 10.0  # of what is normalised, as in Gymnasium and Stable-Baselines3
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
@@ -108,6 +112,231 @@ class Categorical(torch.distributions.Categorical):
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a) of actions (...)."""
         return self.logits.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+
+
+class Categoricals:
+    """Actions of a MultiDiscrete space: an independent `Categorical` for each of their numbers.
+
+    log pi(a|s) = sum_i log pi_i(a_i|s), and so the entropy: log-probabilities and entropies are sums.
+
+    Args:
+        logits: (B, the sum of `sizes`), those of the first number first.
+        sizes: how many values each number has, in the actions' shape.
+    """
+
+    def __init__(self, logits: Tensor, sizes: NDArray[np.integer]) -> None:
+        self.shape = sizes.shape
+        self.parts = [Categorical(logits=part) for part in logits.split(sizes.flatten().tolist(), dim=-1)]
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest actions, (B, ...)."""
+        return self._together([part.mode for part in self.parts])
+
+    def sample(self) -> Tensor:
+        """Draw actions, (B, ...)."""
+        return self._together([part.sample() for part in self.parts])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log pi(a|s) of actions (B, ...), (B,)."""
+        columns = value.reshape(len(value), -1).unbind(dim=1)
+        log_probs = [part.log_prob(column) for part, column in zip(self.parts, columns, strict=True)]
+        return torch.stack(log_probs).sum(dim=0)
+
+    def entropy(self) -> Tensor:
+        """The sum of the entropies, (B,)."""
+        return torch.stack([part.entropy() for part in self.parts]).sum(dim=0)
+
+    def _together(self, columns: list[Tensor]) -> Tensor:
+        return torch.stack(columns, dim=1).reshape(-1, *self.shape)
+
+
+class Bernoullis:
+    """Actions of a MultiBinary space: each of their numbers is 1 with probability sigmoid(logit), independently.
+
+    Args:
+        logits: (B, n), n the numbers of an action.
+        shape: of the actions.
+    """
+
+    def __init__(self, logits: Tensor, shape: tuple[int, ...]) -> None:
+        self.logits = logits.reshape(-1, *shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest actions, (B, ...) int8; 0 where both are as likely."""
+        return (self.logits > 0).to(torch.int8)
+
+    def sample(self) -> Tensor:
+        """Draw actions, (B, ...) int8."""
+        with torch.no_grad():
+            return (torch.rand_like(self.logits) < self.logits.sigmoid()).to(torch.int8)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log pi(a|s) of actions (B, ...), (B,); 1 - sigmoid(x) is sigmoid(-x)."""
+        return summed(F.logsigmoid(torch.where(value > 0, self.logits, -self.logits)))
+
+    def entropy(self) -> Tensor:
+        """-sum p log p + (1 - p) log (1 - p), (B,)."""
+        size = self.logits.abs()  # which number is the likelier one makes no difference
+        return summed(F.softplus(-size) + size * (-size).sigmoid())
+
+
+class Gaussian:
+    """Actions of a Box: an independent normal distribution N(mu_i(s), sigma_i^2) for each of their numbers.
+
+        log pi(a|s) = sum_i -(a_i - mu_i)^2 / (2 sigma_i^2) - log sigma_i - log(2 pi) / 2
+
+    The standard deviations are the same in all states, as in CleanRL and Stable-Baselines3.
+
+    Draws go beyond the bounds of a Box. What is stored and judged is the draw, and the environment takes the nearest
+    action within (`minirl.envs.guard.as_taken`). Why not SAC's squashed Gaussian, tanh of a draw, which never goes
+    beyond? Its entropy has no formula, its log-probability loses its digits near the bounds, where tanh is flat, and a
+    bound itself can't be chosen: a clipped one takes it with the probability of all that lies beyond.
+
+    Args:
+        mean: (B, n), n the numbers of an action.
+        log_std: (...), in the actions' shape.
+    """
+
+    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
+        self.mean = mean.reshape(-1, *log_std.shape)
+        self.log_std = log_std.expand_as(self.mean)
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean, (B, ...)."""
+        return self.mean
+
+    def sample(self) -> Tensor:
+        """Draw actions, (B, ...)."""
+        with torch.no_grad():
+            return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The logarithm of the density at actions (B, ...), (B,)."""
+        distance = (value - self.mean) * (-self.log_std).exp()
+        return summed(-distance.square() / 2 - self.log_std - math.log(2 * math.pi) / 2)
+
+    def entropy(self) -> Tensor:
+        """sum_i log sigma_i + (1 + log(2 pi)) / 2, (B,); it may be negative."""
+        return summed(self.log_std + (1 + math.log(2 * math.pi)) / 2)
+
+
+Distribution = Categorical | Categoricals | Bernoullis | Gaussian
+
+
+def summed(numbers: Tensor) -> Tensor:
+    """Sum over all dimensions of an action: (B, ...) -> (B,)."""
+    return numbers.reshape(len(numbers), -1).sum(dim=1)
+
+
+def policy_over(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]]:
+    """Return how many numbers a network gives for a distribution of actions, and what makes one of these (B, n).
+
+    For a Box these are the means, and the logarithms of the standard deviations come beside.
+
+    Raises:
+        ConfigError: if there is none for such actions.
+    """
+    require_actions(space)
+    shape = space.shape or ()
+    if isinstance(space, gym.spaces.Discrete):
+        return int(space.n), Categorical
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return int(space.nvec.sum()), functools.partial(Categoricals, sizes=space.nvec)
+    if isinstance(space, gym.spaces.MultiBinary):
+        return math.prod(shape), functools.partial(Bernoullis, shape=shape)
+    return math.prod(shape), Gaussian
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance, number by number, of all that it has taken in, in float64; a checkpoint holds them.
+
+    Args:
+        shape: of one of those that are taken in.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def take_in(self, batch: Tensor) -> None:
+        """Take in some more, (B, ...), in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
+
+        M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b),  variance = M2 / n
+        """
+        batch = batch.double()
+        mean, count = batch.mean(dim=0), self.count + len(batch)
+        share = len(batch) / count
+        distance = mean - self.mean
+        self.variance.mul_(1 - share).add_(share * (batch - mean).square().mean(dim=0))
+        self.variance.add_(distance.square() * share * (1 - share))
+        self.mean.add_(distance * share)
+        self.count.copy_(count)
+
+
+class NormalizeObservation(RunningMoments):
+    """Shifts and scales vectors (B, n) to mean 0 and variance 1 as far as was taken in, and clips them to +-10.
+
+    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, but as a layer: whoever loads the network has its
+    statistics, too. They change where `take_in` is called, and nowhere else.
+    """
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(B, n) -> (B, n); the same until something is taken in, but for the clipping."""
+        scaled = (obs - self.mean) * (self.variance + EPSILON).rsqrt()
+        return scaled.clamp(-FARTHEST, FARTHEST).to(obs.dtype)
+
+
+class NormalizeReward(RunningMoments):
+    """Divides rewards by the running standard deviation of the discounted return, and clips them to +-10.
+
+        G_t = r_t + gamma G_{t-1} in each environment, anew after an end;  r_t / sqrt(variance of all G up to t)
+
+    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`: nothing is subtracted, which would change what is best.
+
+    Args:
+        num_envs: N.
+        gamma: the discount factor.
+    """
+
+    discounted: Tensor
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__(())
+        self.gamma = gamma
+        self.register_buffer("discounted", torch.zeros(num_envs, dtype=torch.float64))
+
+    def forward(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> NDArray[Any]:
+        """Take in the rewards (T, N) of some steps; return them (float32), normalised step by step.
+
+        Args:
+            rewards: of all environments, in the order in which they were played.
+            ended: (T, N), where an episode was over.
+        """
+        discounted: NDArray[Any] = self.discounted.numpy()
+        history: NDArray[Any] = np.empty(rewards.shape)
+        for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):
+            history[t] = discounted * self.gamma + paid
+            discounted = np.where(over, 0.0, history[t])
+        # The variance after each step, from sums so far of distances to some place in the middle, and their squares.
+        count, place = float(self.count), history.mean()
+        counts = count + history.shape[1] * np.arange(1, len(history) + 1)
+        before = float(self.mean) - place
+        sums = count * before + (history - place).sum(axis=1).cumsum()
+        squares = count * (float(self.variance) + before**2) + np.square(history - place).sum(axis=1).cumsum()
+        variances = np.maximum(squares / counts - np.square(sums / counts), 0)
+        self.discounted.copy_(torch.from_numpy(discounted))
+        self.take_in(torch.from_numpy(history.ravel()))
+        scaled: NDArray[Any] = rewards / np.sqrt(variances + EPSILON)[:, None]
+        return scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
 
 
 def is_image(space: gym.Space[object]) -> bool:

@@ -27,11 +27,22 @@ from torch import Tensor, nn
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.envs.make import make_vector_env
+from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import fetch, replayed
 from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
-from minirl.networks import Categorical, NatureCNN, is_image, mlp, observation_tensor, orthogonal
+from minirl.networks import (
+    Distribution,
+    NatureCNN,
+    NormalizeObservation,
+    NormalizeReward,
+    is_image,
+    mlp,
+    observation_tensor,
+    orthogonal,
+    policy_over,
+)
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses
 from minirl.runs.resume import env_state, start_envs
@@ -40,6 +51,7 @@ from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, sample by sample
 
@@ -51,11 +63,16 @@ class PPOConfig:
     env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes", group="task")
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
-    num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts and advantages")
+    frame_size: int = setting(84, "rows and columns of an Atari game's frames", at_least=SMALLEST_IMAGE)
+    num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts")
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
-    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
+    activation: str = setting("tanh", "between them: tanh or relu")
+    norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
+    norm_reward: bool = setting(False, "divide rewards by the running standard deviation of the discounted return")
     minibatch_size: int = setting(256, "samples a gradient step; must divide N x T", at_least=1, group="gradient steps")
     update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
@@ -80,6 +97,8 @@ class PPOConfig:
             raise ConfigError(f"--minibatch-size must divide {sizes}")
         if self.norm_adv and self.minibatch_size == 1:
             raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"--activation must be {' or '.join(ACTIVATIONS)}, not {self.activation!r}")
 
     @property
     def batch_size(self) -> int:
@@ -100,35 +119,59 @@ class PPOConfig:
 class ActorCritic(nn.Module):
     """The policy pi(a|s) and the value V(s).
 
-    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, 64 x 64 with tanh, one
-    for each. The policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
+    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, one for each. The
+    policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
+    The distribution is the action space's (`minirl.networks.policy_over`): a Categorical of Discrete actions, of a Box
+    a Gaussian, whose standard deviations are weights of their own, at first e^0.
+
+    Args:
+        observation_space: a Box.
+        action_space: Discrete, MultiDiscrete, MultiBinary or a Box of floats.
+        norm_obs: whether vectors are normalised first; who trains says what is taken in, and when.
+        hidden_sizes: widths of the MLPs' layers.
+        activation: between them, a name of `ACTIVATIONS`.
 
     Raises:
-        ConfigError: if the observations are not a Box or the actions not Discrete.
+        ConfigError: if the spaces are others, or images should be normalised.
     """
 
-    def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        norm_obs: bool = False,
+        hidden_sizes: tuple[int, ...] = (64, 64),
+        activation: str = "tanh",
+    ) -> None:
         super().__init__()
-        if not isinstance(action_space, gym.spaces.Discrete):
-            raise ConfigError(f"--env-id must have Discrete actions for PPO, not {action_space}")
+        num_outputs, self.policy = policy_over(action_space)
         assert observation_space.shape is not None
         self.critic_body: nn.Module | None = None  # its own only on vectors
         self.actor_body: nn.Module
+        self.normalize = NormalizeObservation(observation_space.shape) if norm_obs else None
         if is_image(observation_space):
+            if norm_obs:
+                raise ConfigError("--norm-obs must go with vectors as observations: images are divided by 255")
             self.actor_body = NatureCNN(observation_space.shape)
             num_features = NatureCNN.num_features
         else:
-            sizes = (*observation_space.shape, 64, 64)
-            self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
+            sizes = (*observation_space.shape, *hidden_sizes)
+            self.actor_body, self.critic_body = (mlp(sizes, ACTIVATIONS[activation]) for _ in range(2))
             num_features = sizes[-1]
-        self.actor = orthogonal(Head(num_features, int(action_space.n)), gain=0.01)
+        self.actor = orthogonal(Head(num_features, num_outputs), gain=0.01)
         self.critic = orthogonal(Head(num_features, 1), gain=1.0)
+        self.log_std: nn.Parameter | None = None  # in all states the same
+        if isinstance(action_space, gym.spaces.Box):
+            self.log_std = nn.Parameter(torch.zeros(action_space.shape))
 
-    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
+        obs = obs if self.normalize is None else self.normalize(obs)
         actor_features = self.actor_body(obs)
         critic_features = actor_features if self.critic_body is None else self.critic_body(obs)
-        return Categorical(logits=self.actor(actor_features)), self.critic(critic_features).squeeze(-1)
+        outputs, values = self.actor(actor_features), self.critic(critic_features).squeeze(-1)
+        return self.policy(outputs) if self.log_std is None else self.policy(outputs, self.log_std), values
 
 
 def compute_gae(
@@ -326,13 +369,29 @@ class Rollout:
         """Return a column (T, N, ...), on the device."""
         return torch.as_tensor(self.columns[name], device=self.device)
 
+    def normalize_rewards(self, scaled: NormalizeReward) -> None:
+        """Put normalised rewards in the place of what the environments paid."""
+        ended = self.columns["terminated"] | self.columns["truncated"]
+        self.columns["rewards"] = scaled(self.columns["rewards"], ended)
+
     def samples(self, **more: Tensor) -> Columns:
         """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
         return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
 
 
+def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
+    """Make the network that the settings ask for. Raises a ConfigError where the spaces will not do."""
+    return ActorCritic(
+        observation_space,
+        action_space,
+        norm_obs=config.norm_obs,
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+    )
+
+
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw actions: observations (B, ...) -> actions, their log-probabilities and the values, all (B,)."""
+    """Draw actions: observations (B, ...) -> actions (B, ...), their log-probabilities (B,) and the values (B,)."""
     with products_in(precision, obs.device):
         distribution, values = agent(obs)
     actions = distribution.sample()
@@ -359,7 +418,7 @@ def collect_rollout(
             values: Tensor = agent(observation_tensor(observations, device))[1]
         return values
 
-    def choose(t: int, rows: slice) -> NDArray[np.int64]:
+    def choose(t: int, rows: slice) -> NDArray[Any]:
         observations = observation_tensor(obs[rows], device)
         actions, log_probs, values = policy(observations)
         chosen = fetch(actions)
@@ -380,10 +439,10 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[np.int64]:
-    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N,)."""
+def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[Any]:
+    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N, ...)."""
     distribution, _ = agent(observation_tensor(obs, next(agent.parameters()).device))
-    actions: NDArray[np.int64] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
+    actions: NDArray[Any] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
     return actions
 
 
@@ -469,12 +528,16 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    with make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True) as envs:
-        agent = ActorCritic(envs.observation_space, envs.action_space).to(torch_device)
+    with make_vector_env(
+        config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
+    ) as envs:
+        agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
         # What a checkpoint holds: whatever has `state_dict` and `load_state_dict` is saved and loaded by a line here.
         learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
+        if config.norm_reward:
+            learned["norm_reward"] = norm_reward = NormalizeReward(config.num_envs, config.gamma)
         rollout = Rollout(config.num_steps, config.num_envs, torch_device)
 
         images = is_image(envs.observation_space)
@@ -503,6 +566,8 @@ def train(
                 agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
                 with one_thread(), rounded_weights(agent, precision):
                     obs = collect_rollout(agent, precision, policy, envs, obs, rollout, run, update * config.batch_size)
+                if config.norm_reward:
+                    rollout.normalize_rewards(norm_reward)
                 advantages, returns = gae(
                     rollout["rewards"],
                     rollout["values"],
@@ -515,7 +580,10 @@ def train(
                 agent.train()
                 samples = rollout.samples(advantages=advantages, returns=returns)
                 losses = update_policy(step, samples, config, clip_coef)
-                require_finite_losses(losses, f"update {update + 1:,}")
+                require_finite_losses(losses, "update", update + 1)
+                if config.norm_obs and agent.normalize is not None:
+                    # Only now, or the policy that learns would not be the one that has played.
+                    agent.normalize.take_in(samples["observations"])
 
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(rollout["values"], returns)

@@ -283,7 +283,7 @@ def pretrain(
         loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
         grad_norm = learn(model, optimizer, loss, config)
         losses = {"losses/grad_norm": grad_norm.item(), "losses/lm_loss": loss.item()}
-        require_finite_losses(losses, f"gradient step {step + 1:,} of the language model")
+        require_finite_losses(losses, "gradient step of the language model", step + 1)
         yield {**losses, "charts/learning_rate": rate}, []
 
 
@@ -303,7 +303,7 @@ def train_reward_model(
         loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
         grad_norm = learn(reward, optimizer, loss, config)
         losses = {"losses/grad_norm": grad_norm.item(), "losses/preference_loss": loss.item()}
-        require_finite_losses(losses, f"gradient step {step + 1:,} of the reward model")
+        require_finite_losses(losses, "gradient step of the reward model", step + 1)
         if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
             losses |= {} if math.isnan(pairs.best_accuracy) else {"reward/best_accuracy": pairs.best_accuracy}
@@ -374,7 +374,7 @@ def train_policy(
         ]
         means = torch.stack(history).mean(dim=0).tolist()
         losses = {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
-        require_finite_losses(losses, f"update {update + 1:,}")
+        require_finite_losses(losses, "update", update + 1)
         losses["losses/explained_variance"] = explained_variance(values[written], returns[written])
         about = {**described(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}
         if config.kl_target is not None:

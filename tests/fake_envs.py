@@ -114,12 +114,54 @@ class Unmakable(Counter):
         raise FileNotFoundError("no such level")
 
 
-class Box2Actions(Counter):
-    """Continuous actions."""
+class Echo(gym.Env[Any, Any]):
+    """Shows the action that it was given, and keeps it; pays its sum. Cut after 5 steps.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.action_space = gym.spaces.Box(-1, 1, (2,))
+    Args:
+        space: of actions.
+    """
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        self.action_space = space
+        size = int(np.prod(space.shape or ()))
+        self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.kept: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.kept = []
+        return np.zeros(self.observation_space.shape or ()), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert type(action) is np.ndarray, "as from a space's `sample`"
+        assert (action.shape, action.dtype) == (self.action_space.shape, self.action_space.dtype)
+        assert np.isnan(action).any() or self.action_space.contains(action)
+        assert all(np.array_equal(one, other) for one, other in self.kept), "it is the environment's own"
+        self.kept.append((action, action.copy()))
+        obs = action.flatten().astype(np.float64)
+        return obs, float(obs.sum()), False, len(self.kept) == 5, {}
+
+
+ACTIONS: dict[str, gym.Space[Any]] = {
+    "One": gym.spaces.Box(-2, 2, (1,)),
+    "Six": gym.spaces.Box(np.array([-1, 0, -0.1, 0.2, -9, 0]), np.array([1, 0.5, 0.1, 9, -8, 3])),
+    "Table": gym.spaces.Box(-0.5, 0.5, (2, 3), np.float64),
+    "Single": gym.spaces.Box(-1, 1, ()),
+    "Unbounded": gym.spaces.Box(np.array([-np.inf, -1, -np.inf]), np.array([np.inf, np.inf, 1])),
+    "Choices": gym.spaces.MultiDiscrete([2, 5, 3]),
+    "Started": gym.spaces.MultiDiscrete(np.array([[2, 4]]), np.int32, start=np.array([[7, -3]])),
+    "Bits": gym.spaces.MultiBinary(4),
+    "BitTable": gym.spaces.MultiBinary((2, 2)),
+}
+REFUSED: dict[str, gym.Space[Any]] = {
+    "Dict": gym.spaces.Dict({"a": gym.spaces.Discrete(2)}),
+    "Tuple": gym.spaces.Tuple([gym.spaces.Discrete(2)]),
+    "Text": gym.spaces.Text(4),
+    "Bytes": gym.spaces.Box(0, 255, (3,), np.uint8),
+    "Nothing": gym.spaces.Box(0, 1, (0,)),
+}
+for space_name, action_space in {**ACTIONS, **REFUSED}.items():
+    gym.register(f"{space_name}Actions-v0", "tests.fake_envs:Echo", kwargs={"space": action_space})
 
 
 class SmallPicture(Counter):
@@ -194,5 +236,4 @@ gym.register("Reseeded-v0", "tests.fake_envs:Counter", kwargs={"ends_at": 7, "re
 gym.register("Endless-v0", "tests.fake_envs:Counter", kwargs={"cut_at": 5})
 gym.register("Faulty-v0", "tests.fake_envs:Faulty", kwargs={"fault": "raise"})
 gym.register("Unmakable-v0", "tests.fake_envs:Unmakable")
-gym.register("Box2Actions-v0", "tests.fake_envs:Box2Actions")
 gym.register("SmallPicture-v0", "tests.fake_envs:SmallPicture")

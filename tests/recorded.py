@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     number: int
     obs: Any
-    action: int
+    action: Any
     reward: float
     next_obs: Any
     terminated: bool
@@ -42,13 +42,15 @@ class Recorded(gym.Env[Any, Any]):
     cut. Rewards are random.
 
     Args:
-        kind: what it shows, `vectors`, `frames` or `states`; `tiny`, vectors of 1e-5; or `constant`, the same vector
-            and the same reward in episodes of one step.
+        kind: what it shows, `vectors`, `frames` or `states`; `tiny`, vectors of 1e-5; `constant`, the same vector
+            and the same reward in episodes of one step; or `pushed`, vectors, and takes two forces.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.action_space = gym.spaces.Discrete(3)
+        self.action_space: gym.Space[Any] = gym.spaces.Discrete(3)
+        if kind == "pushed":
+            self.action_space = gym.spaces.Box(np.array([-1, -0.5]), np.array([1, 2]), dtype=np.float32)
         self.observation_space: gym.Space[Any] = {
             "frames": gym.spaces.Box(0, 255, (SIDE, SIDE), np.uint8),
             "states": gym.spaces.Discrete(8),
@@ -66,9 +68,10 @@ class Recorded(gym.Env[Any, Any]):
         self.obs = self._show()
         return self.obs, {}
 
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.position += 0.5 * (action - 1) + self.np_random.normal(0, 0.3)
-        reward = 0.1 if self.kind == "constant" else float(self.np_random.normal(0.3 * action, 1))
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        force = float(action.sum()) if self.kind == "pushed" else action - 1
+        self.position += 0.5 * force + self.np_random.normal(0, 0.3)
+        reward = 0.1 if self.kind == "constant" else float(self.np_random.normal(0.3 * (force + 1), 1))
         before, self.obs = self.obs, self._show()
         terminated = self.kind == "constant" or abs(self.position) > 2
         truncated = self.number + 1 == EPISODE
@@ -97,7 +100,7 @@ def frames() -> gym.Env[Any, Any]:
     return FrameStack(EpisodeStatistics(Recorded("frames")), FRAMES)
 
 
-for name in ("vectors", "states", "tiny", "constant"):
+for name in ("vectors", "states", "tiny", "constant", "pushed"):
     gym.register(f"{name.capitalize()}-v0", "tests.recorded:Recorded", kwargs={"kind": name})
 
 
@@ -149,7 +152,7 @@ class OwnBody(nn.Module):
 
 
 class OwnActorCritic(nn.Module):
-    def __init__(self, observation_space: gym.Space[Any], action_space: Any) -> None:
+    def __init__(self, observation_space: gym.Space[Any], action_space: Any, **settings: Any) -> None:
         super().__init__()
         self.body, self.actor, self.critic = OwnBody(), nn.Linear(16, int(action_space.n)), nn.Linear(16, 1)
 

@@ -124,9 +124,16 @@ def own_body(w: Weights, images: Tensor, r: Rounding, *, training: bool) -> tupl
     return tanh(linear(w, "body.frozen", x, r), r), buffers
 
 
+def scaled(x: Tensor, mean: Tensor, variance: Tensor, r: Rounding) -> Tensor:
+    """(x - mean) / standard deviation, between -10 and 10: computed in float64, and stored as float32."""
+    return r(((x - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10))
+
+
 def actor_critic(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Tensor, Weights]:
-    """Logits (B, A), values (B,), and buffers as they are afterwards."""
+    """Logits or means (B, A), values (B,), and buffers as they are afterwards."""
     buffers: Weights = {}
+    if "normalize.mean" in w:
+        obs = scaled(obs, w["normalize.mean"], w["normalize.variance"], r)
     if "body.first.weight" in w:
         features, buffers = own_body(w, obs, r, training=training)
         return linear(w, "actor", features, r), linear(w, "critic", features, r)[:, 0], buffers
@@ -212,6 +219,39 @@ def entropy(log_pi: Tensor, r: Rounding) -> Tensor:
     """-sum p log p, (...,) of log-probabilities (..., A); what can't happen adds nothing."""
     possible = log_pi.masked_fill(log_pi.isinf(), 0.0)
     return -r(r(log_pi.exp(), 4) * possible, log_pi.shape[-1]).sum(-1)
+
+
+def policy(w: Weights, outputs: Tensor, actions: Tensor, r: Rounding) -> tuple[Tensor, Tensor]:
+    """log pi(a) and entropy, (B,), of what `actor_critic` returned: of choices, or of a normal distribution."""
+    if "log_std" not in w:
+        log_pi = log_softmax(outputs, r)
+        return log_pi[torch.arange(len(log_pi)), actions.long()], entropy(log_pi, r)
+    log_std = w["log_std"].expand_as(outputs)
+    distance = r(r(actions - outputs) * r((-log_std).exp(), 4))
+    terms = r(r(r(distance.square()) / 2 + log_std) + math.log(2 * math.pi) / 2)
+    entropies = r(log_std + (1 + math.log(2 * math.pi)) / 2)
+    return -r(terms, terms.shape[-1]).sum(-1), r(entropies, entropies.shape[-1]).sum(-1)
+
+
+def moments(history: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all observations so far (n, ...); 0 and 1 where there is none."""
+    if not len(history):
+        return torch.zeros(history.shape[1:]).double(), torch.ones(history.shape[1:]).double()
+    mean = history.mean(0)
+    return mean, (history - mean).square().mean(0)
+
+
+def scaled_rewards(rewards: Tensor, ended: Tensor, gamma: float) -> Tensor:
+    """Rewards (T, N) of a whole run, each by the standard deviation of all discounted returns until then."""
+    found, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for t in range(len(rewards)):
+        for row in range(rewards.shape[1]):
+            back = t
+            while back >= 0 and not (back < t and ended[back, row]):
+                returns[t, row] += gamma ** (t - back) * rewards[back, row]
+                back -= 1
+        found[t] = rewards[t] / (moments(returns[: t + 1].flatten())[1] + 1e-8).sqrt()
+    return found.clamp(-10, 10)
 
 
 def surrogate_loss(

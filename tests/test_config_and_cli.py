@@ -103,7 +103,7 @@ def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, caps
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config_class):
-        words = {"None": "none", "(24, 24)": "24,24", "True": "on", "False": "off"}
+        words = {"None": "none", "(24, 24)": "24,24", "(64, 64)": "64,64", "True": "on", "False": "off"}
         default = words.get(str(field.default), str(field.default))
         assert f"{field.metadata['help']} (default: {default})" in text
         assert flag_name(field.name) in text
@@ -200,10 +200,15 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "vf_coef": 0.5,
         "max_grad_norm": 0.5,
         "seed": 42,
-        # Switches of the field's that the notebook leaves as Stable-Baselines3 has them.
+        # What the notebook leaves as Stable-Baselines3 has it.
+        "frame_size": 84,
+        "hidden_sizes": (64, 64),
+        "activation": "tanh",
         "anneal_lr": False,
         "anneal_clip": False,
         "norm_adv": True,
+        "norm_obs": False,
+        "norm_reward": False,
         "value_clip_coef": None,
         "target_kl": None,
         # What changes no result.
@@ -262,7 +267,7 @@ def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: floa
         (
             "ppo",
             PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False),
-            "better ones: @recipes/ppo-cartpole.args",
+            "better ones: @recipes/ppo-cartpole-zoo.args or @recipes/ppo-cartpole.args",
         ),
         ("ppo", PPOConfig("Acrobot-v1"), "recipes/ has better ones for some tasks"),
         ("dqn", DQNConfig(total_timesteps=9_000), None),

@@ -183,8 +183,7 @@ def check_flags(command: list[str]) -> None:
 
 
 def every_command() -> list[str]:
-    readme = README.replace(section(README, "Change it"), "")
-    texts = [readme, *(document.read_text() for document in DOCUMENTS if document.name != "README.md")]
+    texts = [document.read_text() for document in DOCUMENTS if document.name != "changing.md"]
     return sorted({command for text in texts for command in commands(text)})
 
 
@@ -237,11 +236,12 @@ def clone(directory: Path) -> Path:
 def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
     """FrozenLake and Taxi take longer; their recipes are trained with in tests/test_q_learning.py."""
     clone(tmp_path)
-    (snippet,) = [block for block in blocks(README, "python") if "gymnasium.register" in block]
+    training_page = BY_NAME["training.md"].read_text()
+    (snippet,) = [block for block in blocks(training_page, "python") if "gymnasium.register" in block]
     (tmp_path / "my_grids.py").write_text(snippet)
     training = [
         command
-        for command in commands(README)
+        for command in (*commands(README), *commands(training_page))
         if command.startswith("python train_q.py") and "frozenlake" not in command and "taxi" not in command
     ]
     assert len(training) >= 3
@@ -306,9 +306,14 @@ def patched(source: str, diff: str) -> str:
     return source.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
 
 
+def test_the_readmes_edit_can_be_made() -> None:
+    (diff,) = blocks(README, "diff")
+    assert "AdamW(" in patched((ROOT / "minirl/ppo.py").read_text(), diff)
+
+
 @pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
-    text = section(README, "Change it")
+    text = section(BY_NAME["changing.md"].read_text(), "A worked example")
     diffs, (test,) = blocks(text, "diff"), blocks(text, "python")
     added = [line for diff in diffs for line in diff.splitlines() if line[0] == "+"]
     assert len(added) == 6

@@ -314,6 +314,10 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", "--seed 99999999999", "--seed must be a whole number from 0 to 2147483647.*"),
     ("dqn", "--tau 0", "--tau must be a number above 0 and of at most 1, not 0.0"),
     ("dqn", "--train-frequency 0", "--train-frequency must be a whole number of at least 1, not 0"),
+    ("dqn", "--frame-size 42", "--frame-size must be left out, for CartPole-v1 is no Atari game"),
+    ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
+    ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
+    ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),
     ("dqn", "--target-network-frequency 0", "--target-network-frequency must be a whole number of at least 1, not 0"),
     (
         "dqn",
@@ -371,7 +375,6 @@ CASES: list[tuple[str, str, str]] = [
         "--env-id a:b:c-v0",
         "--env-id must be an environment that Gymnasium can make: ModuleNotFoundError: .*'a:b'",
     ),
-    ("ppo", "--env-id Pendulum-v1", "--env-id must have Discrete actions for PPO, not Box.*"),
     ("ppo", "--env-id NoSuchGame-v0", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id ALE/Pang-v5", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id Acrobot-v0", "--env-id must be an environment that Gymnasium can make.*"),
@@ -380,7 +383,18 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", "--env-id CartPole-v99", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id no_such_module:Env-v0", "--env-id must be an environment that Gymnasium can make.*"),
     ("ppo", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),
-    ("ppo", "--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete actions.*"),
+    *(
+        ("ppo", f"--env-id tests.fake_envs:{name}Actions-v0", f"--env-id must have actions that are .*, not {kind}.*")
+        for name, kind in [("Dict", "Dict"), ("Tuple", "Tuple"), ("Text", "Text"), ("Bytes", "Box")]
+    ),
+    ("ppo", "--norm-obs", "--norm-obs must go with vectors as observations: images are divided by 255"),
+    ("dqn", "--env-id tests.fake_envs:DictActions-v0", "--env-id must have actions that are .*, not Dict.*"),
+    ("dqn", "--env-id tests.fake_envs:ChoicesActions-v0", "--env-id must have Discrete actions for DQN, not Multi.*"),
+    (
+        "q",
+        "--env-id tests.fake_envs:OneActions-v0",
+        "--env-id must have Discrete observations .* for a Q-table, not .*",
+    ),
     ("ppo", "--env-id tests.fake_envs:SmallPicture-v0", "--env-id must have vectors .n,. or images.*"),
     ("dqn", "--env-id Pendulum-v1", "--env-id must have Discrete actions for DQN, not Box.*"),
     ("dqn", "--env-id Blackjack-v1", "--env-id must have observations that are one array, not Tuple.*"),

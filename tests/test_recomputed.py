@@ -40,6 +40,8 @@ DQN: dict[str, Any] = {
     "num_workers": 1,
 }
 FRAMES = {"env_id": "frames"}
+FEW = {"total_timesteps": 200, "learning_starts": 100, "train_frequency": 10}  # updates, which take long on images
+PUSHED: dict[str, Any] = {"env_id": "tests.recorded:Pushed-v0", "norm_obs": True, "norm_reward": True}
 COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
 CASES = {
@@ -48,16 +50,23 @@ CASES = {
     "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
     "ppo, one reward": Case(ppo, PPOConfig(**PPO | {"env_id": "tests.recorded:Constant-v0"})),
     "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | {"num_steps": 32, "minibatch_size": 64})),
+    "ppo, normalised": Case(ppo, PPOConfig(**PPO | PUSHED, value_clip_coef=0.2), kills=[2]),
+    "ppo, normalised, two workers": Case(ppo, PPOConfig(**PPO | PUSHED | {"num_workers": 2})),
+    "ppo, normalised, compiled": Case(
+        ppo, PPOConfig(**PPO | PUSHED | COMPILED | {"num_steps": 32, "minibatch_size": 64})
+    ),
     "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
-    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, max_grad_norm=1.0, huber=True), kills=[130]),
-    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
+    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=3, max_grad_norm=1.0, huber=True), kills=[130]),
+    "dqn, images": Case(
+        dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]
+    ),
     "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5)),
     "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
-    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES), own=recorded.OwnQNetwork),
+    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES | FEW), own=recorded.OwnQNetwork),
     "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
     "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
 }

@@ -64,9 +64,13 @@ SMALL: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch
 BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8}
 RLHF = rlhf.RLHFConfig(lm_steps=12, num_pairs=48, num_episodes=96, checkpoint_frequency=16, **SMALL, **BATCHES)
 
+# Episodes of 200 steps, of 999, of some 20 and of 1,000: cut, cut, ended, cut.
+NORMALISED = dataclasses.replace(PPO_CARTPOLE, num_envs=2, norm_obs=True, norm_reward=True, num_steps=32)
+CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5")
+
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
-    ("ppo", ppo.train, PPO_PONG),
+    pytest.param("ppo", ppo.train, PPO_PONG, marks=pytest.mark.slow),  # tests/test_recomputed.py has the quick one
     ("dqn", dqn.train, DQN_CARTPOLE),
     ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, num_envs=3, target_network_episodes=2, tau=1.0)),
     ("dqn", dqn.train, DQN_PONG),
@@ -82,6 +86,16 @@ RUNS: list[Any] = [
         marks=pytest.mark.slow,
     ),
     ("q_learning", q_learning.train, Q_GRID),
+    *(("ppo", ppo.train, dataclasses.replace(NORMALISED, env_id=env_id)) for env_id in CONTINUOUS),
+    pytest.param(
+        "ppo",
+        ppo.train,
+        dataclasses.replace(NORMALISED, env_id="HalfCheetah-v5", num_workers=2, total_timesteps=640),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "ppo", ppo.train, dataclasses.replace(NORMALISED, env_id="Hopper-v5", compile=True), marks=pytest.mark.slow
+    ),
     ("rlhf", rlhf.train, RLHF),
 ]
 
@@ -168,7 +182,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     ("algorithm", "train", "config"),
     [
         RUNS[0],
-        pytest.param(*RUNS[1], marks=pytest.mark.slow),
+        RUNS[1],
         RUNS[2],
         RUNS[3],
         pytest.param(*RUNS[4], marks=pytest.mark.slow),
@@ -187,6 +201,11 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
+        (
+            "ppo",
+            "--env-id Hopper-v5 --num-envs 2 --num-steps 64 --minibatch-size 64 --total-timesteps 8192 --norm-obs "
+            "--norm-reward",
+        ),
         ("ppo", "--env-id CartPole-v1 --num-steps 16 --minibatch-size 64 --total-timesteps 8192"),
         (
             "dqn",

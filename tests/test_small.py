@@ -108,6 +108,7 @@ def test_what_is_known_is_neither_copied_nor_saved() -> None:
 class Colder(ActorCritic):
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
         distribution, values = super().forward(obs.clamp(-0.5, 0.5))
+        assert isinstance(distribution, Categorical)
         return Categorical(logits=distribution.logits * 2), values + 1
 
 

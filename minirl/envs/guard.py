@@ -11,6 +11,7 @@ import importlib
 import operator
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Guard:
     def __init__(self, env: gym.Env[Any, Any], row: int | None = None) -> None:
         self.env = env
         self._step: Any = env.step
+        self._taken = as_taken(env.action_space)
         space: Any = env.observation_space
         self.shape, self.dtype = space.shape, space.dtype
         self.states = states_of(space) if isinstance(space, gym.spaces.Discrete) else range(0)
@@ -94,19 +96,19 @@ class Guard:
             fault, cause = blame(error, str(self), "reset")
             raise fault from cause
 
-    def step(self, action: int) -> Step:
-        """Take an action: as `gymnasium.Env.step`, with plain numbers.
+    def step(self, action: Any) -> Step:
+        """Take an action: as `gymnasium.Env.step`, with plain numbers. Choices count from 0, whatever their `start` is.
 
-        The environment gets an `np.int64`, as `action_space.sample()` and Gymnasium's vector environments give it.
+        The environment gets what `action_space.sample()` and Gymnasium's vector environments give it (`as_taken`).
 
         Raises:
             EnvError: if the environment raises, or returns something else.
         """
         self.steps += 1
         try:
-            returned: Step = self._step(int64(action))
+            returned: Step = self._step(self._taken(action))
             obs, reward, terminated, truncated, info = returned
-            if type(reward) is float and type(terminated) is type(truncated) is bool:  # as they should be, mostly
+            if type(reward) is float and type(terminated) is bool and type(truncated) is bool:  # as they should be
                 if type(obs) is int:
                     if obs in self.states:
                         return returned
@@ -136,6 +138,22 @@ class Guard:
         if type(obs) is int and obs in self.states:
             return obs
         return plain_state(obs, self.states) if self.states else plain_array(obs, self.shape, self.dtype)
+
+
+def as_taken(space: gym.Space[Any]) -> Callable[[Any], Any]:
+    """Return what makes an action that an environment takes of one that a policy gives.
+
+    An `np.int64` of a Discrete space; else an array of the space's shape and dtype, the environment's to keep. Choices
+    count from the space's `start`. Of a Box it is the nearest within the bounds; NaN is NaN.
+    """
+    start = getattr(space, "start", 0)
+    if isinstance(space, gym.spaces.Discrete):
+        return int64 if start == 0 else lambda action: int64(action + int(start))
+    if isinstance(space, gym.spaces.Box):
+        low, high = space.low, space.high
+        # What np.clip does, in a third of the time.
+        return lambda action: np.minimum(np.maximum(action, low), high, out=np.empty_like(low))
+    return lambda action: np.asarray(action + start, space.dtype)
 
 
 def states_of(space: gym.spaces.Discrete) -> range:

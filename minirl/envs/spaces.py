@@ -48,6 +48,19 @@ def require_array(space: gym.Space[Any]) -> None:
         raise ConfigError(f"--env-id must have observations of at least one number, not of shape {space.shape}")
 
 
+def require_actions(space: gym.Space[Any]) -> None:
+    """Refuse actions that are not one array of choices or of floats.
+
+    Raises:
+        ConfigError: saying which there may be.
+    """
+    floats = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating) and 0 not in space.shape
+    if not (floats or isinstance(space, CHOICES)):
+        raise ConfigError(
+            f"--env-id must have actions that are Discrete, MultiDiscrete, MultiBinary or a Box of floats, not {space}"
+        )
+
+
 def how_to_wrap(space: gym.Space[Any]) -> str:
     """Return which of Gymnasium's wrappers makes a vector or an image (channels, height, width) of observations."""
     wrapper, where = "FlattenObservation(env)", "around it"

@@ -6,8 +6,9 @@ two of them share, an array say, they share again. Environments, spaces and func
 environment was made with, and get back what may have changed in them: attributes, the generator that `sample` draws
 from, the variables that a function has closed over.
 
-The emulator of an Atari game has a state of its own, which ALE can copy, random numbers included. An environment that
-keeps anything else (a physics engine, say) can't be captured, and says which attribute stands in the way.
+The emulator of an Atari game has a state of its own, which ALE can copy, random numbers included; and so has MuJoCo's
+physics, wherever it is held. An environment that keeps anything else (another physics engine, say) can't be captured,
+and says which attribute stands in the way.
 
 What is captured is plain data (numbers, text, lists, dictionaries, byte arrays), which a checkpoint can hold and read
 back without running anybody's code.
@@ -18,6 +19,7 @@ import copy
 import ctypes
 import itertools
 import random
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -38,6 +40,8 @@ NUMBERS_AND_TEXT = "biufcmMSU"  # kinds of NumPy's types: the others hold Python
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 # What has no state of its own, and what is never made anew: only its parts are put back.
 CONSTANT = (EnvSpec, ALEInterface, type, types.ModuleType, np.dtype)
+# The same of a package that may be missing, by name. A model is what the physics is made of; nobody waits for a window.
+MUJOCO_CONSTANT = ("MjModel", "MujocoRenderer")
 KEPT = (gym.Env, gym.spaces.Space, types.FunctionType, *CONSTANT)
 # Where these classes of Gymnasium's write down what an environment was made with.
 MADE_WITH = {
@@ -192,6 +196,8 @@ class _Writer:
             return {"random state": self.describe(value.get_state(legacy=False))}
         if kind is random.Random:
             return {"random": self.describe(value.getstate())}
+        if is_physics(value):
+            return {"physics": self.describe(physics_state(value))}
         if isinstance(value, KEPT):
             return self.describe_kept(value)
         raise TypeError(kind.__name__)
@@ -289,6 +295,9 @@ def _make(state: Any, seen: list[Any], old: Any) -> Any:
     elif kind == "kept":
         made = seen[number] = old
         _put_back(state, seen, old)
+    elif kind == "physics":
+        made = seen[number] = old
+        set_physics_state(old, _make(value, seen, None))
     else:
         raise ValueError(f"no value is called {kind!r}")
     return made
@@ -334,7 +343,44 @@ def _parts(value: Any) -> dict[str, Any]:
     if isinstance(value, AtariEnv):  # all else of it is set once
         return {name: getattr(value, name) for name in ("_np_random", "action_space", "observation_space")}
     made_with = {name for kind, names in MADE_WITH.items() if isinstance(value, kind) for name in names}
-    return {name: part for name, part in vars(value).items() if not (name in made_with or isinstance(part, CONSTANT))}
+    return {name: part for name, part in vars(value).items() if not (name in made_with or is_constant(part))}
+
+
+def is_constant(part: Any) -> bool:
+    """Whether something has no state of its own."""
+    return isinstance(part, CONSTANT) or type(part).__name__ in MUJOCO_CONSTANT
+
+
+def is_physics(value: Any) -> bool:
+    """Whether this is the data of a MuJoCo simulation; the package is loaded then."""
+    return type(value).__name__ == "MjData" and "mujoco" in sys.modules
+
+
+def physics_state(data: Any) -> State:
+    """Return what the next step of a MuJoCo simulation depends on, and what was computed in the last one.
+
+    Of the latter an environment may look at something before the next step: Ant at where its body was.
+    """
+    mujoco = sys.modules["mujoco"]
+    everything = mujoco.mjtState.mjSTATE_INTEGRATION
+    integrated = np.empty(mujoco.mj_stateSize(data.model, everything))
+    mujoco.mj_getState(data.model, data, integrated, everything)
+    return {"integrated": integrated, "computed": {name: array.copy() for name, array in arrays_of(data).items()}}
+
+
+def set_physics_state(data: Any, state: State) -> None:
+    """Put back what `physics_state` returned, into a simulation of the same model."""
+    mujoco = sys.modules["mujoco"]
+    mujoco.mj_setState(data.model, data, state["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    for name, array in arrays_of(data).items():
+        if array.shape == state["computed"][name].shape:  # what is of contacts is as long as there are some
+            array[...] = state["computed"][name]
+
+
+def arrays_of(data: Any) -> dict[str, NDArray[Any]]:
+    """Return the memory of a MuJoCo simulation, by name."""
+    named = ((name, getattr(data, name)) for name in dir(data) if not name.startswith("_"))
+    return {name: value for name, value in named if isinstance(value, np.ndarray)}
 
 
 def _beside(states: Iterable[Any], old: Any) -> Iterable[tuple[Any, Any]]:

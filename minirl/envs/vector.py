@@ -57,7 +57,7 @@ class VectorEnv:
         in_halves: whether they play in two halves. With a single process it plays them itself.
 
     Raises:
-        ConfigError: if the observations are not arrays.
+        ConfigError: if the observations are not arrays, or the actions of a kind that is not known.
         EnvError: if an environment raises, or returns what can't be learned from (docs/reliability.md), here or in a
             worker; the `trace` in it is theirs.
         WorkerError: if a worker dies.
@@ -88,7 +88,7 @@ class VectorEnv:
         self.stacked = self._mine.stacked
         self.make_env, self.here = make_env, self._mine.envs
         self.parted: str | None = None
-        self._arrays = SharedArrays(num_envs, self.observation_space, shared=self.num_workers > 1)
+        self._arrays = SharedArrays(num_envs, self.observation_space, self.action_space, shared=self.num_workers > 1)
 
         atexit.register(self.close)
         try:
@@ -111,8 +111,11 @@ class VectorEnv:
         self._hear_workers()
         return self._arrays.observations
 
-    def step(self, actions: NDArray[np.int64]) -> VectorStep:
-        """Take one action in each environment; `actions` (N,) count from 0 whatever the space's `start` is."""
+    def step(self, actions: NDArray[Any]) -> VectorStep:
+        """Take one action in each environment: `actions` (N, ...), choices from 0 on whatever the space's `start` is.
+
+        An environment with a Box gets the nearest action within its bounds.
+        """
         if len(self.halves) == 1 and not self._workers and not self._playing:  # nobody to wait for
             self._arrays.actions[:] = actions
             return self._arrays.rows(slice(0, self.num_envs), self._open_group().step(self._arrays, 0))
@@ -121,7 +124,7 @@ class VectorEnv:
         episodes = [episode for half in self.halves for episode in self.finish(half).episodes]
         return self._arrays.rows(slice(0, self.num_envs), episodes)
 
-    def start(self, half: slice, actions: NDArray[np.int64]) -> None:
+    def start(self, half: slice, actions: NDArray[Any]) -> None:
         """Have one of `halves` take its actions, as far as other processes play it; `finish` must follow.
 
         Raises:
@@ -148,7 +151,7 @@ class VectorEnv:
         return self._arrays.rows(half, episodes)
 
     def play(
-        self, num_steps: int, choose: Callable[[int, slice], NDArray[np.int64]]
+        self, num_steps: int, choose: Callable[[int, slice], NDArray[Any]]
     ) -> Iterator[tuple[int, slice, VectorStep]]:
         """Play T steps: yield, for each step and each of `halves`, t, its rows and what they gave (rows, ...).
 

@@ -28,7 +28,7 @@ from minirl.checks import ConfigError
 from minirl.envs.atari import shows_stacks
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import EnvError, Guard
-from minirl.envs.spaces import require_array
+from minirl.envs.spaces import require_actions, require_array
 from minirl.envs.state import (
     CantCapture,
     CantRestore,
@@ -92,16 +92,21 @@ class SharedArrays:
     The memory is anonymous: nothing stays behind, however the processes end.
     """
 
-    def __init__(self, num_envs: int, observation_space: gym.Space[Any], *, shared: bool) -> None:
+    def __init__(
+        self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any], *, shared: bool
+    ) -> None:
         require_array(observation_space)
+        require_actions(action_space)
         assert observation_space.shape is not None
         shape = (num_envs, *observation_space.shape)
         dtype = np.dtype(observation_space.dtype)
+        choice = isinstance(action_space, gym.spaces.Discrete)
+        action_dtype = np.dtype(np.int64 if choice else action_space.dtype)
         context = multiprocessing.get_context("spawn")
         layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             "observations": (shape, dtype),
             "final_observations": (shape, dtype),
-            "actions": ((num_envs,), np.dtype(np.int64)),
+            "actions": ((num_envs, *(action_space.shape or ())), action_dtype),
             "rewards": ((num_envs,), np.dtype(np.float32)),
             "terminated": ((num_envs,), np.dtype(np.bool_)),
             "truncated": ((num_envs,), np.dtype(np.bool_)),
@@ -117,7 +122,7 @@ class SharedArrays:
         views = {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, shape, dtype) in self.memory.items()}
         self.observations: NDArray[Any] = views["observations"]
         self.final_observations: NDArray[Any] = views["final_observations"]
-        self.actions: NDArray[np.int64] = views["actions"]
+        self.actions: NDArray[Any] = views["actions"]
         self.rewards: NDArray[np.float32] = views["rewards"]
         self.terminated: NDArray[np.bool_] = views["terminated"]
         self.truncated: NDArray[np.bool_] = views["truncated"]
@@ -150,7 +155,7 @@ class EnvGroup:
         env = next(iter(self.envs.values()), None) or Guard(make_env())
         self.observation_space, self.action_space = env.env.observation_space, env.env.action_space
         self.stacked = shows_stacks(env.env)
-        self.first_action = int(getattr(self.action_space, "start", 0))
+        self.discrete = isinstance(self.action_space, gym.spaces.Discrete)
         self.statistics = {row: statistics_of(env.env) for row, env in self.envs.items()}
         if not self.envs:
             env.env.close()
@@ -168,7 +173,7 @@ class EnvGroup:
             return []
         episodes = []
         columns = {"an observation": arrays.observations, "a reward": arrays.rewards}
-        actions = (arrays.actions + self.first_action if self.first_action else arrays.actions).tolist()
+        actions: Any = arrays.actions.tolist() if self.discrete else arrays.actions  # of integers, Python's are faster
         for row in rows:
             env = self.envs[row]
             obs, reward, terminated, truncated, _ = env.step(actions[row])

@@ -19,11 +19,11 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.guard import EnvError
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
-from minirl.ppo import ActorCritic, PPOConfig, choose_actions
+from minirl.ppo import ActorCritic, PPOConfig, choose_actions, make_agent
 from minirl.q_learning import QLearningConfig, load_table
 from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
@@ -97,12 +97,12 @@ def evaluate(
             raise ConfigError(f"{wrong[0]} must go with a run that plays games: one of rlhf writes texts")
         return evaluate_texts(run_dir, settings, episodes, seed, device)
     env_id = settings["env_id"]
-    one_hot = settings["algorithm"] != "q_learning"
-    with make_envs(env_id, episodes, render, one_hot) as envs:
+    shown = shown_to(settings)
+    with make_envs(env_id, episodes, render, shown) as envs:
         policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:
             seed_everything(seed)
-            if not record_game(policy, env_id, seed, video, one_hot=one_hot):
+            if not record_game(policy, env_id, seed, video, **shown):
                 print(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game", file=sys.stderr)
         if render:
             policy = at_game_speed(policy, steps_per_second(env_id))
@@ -119,11 +119,11 @@ def evaluate(
     }
 
 
-def make_envs(env_id: str, episodes: int, render: bool, one_hot: bool) -> VectorEnv:
+def make_envs(env_id: str, episodes: int, render: bool, shown: dict[str, Any]) -> VectorEnv:
     """Make the environments for `episodes` games: side by side, or one in a window."""
     if not render:
-        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), one_hot=one_hot)
-    window = open_window(env_id, one_hot=one_hot)
+        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), **shown)
+    window = open_window(env_id, **shown)
     return VectorEnv(lambda: window, 1, num_workers=1)
 
 
@@ -155,7 +155,8 @@ def ppo_agent(
 ) -> ActorCritic:
     """Return PPO's network with the weights that a run has saved."""
     saved = load_checkpoint(run_dir, "ppo", "model")
-    agent = ActorCritic(observation_space, action_space).to(device)
+    config = saved_config(PPOConfig, run_dir, load_settings(run_dir))
+    agent = make_agent(config, observation_space, action_space).to(device)
     load_weights(agent, saved)
     return agent
 

@@ -6,16 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
 from minirl.runs.run import derived_seed, seed_everything
 
-Policy = Callable[[NDArray[Any]], NDArray[np.int64]]  # observations (N, ...) -> actions (N,)
+Policy = Callable[[NDArray[Any]], NDArray[Any]]  # observations (N, ...) -> actions (N, ...)
 
 SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
 JUDGE, CONFIRM = 2, 5  # set the judge's seeds apart from all others
@@ -65,7 +64,9 @@ class Judge:
         self.envs: VectorEnv | None = None
         if self.frequency is not None:
             side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
-            self.envs = make_vector_env(config.env_id, side_by_side, num_workers=config.num_workers)
+            self.envs = make_vector_env(
+                config.env_id, side_by_side, num_workers=config.num_workers, **shown_to(vars(config))
+            )
 
     def __enter__(self) -> "Judge":
         return self

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.evaluate import SEED_OFFSET, load_policy
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
@@ -133,12 +132,11 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         TimeoutError: if they take longer than `patience`, in seconds.
     """
     seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
-    one_hot = settings["algorithm"] != "q_learning"
-    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), one_hot=one_hot) as envs:
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **shown_to(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience
 
-        def hurried(observations: NDArray[Any]) -> NDArray[np.int64]:
+        def hurried(observations: NDArray[Any]) -> NDArray[Any]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
             return policy(observations)

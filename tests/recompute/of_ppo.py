@@ -4,9 +4,11 @@ import functools
 from collections import defaultdict
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tests import reference
 from tests.recompute.record import Recording, Update
@@ -23,15 +25,15 @@ def ppo_numbers(
     """What one gradient step of PPO comes to."""
     weights = dict(update.before.networks[0])
     learned = {name: weights[name].clone().requires_grad_() for name in weights if name in trained}
-    logits, values, buffers = reference.actor_critic(weights | learned, batch["observations"], rounding, training=True)
-    log_pi = reference.log_softmax(logits, rounding)
+    outputs, values, buffers = reference.actor_critic(weights | learned, batch["observations"], rounding, training=True)
+    log_probs, entropies = reference.policy(weights | learned, outputs, batch["actions"], rounding)
     terms = reference.ppo_terms(
-        log_pi[torch.arange(len(log_pi)), batch["actions"].long()],
+        log_probs,
         batch["log_probs"],
         reference.normalized(batch["advantages"], rounding) if config.norm_adv else batch["advantages"],
         values,
         batch["returns"],
-        reference.entropy(log_pi, rounding),
+        entropies,
         batch["values"],
         rounding,
         clip_coef=clip_coef,
@@ -51,20 +53,26 @@ def check_rollout(
     """Compare the samples of an update with the raw steps, and with what the network says of these."""
     shape = raw["reward"].shape
     found = {name: column.unflatten(0, shape) for name, column in samples.items()}
-    for name, mine in [("observations", "obs"), ("actions", "action"), ("terminated", "terminated")]:
+    for name, mine in [("observations", "obs"), ("terminated", "terminated")]:
         report.same(f"rollout: {name}", found[name], raw[mine].astype(np.float64))
-    report.same("rollout: rewards", found["rewards"], raw["reward"].astype(np.float32))
+    # What a Gaussian draws is stored as it was drawn, and the environment gets the nearest action within its bounds.
+    taken = found["actions"].numpy()
+    if "log_std" in weights:
+        report.compare("drawn beyond the bounds", float((taken != raw["action"]).any()), 1.0, 0.0)
+        space: Any = gym.make(config.env_id).action_space
+        taken = taken.clip(space.low, space.high)
+    report.same("rollout: actions", taken, raw["action"].astype(np.float64))
+    rewards = torch.from_numpy(raw["reward"].astype(np.float32)).double()
+    report.compare("rollout: rewards", found["rewards"], rewards, 2 * SINGLE * config.norm_reward * rewards.abs())
     terminated, truncated = torch.from_numpy(raw["terminated"]), torch.from_numpy(raw["truncated"])
     report.same("rollout: truncated", found["truncated"] * ~terminated, truncated & ~terminated)
 
     def said(rounding: Rounding) -> Numbers:
         before, after = (torch.from_numpy(raw[name]).flatten(0, 1).double() for name in ("obs", "next_obs"))
-        logits, values, _ = reference.actor_critic(weights, before, rounding, training=False)
-        log_pi = reference.log_softmax(logits, rounding)
+        outputs, values, _ = reference.actor_critic(weights, before, rounding, training=False)
+        log_probs, _ = reference.policy(weights, outputs, samples["actions"], rounding)
         _, next_values, _ = reference.actor_critic(weights, after, rounding, training=False)
-        rows = torch.arange(len(before))
         next_values = next_values.unflatten(0, shape).masked_fill(terminated, 0.0)  # nothing follows: not looked at
-        log_probs = log_pi[rows, torch.from_numpy(raw["action"]).flatten()]
         return {"log_probs": log_probs, "values": values, "next_values": next_values.flatten()}
 
     for name, (expected, bound) in with_bounds(said, products(config)).items():
@@ -85,10 +93,23 @@ def check_rollout(
     report.compare("rollout: returns", found["returns"], advantages + found["values"], reach + 2 * SINGLE * sizes)
 
 
+def check_statistics(report: Report, weights: Weights, history: Tensor) -> None:
+    """Compare what a network normalises by, if it does, with all that was seen in the rollouts before: (steps, n)."""
+    if "normalize.mean" in weights:
+        mean, variance = reference.moments(history)
+        report.compare("statistics: mean", weights["normalize.mean"], mean, 1e-12)
+        report.compare("statistics: variance", weights["normalize.variance"], variance, 1e-12 * variance.abs())
+        report.same("statistics: count", weights["normalize.count"], len(history))
+
+
 def check_ppo(config: Any, recording: Recording, report: Report) -> None:
     """Compare a run of PPO."""
     raw, length = columns(recording)
     report.same("agent steps", length, config.num_updates * config.num_steps)
+    if config.norm_reward:
+        paid = torch.from_numpy(raw["reward"].astype(np.float32)).double()
+        raw["reward"] = reference.scaled_rewards(paid, raw["terminated"] | raw["truncated"], config.gamma).numpy()
+    seen_so_far = torch.from_numpy(raw["obs"].astype(np.float32)).double()
     expected = defaultdict(list, episodes(recording))
     position, minibatches = 0, config.num_envs * config.num_steps // config.minibatch_size
     for number in range(config.num_updates):
@@ -99,6 +120,7 @@ def check_ppo(config: Any, recording: Recording, report: Report) -> None:
         first = recording.updates[position]
         samples = first.arguments[0]
         played = {name: column[rows] for name, column in raw.items()}
+        check_statistics(report, first.before.networks[0], seen_so_far[: rows.start].flatten(0, 1))
         check_rollout(config, report, first.before.networks[0], played, samples)
         steps = []
         for _ in range(config.update_epochs):
@@ -129,5 +151,6 @@ def check_ppo(config: Any, recording: Recording, report: Report) -> None:
         expected["losses/explained_variance"].append((now, explained, 1e-9))
         expected["charts/learning_rate"].append((now, learning_rate, 0.0))
     report.same("gradient steps", position, len(recording.updates))
+    check_statistics(report, recording.result.state_dict(), seen_so_far.flatten(0, 1))
     check_result(report, recording)
     report.series(recording.logged, expected)
