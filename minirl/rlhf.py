@@ -39,7 +39,7 @@ STAGES = ("lm", "reward", "ppo")
 LEARNED = ("model", "reference", "reward", "lm_optimizer", "reward_optimizer", "ppo_optimizer")
 CHECKPOINT_KEYS = (*LEARNED, "kl_coef", "pairs", "vocabulary")
 HELD_OUT, AT_ONCE = 2_000, 512  # pairs that the reward model is judged by; texts written or judged at once
-WARMUP, JUDGE_EVERY = 0.05, 32  # share of a stage in which the learning rate rises; gradient steps until it is judged
+WARMUP, JUDGE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps until it is judged
 ORDER = 7  # sets the seeds of the order of pairs apart from all others
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
@@ -63,11 +63,11 @@ class RLHFConfig:
     lm_steps: int = setting(2_000, "gradient steps", at_least=1)
     lm_batch_size: int = setting(32, "texts a gradient step", at_least=1)
     lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
-    num_pairs: int = setting(6_144, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
+    num_pairs: int = setting(8_192, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
     rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
-    reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
-    reward_batch_size: int = setting(64, "pairs a gradient step", at_least=1)
-    reward_learning_rate: float = setting(3e-3, "Adam's step size, as above", above=0)
+    reward_epochs: int = setting(1, "passes over the pairs", at_least=1)
+    reward_batch_size: int = setting(16, "pairs a gradient step", at_least=1)
+    reward_learning_rate: float = setting(1e-3, "Adam's step size, as above", above=0)
     kl_coef: float = setting(0.1, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
     kl_target: float | None = setting(None, "nats a text to which kl_coef adapts; none: it is fixed", above=0)
     batch_size: int = setting(128, "texts between two updates (N)", at_least=1)
