@@ -269,7 +269,7 @@ def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: floa
             PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False),
             "better ones: @recipes/ppo-cartpole-zoo.args or @recipes/ppo-cartpole.args",
         ),
-        ("ppo", PPOConfig("Acrobot-v1"), "recipes/ has better ones for some tasks"),
+        ("ppo", PPOConfig("BipedalWalker-v3"), "recipes/ has better ones for some tasks"),
         ("dqn", DQNConfig(total_timesteps=9_000), None),
         ("dqn", DQNConfig("PongNoFrameskip-v4", eval_frequency=None), "better ones: @recipes/dqn-pong.args"),
         ("q_learning", QLearningConfig("Taxi-v4", num_episodes=9), "better ones: @recipes/q-taxi.args"),

@@ -68,13 +68,29 @@ CASES = {
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
     "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES | FEW), own=recorded.OwnQNetwork),
     "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
+    "ppo, images, compiled": Case(ppo, PPOConfig(**PPO | FRAMES | COMPILED)),
+    "ppo, own network, compiled": Case(ppo, PPOConfig(**PPO | FRAMES | COMPILED), own=recorded.OwnActorCritic),
+    "ppo, vectors, bfloat16": Case(ppo, PPOConfig(**PPO | ROUNDED)),
+    "dqn, images, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | COMPILED)),
+    "dqn, images, bfloat16": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | ROUNDED)),
+    "dqn, two workers": Case(dqn, DQNConfig(**DQN | {"num_workers": 2})),
+    "q_learning, killed": Case(
+        q_learning,
+        QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250, checkpoint_frequency=90),
+        kills=[130],
+    ),
     "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
+}
+
+SLOW = {
+    *(name for name in CASES if "compiled" in name),
+    *("ppo, vectors, bfloat16", "dqn, images, bfloat16", "dqn, two workers"),
 }
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name, marks=pytest.mark.slow if "compiled" in name else ()) for name, case in CASES.items()],
+    [pytest.param(case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
 def test_all_numbers_are_what_the_formulas_give(case: Case, tmp_path: Path) -> None:
     report = check(case, tmp_path)
