@@ -20,6 +20,7 @@ from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
+from minirl.rlhf import RLHFConfig
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import save_config
 from minirl.runs.flags import make_parser
@@ -95,7 +96,7 @@ def test_a_config_takes_the_ends_of_its_ranges(settings: dict[str, Any]) -> None
     Example(**settings)
 
 
-@pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig])
+@pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig, RLHFConfig])
 def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         make_parser(config_class, "", {}).parse_args(["--help"])
@@ -109,7 +110,7 @@ def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, caps
         assert len(field.metadata["help"]) < 100
 
 
-SCRIPTS = {"train_ppo": PPOConfig, "train_dqn": DQNConfig, "train_q": QLearningConfig}
+SCRIPTS = {"train_ppo": PPOConfig, "train_dqn": DQNConfig, "train_q": QLearningConfig, "train_rlhf": RLHFConfig}
 COMMANDS = [*SCRIPTS, "minirl.evaluate", "minirl.plots"]
 
 
@@ -138,7 +139,7 @@ def test_help_is_grouped_and_fits_on_two_screens(
             elif line.startswith("  -"):
                 flags.append(line.split()[0].strip(","))
         assert all(1 <= len(flags) <= 7 for title, flags in groups.items() if title.endswith(":"))
-        assert groups["task:"][:2] == ["--env-id", "--seed"]
+        assert groups["task:"][:2] == ["--stage" if command == "train_rlhf" else "--env-id", "--seed"]
         assert groups["run:"][0] == "--run-dir"
 
 

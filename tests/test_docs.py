@@ -20,15 +20,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import minirl.evaluate
 import minirl.ppo
-from minirl import dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning, rlhf
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
+from minirl.rlhf import RLHFConfig
 from tests.links import CODE_LINK, DOCUMENTS, ROOT, relink
 
 README = (ROOT / "README.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CONFIGS = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
+CONFIGS = {
+    "train_ppo.py": PPOConfig,
+    "train_dqn.py": DQNConfig,
+    "train_q.py": QLearningConfig,
+    "train_rlhf.py": RLHFConfig,
+}
 BY_NAME = {document.name: document for document in DOCUMENTS}
 
 every_document = pytest.mark.parametrize("name", BY_NAME)
@@ -336,6 +342,12 @@ SHORT: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo.train, PPOConfig("CartPole-v1", total_timesteps=256, num_envs=2, num_steps=64, minibatch_size=64)),
     "DQN": (dqn.train, DQNConfig(total_timesteps=200, learning_starts=64, eval_frequency=100, eval_episodes=1)),
     "Q": (q_learning.train, QLearningConfig(num_episodes=10, video_frequency=50)),
+    "RLHF": (
+        rlhf.train,
+        RLHFConfig(
+            lm_steps=1, num_pairs=4, reward_batch_size=4, num_episodes=4, batch_size=4, minibatch_size=4, width=4
+        ),
+    ),
 }
 
 

@@ -167,7 +167,7 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
         ("drawless --video game.mp4", "--video needs an environment that can be drawn"),
         ("{run} --device tpu", "--device must be auto, cpu or cuda"),
         ("empty", "there is no checkpoint here"),
-        ("other", "must hold a run of ppo, dqn or q_learning, not of sarsa"),
+        ("other", "must hold a run of ppo, dqn, q_learning or rlhf, not of sarsa"),
         (
             "changed",
             "changed/checkpoint.pt must be of a run as this one, and does not fit: RuntimeError: size mismatch",

@@ -57,7 +57,7 @@ def draw_picture(kind: str, run_dir: Path, device: str = "auto") -> "Figure":
         ConfigError: if the directory holds no run that this can be drawn of, or matplotlib is missing.
     """
     settings = load_settings(run_dir)
-    algorithm, env_id = settings["algorithm"], settings["env_id"]
+    algorithm, env_id = settings["algorithm"], settings.get("env_id", "texts")
     if kind not in fitting_kinds(settings):
         raise ConfigError(f"--kind {kind} needs {KINDS[kind]}, and {run_dir} is one of {algorithm} on {env_id}")
     require_matplotlib()  # before games are played
@@ -81,6 +81,8 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
         ConfigError: if its environment can't be made.
     """
     algorithm = settings["algorithm"]
+    if "env_id" not in settings:
+        return []
     with made(settings) as env:
         fits = {
             "q-values": algorithm == "q_learning" and grid_of(env.unwrapped) is not None,
