@@ -243,12 +243,15 @@ def test_sigkill_in_each_stage_of_rlhf(tmp_path: Path) -> None:
     arguments = [*flags.split(), "--run-dir", str(run_dir)]
     # Of 150 x 32 texts of the language model, 2 x 512 of pairs, and 1024 that are written.
     for step in (2_000, 5_200, 6_200):
-        process = subprocess.Popen([*command, *arguments], cwd=ROOT)
-        while not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.kill()
-        process.wait()
+        with subprocess.Popen([*command, *arguments], cwd=ROOT) as process:
+            try:
+                while (
+                    not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step
+                ):
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            finally:
+                process.kill()
         arguments = ["--resume", str(run_dir)]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True)
     assert_same(load_checkpoint(alone, "rlhf"), load_checkpoint(run_dir, "rlhf"))
