@@ -61,7 +61,7 @@ DQN_PONG = dataclasses.replace(
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
 SMALL: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch_size": 4, "kl_target": 5.0}
-BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8}
+BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8, "reward_epochs": 2}
 RLHF = rlhf.RLHFConfig(lm_steps=12, num_pairs=48, num_episodes=96, checkpoint_frequency=16, **SMALL, **BATCHES)
 
 # Episodes of 200 steps, of 999, of some 20 and of 1,000: cut, cut, ended, cut.
@@ -236,19 +236,22 @@ def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigkill_in_each_stage_of_rlhf(tmp_path: Path) -> None:
-    flags = "--width 8 --num-heads 2 --lm-steps 600 --num-pairs 2048 --num-episodes 4096 --checkpoint-frequency 512"
+    flags = "--width 8 --num-heads 2 --lm-steps 150 --num-pairs 512 --num-episodes 1024 --checkpoint-frequency 128"
     command = [sys.executable, "train_rlhf.py", "--device", "cpu", "--final-games", "0"]
     alone, run_dir = tmp_path / "alone", tmp_path / "killed"
     subprocess.run([*command, *flags.split(), "--run-dir", str(alone)], cwd=ROOT, check=True)
     arguments = [*flags.split(), "--run-dir", str(run_dir)]
-    # Of 600 x 32 texts of the language model, 2 x 2 x 2048 of pairs, and 4096 that are written.
-    for step in (8_000, 24_000, 29_000):
-        process = subprocess.Popen([*command, *arguments], cwd=ROOT)
-        while not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.kill()
-        process.wait()
+    # Of 150 x 32 texts of the language model, 2 x 512 of pairs, and 1024 that are written.
+    for step in (2_000, 5_200, 6_200):
+        with subprocess.Popen([*command, *arguments], cwd=ROOT) as process:
+            try:
+                while (
+                    not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step
+                ):
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            finally:
+                process.kill()
         arguments = ["--resume", str(run_dir)]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True)
     assert_same(load_checkpoint(alone, "rlhf"), load_checkpoint(run_dir, "rlhf"))

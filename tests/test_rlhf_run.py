@@ -20,7 +20,14 @@ from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
 from tests.test_resume import assert_same
 
-TINY: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch_size": 4, "batch_size": 8}
+TINY: dict[str, Any] = {
+    "width": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "minibatch_size": 4,
+    "batch_size": 8,
+    "reward_epochs": 2,
+}
 CONFIG = RLHFConfig(lm_steps=8, num_pairs=32, reward_batch_size=8, num_episodes=24, **TINY)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(CONFIG).items() if name in TINY]
 FLAGS += ["--lm-steps=8", "--num-pairs=32", "--reward-batch-size=8", "--num-episodes=24", "--device=cpu"]
