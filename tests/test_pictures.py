@@ -174,7 +174,7 @@ def test_bars_stand_over_their_frame_with_the_actions_names() -> None:
 
 def test_the_bars_of_a_run_are_the_softmax_of_its_network(small_runs: Path, device: str) -> None:
     figure = draw_picture("action-probabilities", small_runs / "breakout", device)
-    env = make_env("BreakoutNoFrameskip-v4", render_mode="rgb_array")
+    env = make_env("BreakoutNoFrameskip-v4", render_mode="rgb_array", frame_size=42)
     agent = ActorCritic(env.observation_space, env.action_space)
     agent.load_state_dict(load_checkpoint(small_runs / "breakout", "ppo")["model"])
     game: Any = env.unwrapped
@@ -206,9 +206,9 @@ def test_the_bars_of_a_run_are_the_softmax_of_its_network(small_runs: Path, devi
 
 def test_the_stages_of_the_preprocessing_follow_from_each_other(small_runs: Path) -> None:
     stages = preprocessing(load_settings(small_runs / "breakout"))
-    assert (stages.raw.shape, stages.stack.shape) == ((210, 160, 3), (4, 84, 84))
+    assert (stages.raw.shape, stages.stack.shape) == ((210, 160, 3), (4, 42, 42))
     np.testing.assert_allclose(stages.gray, stages.raw @ [0.299, 0.587, 0.114], atol=0.6)
-    area = cv2.resize(stages.raw @ np.array([0.299, 0.587, 0.114]), (84, 84), interpolation=cv2.INTER_AREA)
+    area = cv2.resize(stages.raw @ np.array([0.299, 0.587, 0.114]), (42, 42), interpolation=cv2.INTER_AREA)
     np.testing.assert_allclose(stages.resized, area, atol=1.1)
     np.testing.assert_array_equal(stages.resized, stages.stack[-1])
     for earlier, later in zip(stages.stack, stages.stack[1:], strict=False):
@@ -221,5 +221,5 @@ def test_the_stages_of_the_preprocessing_follow_from_each_other(small_runs: Path
     assert [axes.get_xlabel() for axes in figure.axes[:3]] == [
         "210 x 160 pixels, 3 colours",
         "210 x 160 pixels",
-        "84 x 84 pixels",
+        "42 x 42 pixels",
     ]

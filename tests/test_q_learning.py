@@ -467,7 +467,7 @@ def test_another_environments_table_is_refused(tmp_path: Path) -> None:
         ("--env-id CartPole-v1", "--env-id must have Discrete observations that count from 0 for a Q-table"),
         ("--env-id Pendulum-v1", "--env-id must have Discrete observations"),
         ("--env-id NChain-v0", "--env-id must be an environment that Gymnasium can make"),
-        ("--env-id tests.fake_envs:Box2Actions-v0", "--env-id must have Discrete observations"),
+        ("--env-id tests.fake_envs:SixActions-v0", "--env-id must have Discrete observations"),
         ("--device tpu", "--device must be"),
         ("--resume nowhere", "nowhere must be a run directory"),
         ("--resume ppo", "ppo is one of ppo"),

@@ -259,8 +259,8 @@ class Stages:
     Attributes:
         raw: (210, 160, 3), the maximum of the last two frames of the emulator.
         gray: (210, 160).
-        resized: (84, 84).
-        stack: (4, 84, 84): the resized frame and those of the agent steps before, oldest first.
+        resized: (size, size).
+        stack: (4, size, size): the resized frame and those of the agent steps before, oldest first.
     """
 
     raw: Image
