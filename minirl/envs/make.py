@@ -66,9 +66,11 @@ def time_limit(spec: EnvSpec) -> int:
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False, one_hot: bool = True
+    env_id: str, num_envs: int | slice, *, num_workers: int | None = None, in_halves: bool = False, one_hot: bool = True
 ) -> VectorEnv:
     """Make `num_envs` copies of an environment (`make_env`), stepped together; Atari's in two halves, if asked to.
+
+    Of environments that several processes share, a slice says which.
 
     Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
     a step of CartPole takes 7 microseconds, a message to a worker 50.
