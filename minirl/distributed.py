@@ -13,14 +13,15 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from minirl.checks import ConfigError
 from minirl.envs.vector import available_cores
@@ -188,14 +189,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return sum_over_ranks(values) / num_ranks() if together() else values
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give each parameter the mean of the gradients that it has on all ranks: those of the whole minibatch.
+def average_gradients(optimizer: Optimizer) -> None:
+    """Give each parameter of an optimiser the mean of its gradients on all ranks: that of the whole minibatch.
 
-    All of them in one flat buffer, in one all-reduce.
+    All of them in one flat buffer, in one all-reduce. What has a gradient on one rank must have one on all.
     """
     if not together():
         return
-    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     means = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

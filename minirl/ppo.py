@@ -473,7 +473,7 @@ def gradient_step(
     loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
     optimizer.zero_grad()
     loss.backward()
-    average_gradients(agent.parameters())  # over all ranks, where there are several
+    average_gradients(optimizer)  # over all ranks, where there are several
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
     optimizer.step()
     return torch.stack([*(stats[name] for name in STATS), grad_norm])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_alone_a_process_gets_back_what_it_gave() -> None:
     values = torch.tensor([[1.0, 2.0]])
     weight = nn.Parameter(values)
     weight.grad = values
-    average_gradients([weight])
+    average_gradients(torch.optim.SGD([weight]))
     assert gathered(values) is mean_over_ranks(values) is weight.grad is values
     assert (my_share(8), largest(7), at_rank_0("x"), from_rank_0(lambda: 3)) == (slice(0, 8), 7, ["x"], 3)
 
@@ -108,7 +109,7 @@ def test_what_goes_through_a_group_comes_back_in_its_shape() -> None:
     weights = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4,))]
     weights[0].grad, weights[2].grad = torch.arange(6.0).reshape(2, 3), torch.full((4,), 7.0)
     weights[0].grad = weights[0].grad.T.contiguous().T  # as channels-last images lie
-    average_gradients(weights)
+    average_gradients(torch.optim.SGD(weights))
     assert weights[0].grad.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert weights[1].grad is None
     assert weights[2].grad.tolist() == [7] * 4
