@@ -34,8 +34,8 @@ LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 PATIENT, USUAL = timedelta(minutes=10), timedelta(seconds=25)
 
 
-class RankLost(RuntimeError):
-    """Another rank has ended, or does not answer; it may say why itself."""
+class RankError(RuntimeError):
+    """Another rank has ended, or does not answer, or has come to other weights."""
 
 
 def launched() -> bool:
@@ -126,8 +126,8 @@ def wait_at_most(timeout: timedelta) -> None:
 
 
 def require_one_process(algorithm: str) -> None:
-    """Raise a ConfigError if there are several ranks."""
-    if num_ranks() > 1:
+    """Raise a ConfigError if torchrun has started several processes."""
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise ConfigError(
             f"{algorithm} must run on one process: start it with python, not with torchrun; PPO takes both"
         )
@@ -173,7 +173,7 @@ def answered() -> Iterator[None]:
     """Within the block, other ranks are waited for.
 
     Raises:
-        RankLost: if one does not answer.
+        RankError: if one does not answer.
     """
     began = time.monotonic()
     try:
@@ -181,7 +181,7 @@ def answered() -> Iterator[None]:
     except RuntimeError as error:
         late = "imed out" in str(error)
         why = f"has not answered for {time.monotonic() - began:.0f} seconds" if late else "has ended"
-        raise RankLost(f"another rank {why}; the last checkpoint is kept") from error
+        raise RankError(f"another rank {why}; the last checkpoint is kept") from error
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Several ranks are one training: the same gradients, weights and files; and what ends one of them ends all."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import nn
 from minirl import distributed
 from minirl.checks import ConfigError
 from minirl.distributed import (
+    RankError,
     at_rank_0,
     average_gradients,
     from_rank_0,
@@ -33,6 +36,7 @@ from minirl.envs.vector import available_cores
 from minirl.ppo import normalized
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.resume import of_this_rank
+from minirl.runs.run import require_same_weights
 from tests.ranks import MINIBATCH, NUM_ENVS
 from tests.scalars import read_scalars
 from tests.test_resume import ROOT, assert_same
@@ -86,7 +90,8 @@ def test_totals_that_do_not_divide_are_told_what_would(total: int, would: str, m
 
 def test_the_other_algorithms_run_on_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     require_one_process("Double DQN")
-    as_rank(monkeypatch, 0, 2)
+    for name in distributed.LAUNCHED:
+        monkeypatch.setenv(name, "2")
     with pytest.raises(
         ConfigError, match="Double DQN must run on one process: start it with python, not with torchrun"
     ):
@@ -153,6 +158,18 @@ def test_environments_are_dealt_out_to_another_number_of_ranks(
     monkeypatch.setattr("minirl.runs.resume.rank", lambda: 0)
     of_this_rank(saved, 1)
     assert capsys.readouterr().err == ("2 ranks saved this run, and 3 go on with it: its bits differ from here on\n")
+
+
+@pytest.mark.parametrize(("change", "status"), [(0.0, "same"), (1e-7, "other")])
+def test_a_checkpoint_is_of_weights_that_all_ranks_have(
+    change: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 2 * change, 2.0])
+    checksums = [zlib.crc32(weight.numpy().tobytes()) for weight in weights]
+    monkeypatch.setattr("minirl.runs.run.num_ranks", lambda: 2)
+    monkeypatch.setattr("minirl.runs.run.largest", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1]))
+    with contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="different weights"):
+        require_same_weights({"model": {"weight": weights[0]}})
 
 
 # From here on, with ranks.

@@ -74,7 +74,8 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         if rank() != 0:
             seed_everything(derived_seed(seed, RANK, rank()))
         return envs.reset(seed=seed).copy()
-    saved = of_this_rank(saved, seed)
+    with reading(saved):
+        saved = of_this_rank(saved, seed)
     obs: NDArray[Any] = saved["obs"].numpy()
     if saved["envs"] is None:
         obs = envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()

@@ -22,7 +22,17 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
-from minirl.distributed import USUAL, at_rank_0, from_rank_0, largest, num_ranks, rank, remember, wait_at_most
+from minirl.distributed import (
+    USUAL,
+    RankError,
+    at_rank_0,
+    from_rank_0,
+    largest,
+    num_ranks,
+    rank,
+    remember,
+    wait_at_most,
+)
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
@@ -276,8 +286,7 @@ class Run:
         if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
-        if global_step > self.first_step:
-            wait_at_most(USUAL)  # by now everything is compiled
+        wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
         if self.stop_signal is not None and not finished:
             raise stop_by(self.stop_signal)
 
@@ -291,13 +300,8 @@ class Run:
             self._save(BEST_FILE, global_step, state)
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
-        learned = state()
-        require_same_weights(learned)
-        from_rank_0(lambda: self._write_checkpoint(file, global_step, learned))
-
-    def _write_checkpoint(self, file: str, global_step: int, learned: State) -> None:
         assert self.run_dir is not None
-        assert self.events is not None
+        path = self.run_dir / file
         common = {
             "algorithm": self.algorithm,
             "global_step": global_step,
@@ -307,20 +311,23 @@ class Run:
             "random_state": random_state(),
         }
         try:
-            self.events.flush()  # or a killed run would go on from here without the events of the last minutes
+            if self.events is not None:
+                self.events.flush()  # or a killed run would go on from here without the events of the last minutes
+            learned = state()
+            require_same_weights(learned)
             require_finite(learned, global_step)
-            save_checkpoint(self.run_dir / file, {**common, **learned})
+            from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
         except OSError as error:
-            path, step = self.run_dir / file, f"agent step {global_step:,}"
+            step = f"agent step {global_step:,}"
             raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error
 
 
 def require_same_weights(learned: State) -> None:
-    """Raise RuntimeError unless all ranks have the same weights, bit for bit, by a checksum."""
+    """Raise RankError unless all ranks have the same weights, bit for bit, by a checksum."""
     if num_ranks() == 1:
         return
     checksum = 0
     for value in learned["model"].values():
         checksum = zlib.crc32(value.detach().cpu().contiguous().numpy(), checksum)
     if largest(checksum) != -largest(-checksum):
-        raise RuntimeError("ranks have different weights: they must be on machines of one kind, and none may be edited")
+        raise RankError("ranks have come to different weights: they must run the same code, on processors of one kind")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from minirl.checks import ConfigError
-from minirl.distributed import RankLost, from_rank_0, joined, launched, rank, recall
+from minirl.distributed import RankError, from_rank_0, joined, launched, rank, recall
 from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import CHECKPOINT_FILE, DivergedError, brief
@@ -76,7 +76,7 @@ def run_training(
         return config, result
     except ConfigError as error:
         parser.error(str(error))
-    except (DivergedError, EnvError, RankLost) as error:
+    except (DivergedError, EnvError, RankError) as error:
         fail(error, status=1)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
