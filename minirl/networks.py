@@ -339,8 +339,8 @@ class NormalizeReward(RunningMoments):
         variances = np.maximum(squares / counts - np.square(sums / counts), 0)
         self.discounted.copy_(torch.from_numpy(discounted))
         self.take_in(torch.from_numpy(history[:, mine].ravel()))
-        scaled: NDArray[Any] = rewards[:, mine] / np.sqrt(variances + EPSILON)[:, None]
-        return scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
+        scaled: NDArray[Any] = rewards / np.sqrt(variances + EPSILON)[:, None]
+        return scaled[:, mine].clip(-FARTHEST, FARTHEST).astype(np.float32)
 
 
 def is_image(space: gym.Space[object]) -> bool:

@@ -320,11 +320,10 @@ def normalized(advantages: Tensor) -> Tensor:
 
     Mean and std are those of the whole minibatch, of all ranks; CleanRL's `ppo_atari_multigpu.py` takes each rank's.
     """
-    everyones = gathered(advantages)
-    shifted = everyones - everyones[0]
+    whole = gathered(advantages)
+    shifted, whole = advantages - whole[0], whole - whole[0]
     # In float16 1e-8 is 0.
-    std = (shifted.std() + 1e-8).clamp(min=torch.finfo(shifted.dtype).tiny)
-    return (advantages - everyones[0] - shifted.mean()) / std
+    return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
