@@ -95,6 +95,14 @@ def first_to_fail() -> bool:
         return True
 
 
+def some_rank_failed() -> bool:
+    """Whether one has said why it ends."""
+    try:
+        return bool(noticeboard().check([f"minirl/failed/{attempt()}"]))
+    except RuntimeError:
+        return False
+
+
 def noticeboard() -> Any:
     """Return what all ranks can write to and read; torchrun keeps it when it starts them again."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
