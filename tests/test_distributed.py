@@ -37,6 +37,7 @@ from minirl.ppo import normalized
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.resume import of_this_rank
 from minirl.runs.run import require_same_weights
+from tests.conftest import PATIENCE
 from tests.ranks import MINIBATCH, NUM_ENVS
 from tests.scalars import read_scalars
 from tests.test_resume import ROOT, assert_same
@@ -183,6 +184,7 @@ def start(deed: str, out: Path, flags: str, *options: str, ranks: int = 2) -> "s
     command = [sys.executable, *torchrun, str(ROOT / "tests" / "ranks.py"), deed, str(out), *shlex.split(flags)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(ROOT)
+    signal.alarm(2 * PATIENCE)  # ranks start slowly, and a test starts several
     return subprocess.Popen(command, cwd=out.parent, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -31,6 +31,7 @@ from minirl.distributed import (
     num_ranks,
     rank,
     remember,
+    some_rank_failed,
     wait_at_most,
 )
 from minirl.envs.vector import Episode
@@ -196,14 +197,17 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        several = num_ranks() > 1  # then torchrun sends signals, and also because another rank has failed
+        if num_ranks() > 1:  # then torchrun sends it, and kills whoever is still there after 30 seconds
+            if some_rank_failed():
+                raise SystemExit(1)
+            self.stop_signal = number
+            return
         if self.stop_signal not in (None, BROKEN_PIPE):
-            if is_hangup(number) or several:
+            if is_hangup(number):
                 return
             raise stop_by(number)
         self.stop_signal = number
-        if not several:
-            say("saving before it stops; once more stops at once")
+        say("saving before it stops; once more stops at once")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
