@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
 from minirl.checks import ConfigError
@@ -71,7 +72,11 @@ def joined() -> Iterator[None]:
         return
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which is what torchrun sets if nobody has
         torch.set_num_threads(available_cores())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, number, ranks = next(rendezvous("env://", timeout=PATIENT))
+    # torchrun keeps the store when it starts ranks again, and these would look for those before them.
+    store = dist.PrefixStore(f"minirl/{attempt()}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=PATIENT)
     try:
         with warnings.catch_warnings():
             if rank() != 0:
