@@ -356,7 +356,7 @@ def test_a_rank_that_fails_ends_all_within_a_minute_with_one_error(deed: str, li
 @pytest.mark.slow
 def test_a_mistake_is_one_line_of_one_rank(tmp_path: Path) -> None:
     mistakes = {
-        CARTPOLE.replace("--num-envs 8", "--num-envs 7 --num-steps 64"): "--num-envs must divide into the 2 ranks of",
+        CARTPOLE.replace("-envs 8", "-envs 7").replace("-size 64", "-size 56"): "--num-envs must divide into the 2 ranks of",
         f"{CARTPOLE} --gamma 2": "--gamma must be a number from 0 to 1, not 2.0",
         f"{CARTPOLE} --seeds 0-1": "--seeds can't go with torchrun",
     }
