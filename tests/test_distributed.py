@@ -33,10 +33,10 @@ from minirl.distributed import (
     require_shares,
 )
 from minirl.envs.vector import available_cores
-from minirl.ppo import normalized
+from minirl.ppo import PPOConfig, normalized
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.resume import of_this_rank
-from minirl.runs.run import require_same_weights
+from minirl.runs.run import Run, require_same_weights
 from tests.conftest import PATIENCE
 from tests.ranks import MINIBATCH, NUM_ENVS
 from tests.scalars import read_scalars
@@ -171,6 +171,22 @@ def test_a_checkpoint_is_of_weights_that_all_ranks_have(
     monkeypatch.setattr("minirl.runs.run.largest", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1]))
     with contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="different weights"):
         require_same_weights({"model": {"weight": weights[0]}})
+
+
+def test_a_signal_that_comes_while_ranks_agree_on_one_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PPOConfig()
+    with Run("ppo", config, None, total=100) as run:
+
+        def agree(number: int) -> int:
+            run._on_signal(signal.SIGINT, None)
+            return number
+
+        monkeypatch.setattr("minirl.runs.run.num_ranks", lambda: 2)
+        monkeypatch.setattr("minirl.runs.run.some_rank_failed", lambda: False)
+        monkeypatch.setattr("minirl.runs.run.largest", agree)
+        run.checkpoint(1, dict)
+        with pytest.raises(KeyboardInterrupt):
+            run.checkpoint(2, dict)
 
 
 # From here on, with ranks.
@@ -356,7 +372,9 @@ def test_a_rank_that_fails_ends_all_within_a_minute_with_one_error(deed: str, li
 @pytest.mark.slow
 def test_a_mistake_is_one_line_of_one_rank(tmp_path: Path) -> None:
     mistakes = {
-        CARTPOLE.replace("-envs 8", "-envs 7").replace("-size 64", "-size 56"): "--num-envs must divide into the 2 ranks of",
+        CARTPOLE.replace("-envs 8", "-envs 7").replace(
+            "-size 64", "-size 56"
+        ): "--num-envs must divide into the 2 ranks of",
         f"{CARTPOLE} --gamma 2": "--gamma must be a number from 0 to 1, not 2.0",
         f"{CARTPOLE} --seeds 0-1": "--seeds can't go with torchrun",
     }

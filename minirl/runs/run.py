@@ -283,16 +283,21 @@ class Run:
         Raises:
             KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
         """
-        if num_ranks() > 1:
-            orphaned = os.getppid() != self.starter  # torchrun is gone
-            self.stop_signal = largest(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
+        stop = self.stop_signal if num_ranks() == 1 else self._agreed_stop()
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
-        if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
+        if self.run_dir is not None and (finished or due or global_step == 0 or stop is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
         wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
-        if self.stop_signal is not None and not finished:
-            raise stop_by(self.stop_signal)
+        if num_ranks() == 1:
+            stop = self.stop_signal  # it may have come since
+        if stop is not None and not finished:
+            raise stop_by(stop)
+
+    def _agreed_stop(self) -> int | None:
+        """Return the signal that one of several ranks has got; what comes meanwhile waits for the next time."""
+        orphaned = os.getppid() != self.starter  # torchrun is gone
+        return largest(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
         """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""
