@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
+from minirl.distributed import require_one_process
 from minirl.envs.make import make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
@@ -371,6 +372,7 @@ def train(
         EnvError: if the environment fails.
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
+    require_one_process("Double DQN")
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "dqn", *CHECKPOINT_KEYS) if resume else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError
+from minirl.distributed import gathered, mean_over_ranks, my_share, num_ranks
 from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap, require_actions
 from minirl.fast.gpu import send
 from minirl.fast.machine import Head
@@ -268,15 +269,16 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def take_in(self, batch: Tensor) -> None:
-        """Take in some more, (B, ...), in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
+        """Take in some more, (B, ...) of each rank, in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
 
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b),  variance = M2 / n
         """
         batch = batch.double()
-        mean, count = batch.mean(dim=0), self.count + len(batch)
-        share = len(batch) / count
+        mean, size = mean_over_ranks(batch.mean(dim=0)), len(batch) * num_ranks()
+        count = self.count + size
+        share = size / count
         distance = mean - self.mean
-        self.variance.mul_(1 - share).add_(share * (batch - mean).square().mean(dim=0))
+        self.variance.mul_(1 - share).add_(share * mean_over_ranks((batch - mean).square().mean(dim=0)))
         self.variance.add_(distance.square() * share * (1 - share))
         self.mean.add_(distance * share)
         self.count.copy_(count)
@@ -303,7 +305,7 @@ class NormalizeReward(RunningMoments):
     Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`: nothing is subtracted, which would change what is best.
 
     Args:
-        num_envs: N.
+        num_envs: N, over all ranks.
         gamma: the discount factor.
     """
 
@@ -318,9 +320,11 @@ class NormalizeReward(RunningMoments):
         """Take in the rewards (T, N) of some steps; return them (float32), normalised step by step.
 
         Args:
-            rewards: of all environments, in the order in which they were played.
+            rewards: of this rank's environments, in the order in which they were played.
             ended: (T, N), where an episode was over.
         """
+        mine = my_share(len(self.discounted))
+        rewards, ended = (gathered(torch.from_numpy(column), dim=1).numpy() for column in (rewards, ended))
         discounted: NDArray[Any] = self.discounted.numpy()
         history: NDArray[Any] = np.empty(rewards.shape)
         for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):
@@ -334,9 +338,9 @@ class NormalizeReward(RunningMoments):
         squares = count * (float(self.variance) + before**2) + np.square(history - place).sum(axis=1).cumsum()
         variances = np.maximum(squares / counts - np.square(sums / counts), 0)
         self.discounted.copy_(torch.from_numpy(discounted))
-        self.take_in(torch.from_numpy(history.ravel()))
+        self.take_in(torch.from_numpy(history[:, mine].ravel()))
         scaled: NDArray[Any] = rewards / np.sqrt(variances + EPSILON)[:, None]
-        return scaled.clip(-FARTHEST, FARTHEST).astype(np.float32)
+        return scaled[:, mine].clip(-FARTHEST, FARTHEST).astype(np.float32)
 
 
 def is_image(space: gym.Space[object]) -> bool:

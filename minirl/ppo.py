@@ -26,6 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minirl.checks import ConfigError, require_same_shape
+from minirl.distributed import (
+    average_gradients,
+    from_rank_0,
+    gathered,
+    joined,
+    mean_over_ranks,
+    my_share,
+    num_ranks,
+    require_shares,
+)
 from minirl.envs.make import make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
@@ -321,10 +331,14 @@ def ppo_loss(
 
 
 def normalized(advantages: Tensor) -> Tensor:
-    """Return (A - mean) / std, (B,); 0 where all are the same, which is why one of them is subtracted first."""
-    shifted = advantages - advantages[0]
+    """Return (A - mean) / std, (B,); 0 where all are the same, which is why one of them is subtracted first.
+
+    Mean and std are those of the whole minibatch, of all ranks; CleanRL's `ppo_atari_multigpu.py` takes each rank's.
+    """
+    whole = gathered(advantages)
+    shifted, whole = advantages - whole[0], whole - whole[0]
     # In float16 1e-8 is 0.
-    return (shifted - shifted.mean()) / (shifted.std() + 1e-8).clamp(min=torch.finfo(shifted.dtype).tiny)
+    return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -431,7 +445,7 @@ def collect_rollout(
         if step.truncated.any():
             cut = rows.start + np.flatnonzero(step.truncated)
             final_values[t, cut] = value(step.final_observations[step.truncated])
-        run.log_episodes(global_step + (t + 1) * num_envs, step.episodes)
+        run.log_episodes(global_step + (t + 1) * num_envs * num_ranks(), step.episodes)
     following = torch.cat([rollout["values"][1:], value(obs)[None]])
     # V of the true successors.
     rollout.columns["next_values"] = torch.where(rollout["truncated"], final_values, following)
@@ -476,11 +490,15 @@ def gradient_step(
     chosen: Tensor,
     clip_coef: Tensor,
 ) -> Tensor:
-    """Learn from a minibatch: `chosen` (B,) of all samples. Return `STATS` and the gradient's norm before clipping."""
+    """Learn from a minibatch: `chosen` (B,) of all samples. Return `STATS` and the gradient's norm before clipping.
+
+    Of several ranks each has its part of the minibatch.
+    """
     batch = {name: column[chosen] for name, column in samples.items()}
     loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
     optimizer.zero_grad()
     loss.backward()
+    average_gradients(optimizer)  # over all ranks, where there are several
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
     optimizer.step()
     return torch.stack([*(stats[name] for name in STATS), grad_norm])
@@ -489,24 +507,30 @@ def gradient_step(
 def update_policy(
     step: Callable[[Columns, Tensor, Tensor], Tensor], samples: Columns, config: PPOConfig, clip_coef: float
 ) -> dict[str, float]:
-    """Go over the samples for some epochs in shuffled minibatches; return the mean of each loss over all of them."""
-    device = samples["advantages"].device
+    """Go over the samples for some epochs in shuffled minibatches; return the mean of each loss over all of them.
+
+    Each rank shuffles its own samples, and has an equal part of every minibatch.
+    """
+    device, batch_size = samples["advantages"].device, len(samples["advantages"])
     clip = torch.full((), clip_coef, device=device)  # annealed: a tensor is no reason to compile again
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
-        for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size):
+        for chosen in torch.randperm(batch_size, device=device).split(config.minibatch_size // num_ranks()):
             history.append(step(samples, chosen, clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
-        if config.target_kl is not None and history[-1][STATS.index("approx_kl")] > config.target_kl:
+        if config.target_kl is not None and mean_over_ranks(history[-1])[STATS.index("approx_kl")] > config.target_kl:
             break
-    means = torch.stack(history).mean(dim=0).tolist()
+    means = mean_over_ranks(torch.stack(history).mean(dim=0)).tolist()
     return {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
 
 
+@joined()
 def train(
     config: PPOConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> ActorCritic:
     """Train and return the network.
+
+    Started by torchrun, each rank plays and learns from its share of the environments (`minirl.distributed`).
 
     Args:
         config: the settings.
@@ -521,7 +545,10 @@ def train(
     """
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()
-    saved = load_checkpoint(run_dir, "ppo", "model", "optimizer", "envs", "obs") if resume else None
+    require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
+    mine = my_share(config.num_envs)
+    keys = ("model", "optimizer", "envs", "obs")
+    saved = from_rank_0(lambda: load_checkpoint(run_dir, "ppo", *keys)) if resume else None
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
     if first_step > last_step:
@@ -529,7 +556,7 @@ def train(
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
     with make_vector_env(
-        config.env_id, config.num_envs, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
+        config.env_id, mine, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
     ) as envs:
         agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
@@ -538,7 +565,7 @@ def train(
         learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
         if config.norm_reward:
             learned["norm_reward"] = norm_reward = NormalizeReward(config.num_envs, config.gamma)
-        rollout = Rollout(config.num_steps, config.num_envs, torch_device)
+        rollout = Rollout(config.num_steps, envs.num_envs, torch_device)
 
         images = is_image(envs.observation_space)
         precision = select_precision(config.precision, torch_device, images=images)
@@ -586,7 +613,8 @@ def train(
                     agent.normalize.take_in(samples["observations"])
 
                 global_step = (update + 1) * config.batch_size
-                losses["losses/explained_variance"] = explained_variance(rollout["values"], returns)
+                values, returns = gathered(rollout["values"], dim=1), gathered(returns, dim=1)
+                losses["losses/explained_variance"] = explained_variance(values, returns)
                 run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
                 agent.eval()
                 videos.record(run, global_step, lambda obs: choose_actions(agent, obs))

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError, described
+from minirl.distributed import require_one_process
 from minirl.envs.guard import Guard
 from minirl.envs.ids import registered_id
 from minirl.envs.make import make_bare_env, time_limit
@@ -201,6 +202,7 @@ def train(
         EnvError: if the environment fails.
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
+    require_one_process("Q-learning")
     select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None

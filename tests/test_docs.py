@@ -103,7 +103,10 @@ def test_flags_exist(name: str) -> None:
 
 
 TOOLS = ("-m minirl.evaluate", "-m minirl.plots", *(f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.py")))
-OTHERS = {"--logdir", "--samples_per_plugin", "--check", "--help"}  # of tensorboard, ruff, all
+OTHERS = {  # of tensorboard, ruff, all, and torchrun
+    *("--logdir", "--samples_per_plugin", "--check", "--help"),
+    *("--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts", "--standalone"),
+}
 
 
 def flags_in(quoted: str) -> list[str]:

@@ -11,6 +11,7 @@ FLOORS = [
     ("minirl",),  # the package's own __init__, not all that is in it
     ("minirl.checks",),
     ("minirl.envs",),
+    ("minirl.distributed",),
     ("minirl.fast",),
     ("minirl.networks", "minirl.replay"),
     ("minirl.runs",),

@@ -79,11 +79,13 @@ def shown_to(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False, **shown: Any
+    env_id: str, num_envs: int | slice, *, num_workers: int | None = None, in_halves: bool = False, **shown: Any
 ) -> VectorEnv:
     """Make `num_envs` copies of an environment, stepped together; Atari's in two halves, if asked to.
 
     `shown` is for `make_env`: `one_hot`, `frame_size`.
+
+    Of environments that several processes share, a slice says which.
 
     Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
     a step of CartPole takes 7 microseconds, a message to a worker 50.

@@ -51,7 +51,7 @@ class VectorEnv:
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
             say. Those of an environment with an `EpisodeStatistics` among its layers are reported as `episodes`.
-        num_envs: N.
+        num_envs: N; or, of environments that several processes share, those of this one, N = stop - start.
         num_workers: processes, this one among them; None for one per core this process may use, never more than have
             something to play.
         in_halves: whether they play in two halves. With a single process it plays them itself.
@@ -66,11 +66,14 @@ class VectorEnv:
     def __init__(
         self,
         make_env: MakeEnv,
-        num_envs: int,
+        num_envs: int | slice,
         *,
         num_workers: int | None = None,
         in_halves: bool = False,
     ) -> None:
+        first, num_envs = (
+            (0, num_envs) if isinstance(num_envs, int) else (num_envs.start, num_envs.stop - num_envs.start)
+        )
         self.num_envs = num_envs
         middle = num_envs // 2
         self.halves = [slice(0, middle), slice(middle, num_envs)] if in_halves and middle else [slice(0, num_envs)]
@@ -82,7 +85,7 @@ class VectorEnv:
         )
         shares = [1 - thinkers if self.num_workers > 1 else 1, *[1] * (self.num_workers - 1)]
         mine, *theirs = zip(*(_split(half, shares) for half in self.halves), strict=True)
-        self._mine: EnvGroup | None = EnvGroup(make_env, mine)
+        self._mine: EnvGroup | None = EnvGroup(make_env, mine, first)
         self.observation_space = self._mine.observation_space
         self.action_space = self._mine.action_space
         self.stacked = self._mine.stacked
@@ -93,7 +96,7 @@ class VectorEnv:
         atexit.register(self.close)
         try:
             for parts in theirs:
-                self._workers.append(Worker(make_env, parts, self._arrays))
+                self._workers.append(Worker(make_env, parts, first, self._arrays))
             self._ask_workers("make")
             self._hear_workers()
         except BaseException:
@@ -103,7 +106,8 @@ class VectorEnv:
     def reset(self, seed: int | None = None) -> NDArray[Any]:
         """Start new episodes everywhere and return the first observations (N, ...), overwritten by the next step.
 
-        With a seed, environment i is seeded with `seed + i`: give one once, since the same seed means the same games.
+        With a seed, environment i, of all processes, is seeded with `seed + i`: give one once, since the same seed
+        means the same games.
         """
         mine = self._open_group()
         self._ask_workers("reset", seed)
@@ -240,10 +244,9 @@ class VectorEnv:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may run on: its share, where torchrun has started several here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _split(rows: slice, shares: list[int]) -> list[range]:

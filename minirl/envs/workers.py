@@ -147,11 +147,14 @@ class SharedArrays:
 
 
 class EnvGroup:
-    """Some of the environments, stepped one after the other; `parts` says which of each half."""
+    """Some of the environments, stepped one after the other; `parts` says which rows of each half.
 
-    def __init__(self, make_env: MakeEnv, parts: Sequence[range]) -> None:
-        self.parts = parts
-        self.envs = {row: Guard(make_env(), row) for part in parts for row in part}
+    `first` is the number of the environment in row 0: another process may have those before.
+    """
+
+    def __init__(self, make_env: MakeEnv, parts: Sequence[range], first: int = 0) -> None:
+        self.parts, self.first = parts, first
+        self.envs = {row: Guard(make_env(), first + row) for part in parts for row in part}
         env = next(iter(self.envs.values()), None) or Guard(make_env())
         self.observation_space, self.action_space = env.env.observation_space, env.env.action_space
         self.stacked = shows_stacks(env.env)
@@ -161,9 +164,9 @@ class EnvGroup:
             env.env.close()
 
     def reset(self, arrays: SharedArrays, seed: int | None) -> None:
-        """Start new episodes; environment i is seeded with `seed + i`."""
+        """Start new episodes; environment i, of all processes, is seeded with `seed + i`."""
         for row, env in self.envs.items():
-            arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + row)
+            arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + self.first + row)
         for part in self.parts:
             self._require_finite(part, {"an observation": arrays.observations})
 
@@ -183,7 +186,7 @@ class EnvGroup:
                 obs, _ = env.reset()
                 # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
                 if (statistics := self.statistics[row]) is not None:
-                    episodes += [Episode(row, *episode) for episode in statistics.finished]
+                    episodes += [Episode(self.first + row, *episode) for episode in statistics.finished]
                     statistics.finished.clear()
             arrays.observations[row] = obs
             arrays.rewards[row] = reward
@@ -226,16 +229,16 @@ class Worker:
         ConfigError: if the script comes from standard input: a spawned process loads it, too, from its file.
     """
 
-    def __init__(self, make_env: MakeEnv, parts: Sequence[range], arrays: SharedArrays) -> None:
+    def __init__(self, make_env: MakeEnv, parts: Sequence[range], first: int, arrays: SharedArrays) -> None:
         if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
             raise ConfigError("--num-workers must be 1 for a script from standard input: workers load it from a file")
         context = multiprocessing.get_context("spawn")
-        rows = " and ".join(f"{part[0]} to {part[-1]}" for part in parts)
+        rows = " and ".join(f"{first + part[0]} to {first + part[-1]}" for part in parts)
         self.name = f"environment worker (environments {rows})"
         self.connection: Connection
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_work, args=(theirs, make_env, parts, arrays), name=self.name, daemon=True
+            target=_work, args=(theirs, make_env, parts, first, arrays), name=self.name, daemon=True
         )
         self.process.start()
         theirs.close()  # so that the death of the worker is an end of file here
@@ -280,7 +283,7 @@ def _hear(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arrays: SharedArrays) -> None:
+def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], first: int, arrays: SharedArrays) -> None:
     """Run a worker: answer each message with (failure or None, result) until the other end is closed.
 
     The first message makes the environments; the others reset or step them, or carry their states.
@@ -298,10 +301,10 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], arr
             failure: EnvError | str | None = None
             try:
                 if group is None:
-                    group = EnvGroup(make_env, parts)
+                    group = EnvGroup(make_env, parts, first)
                 elif command == "reset":
                     if argument is not None:
-                        seed_generators(argument, *(part.stop for part in parts))
+                        seed_generators(argument, *(first + part.stop for part in parts))
                     group.reset(arrays, argument)
                 elif command == "step":
                     result = group.step(arrays, argument)

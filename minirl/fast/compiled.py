@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from torch.utils._filelock import FileLock
 from torch.utils._pytree import tree_leaves
 
+from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
 from minirl.fast.spelling import DigitsNear0, StandIn, Steppable, Traceable
 
@@ -143,6 +144,7 @@ class Compiled:
             self.arguments = arguments
         if self.whole is not None:
             return self.whole(*arguments)
+        wait_at_most(PATIENT)  # for other ranks, which compile it, too
         with contextlib.suppress(OSError):  # a cache that others clean up, too
             drop_unfinished_files()
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later

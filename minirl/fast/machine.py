@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError
+from minirl.distributed import launched
 
 GIGABYTE = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
@@ -19,6 +21,8 @@ SMALL = 50_000  # weights; CartPole's networks have 770 and 9,155, Atari's 1.7 m
 
 def select_device(name: str) -> torch.device:
     """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one, and it computes as others do.
+
+    Of several GPUs, it is the one that torchrun means this process to have.
 
     Raises:
         ConfigError: if CUDA is asked for and there is none, or the name is another.
@@ -30,6 +34,11 @@ def select_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda must have a GPU that PyTorch can use: there is none here; use cpu or auto")
     if name == "cuda":
+        if launched():
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                raise ConfigError(f"--nproc-per-node must be at most {count} here, the number of GPUs")
+            torch.cuda.set_device(number)
         torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
         torch.backends.cudnn.allow_tf32 = False  # or float32 would be multiplied with 10 bits behind the point
     return torch.device(name)

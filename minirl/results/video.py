@@ -22,6 +22,7 @@ from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError, described
+from minirl.distributed import from_rank_0
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import Guard
 from minirl.envs.ids import is_atari
@@ -268,6 +269,10 @@ class Videos:
         self.last_step = global_step
         if not due:
             return
+        from_rank_0(lambda: self._record(run, global_step, policy))
+
+    def _record(self, run: Run, global_step: int, policy: Policy) -> None:
+        assert self.folder is not None
         path = self.folder / f"step-{global_step:09}.gif"
         seed = derived_seed(self.config.seed, VIDEO, global_step)
         with run.paused(), untouched_random_state():

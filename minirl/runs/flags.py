@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
+from minirl.distributed import first_to_fail
 from minirl.envs.guard import EnvError
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
@@ -88,10 +89,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Print `error: message` on standard error, in one line, and exit; of an `EnvError` its traceback is below."""
-    print("error:", *str(message).splitlines(), file=sys.stderr)
-    if isinstance(message, EnvError):
-        print(message.trace, end="", file=sys.stderr)
+    """Print `error: message` on standard error, in one line, and exit; of an `EnvError` its traceback is below.
+
+    Of several ranks that fail, the first one says why.
+    """
+    if first_to_fail():
+        print("error:", *str(message).splitlines(), file=sys.stderr)
+        if isinstance(message, EnvError):
+            print(message.trace, end="", file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -68,6 +68,8 @@ class Progress:
         done: how much of it an earlier session did.
         unit: what is counted, "steps" say.
         interval: seconds between plain lines.
+        stream: where to.
+        shown: whether anything is.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Progress:
         unit: str = "steps",
         interval: float = 5.0,
         stream: TextIO | None = None,
+        shown: bool = True,
     ) -> None:
         self.total = total
         self.done = self.done_at_start = done
@@ -86,8 +89,9 @@ class Progress:
         open_streams()
         self.stream = sys.stderr if stream is None else stream
         self.started = self.last_line = time.monotonic()
+        self.shown = shown
         self.bar = None
-        if self.stream.isatty():
+        if shown and self.stream.isatty():
             self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
@@ -99,7 +103,7 @@ class Progress:
             self.bar.update(done - self.done)
         just_finished = done >= self.total > self.done
         self.done = done
-        if self.bar is None and (just_finished or time.monotonic() - self.last_line >= self.interval):
+        if self.shown and self.bar is None and (just_finished or time.monotonic() - self.last_line >= self.interval):
             self.last_line = time.monotonic()
             print(self._line(note), file=self.stream, flush=True)
 

@@ -15,20 +15,24 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
+from minirl.distributed import at_rank_0, my_share, num_ranks, rank
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
-from minirl.runs.checkpoints import State, atomic_file, brief, reading, set_random_state
+from minirl.runs.checkpoints import State, atomic_file, brief, random_state, reading, set_random_state
 from minirl.runs.copies import how_a_copy_differs
-from minirl.runs.run import derived_seed
+from minirl.runs.progress import say
+from minirl.runs.run import derived_seed, seed_everything
 
-RESUMED = 3  # sets the seeds of new episodes in a resumed run apart from all others
+# Set the seeds of new episodes in a resumed run, and of the random numbers of each rank, apart from all others.
+RESUMED, RANK = 3, 5
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
     """Return what a checkpoint holds of the environments: their states, and what they show.
 
-    Where they can't be captured, or a copy of one plays otherwise, a warning says so and there are no states.
+    Of several ranks, rank 0 returns that of all environments, and the random states of each rank. Where they can't be
+    captured, or a copy of one plays otherwise, a warning says so and there are no states.
     """
     states = None
     try:
@@ -39,11 +43,26 @@ def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
         states = envs.capture()
     except CantCapture as error:
         warnings.warn(f"a resumed run will start new episodes, for these can't be saved: {error}", stacklevel=2)
-    return {"envs": states, "obs": torch.from_numpy(obs.copy())}
+    if num_ranks() == 1:
+        return {"envs": states, "obs": torch.from_numpy(obs.copy())}
+    ranks = at_rank_0((states, obs.copy(), random_state()))
+    if rank() != 0:
+        return {}
+    of_all = {
+        "states": [state for states, _, _ in ranks for state in (states or {"states": []})["states"]],
+        "generators": [(states or {}).get("generators") for states, _, _ in ranks],
+    }
+    return {
+        "envs": of_all if all(states for states, _, _ in ranks) else None,
+        "obs": torch.from_numpy(np.concatenate([obs for _, obs, _ in ranks])),
+        "ranks": [random_state for _, _, random_state in ranks],
+    }
 
 
 def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
     """Start the environments, or put them, and random numbers, back to where a checkpoint left them.
+
+    The random numbers of ranks differ, but for rank 0's, which are those of a process alone.
 
     Returns:
         What they show, (N, ...).
@@ -52,7 +71,11 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         ConfigError: if the checkpoint comes from other environments.
     """
     if saved is None:
+        if rank() != 0:
+            seed_everything(derived_seed(seed, RANK, rank()))
         return envs.reset(seed=seed).copy()
+    with reading(saved):
+        saved = of_this_rank(saved, seed)
     obs: NDArray[Any] = saved["obs"].numpy()
     if saved["envs"] is None:
         obs = envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
@@ -64,6 +87,30 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
                 raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
     set_random_state(saved)
     return obs
+
+
+def of_this_rank(saved: State, seed: int) -> State:
+    """Return a checkpoint with the part of the environments, and the random states, that are this rank's.
+
+    Saved by another number of ranks, the environments are dealt out anew, and random numbers begin anew.
+    """
+    ranks, before = saved.get("ranks"), len(saved.get("ranks", [None]))
+    if before == num_ranks() == 1:
+        return saved
+    mine, envs = my_share(len(saved["obs"])), saved["envs"]
+    saved = {**saved, "obs": saved["obs"][mine]}
+    if before == num_ranks():
+        assert ranks is not None
+        saved["random_state"] = ranks[rank()]
+    else:
+        if rank() == 0:
+            say(f"{before} ranks saved this run, and {num_ranks()} go on with it: its bits differ from here on")
+        seed_everything(derived_seed(seed, RANK, rank(), saved["global_step"]))
+        saved["random_state"] = random_state()
+    if envs is not None:
+        generators = envs["generators"][rank()] if before == num_ranks() else []
+        saved["envs"] = {"states": envs["states"][mine], "generators": generators}
+    return saved
 
 
 class MemoryFiles:

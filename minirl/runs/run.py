@@ -1,6 +1,6 @@
 """A training run as it goes on: when it saves, what it logs, seeds and signals; the same for every algorithm.
 
-With `run_dir=None` nothing is written.
+With `run_dir=None` nothing is written. Of several ranks (`minirl.distributed`), rank 0 writes, and speaks, for all.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,18 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
+from minirl.distributed import (
+    USUAL,
+    RankError,
+    at_rank_0,
+    from_rank_0,
+    largest,
+    num_ranks,
+    rank,
+    remember,
+    some_rank_failed,
+    wait_at_most,
+)
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
     BEST_FILE,
@@ -120,8 +133,16 @@ class Run:
         self.last_saved = self.first_step
         self.found_better = False  # since the last checkpoint
         self.stop_signal: int | None = None
+        self.starter = os.getppid()
         self.events: Events | None = None
         self.lock: int | None = None
+        from_rank_0(lambda: self._open(resumed, done / total))
+        self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
+        self.unlogged: list[tuple[int, Episode]] = []  # by one of several ranks
+
+    def _open(self, resumed: State | None, done: float) -> None:
+        """Make the run directory this run's own, and begin to write there."""
+        run_dir, algorithm, config = self.run_dir, self.algorithm, self.config
         if run_dir is not None:
             if resumed is None:
                 claim(run_dir)
@@ -146,11 +167,11 @@ class Run:
                     raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
                 raise
             print(f"run directory: {run_dir}", file=sys.stderr)
-            if before is not None and (note := new_schedules(before, config, done / total)) is not None:
+            if before is not None and (note := new_schedules(before, config, done)) is not None:
                 print(note, file=sys.stderr)
             if before is None and (note := recipe_note(algorithm, config)) is not None:
                 print(note, file=sys.stderr)
-        self.progress = Progress(total, done=done, unit=unit)
+            remember(run_dir)
 
     def __enter__(self) -> "Run":
         self._old_handlers: dict[int, Any] = {}
@@ -176,6 +197,11 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if num_ranks() > 1:  # then torchrun sends it, and kills whoever is still there after 30 seconds
+            if some_rank_failed():
+                raise SystemExit(1)
+            self.stop_signal = number
+            return
         if self.stop_signal not in (None, BROKEN_PIPE):
             if is_hangup(number):
                 return
@@ -199,6 +225,11 @@ class Run:
 
         `total` is when the run will be done, where that is no longer what it was.
         """
+        if num_ranks() > 1:
+            episodes = [episode for unlogged in at_rank_0(self.unlogged) for episode in unlogged]
+            self.unlogged = []
+            for step, episode in sorted(episodes):
+                self._log_episode(step, episode)
         try:
             self.progress.update(global_step if done is None else done, self._note(), total)
         except OSError:
@@ -212,11 +243,17 @@ class Run:
         self._write({**scalars, **speed}, global_step)
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
-        """Write the return and the length of finished episodes."""
+        """Write the return and the length of finished episodes; of several ranks, when `log` is called."""
         for episode in episodes:
-            self.returns.append(episode.episodic_return)
-            scalars = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": episode.length}
-            self._write(scalars, global_step)
+            if num_ranks() > 1:
+                self.unlogged.append((global_step, episode))
+            else:
+                self._log_episode(global_step, episode)
+
+    def _log_episode(self, global_step: int, episode: Episode) -> None:
+        self.returns.append(episode.episodic_return)
+        scalars = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": episode.length}
+        self._write(scalars, global_step)
 
     def _write(self, scalars: dict[str, float], global_step: int) -> None:
         if self.events is None:
@@ -240,17 +277,27 @@ class Run:
     def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
         """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
-        After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with.
+        After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with. Of several
+        ranks, all stop when one is asked to.
 
         Raises:
             KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
         """
+        stop = self.stop_signal if num_ranks() == 1 else self._agreed_stop()
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
-        if self.run_dir is not None and (finished or due or global_step == 0 or self.stop_signal is not None):
+        if self.run_dir is not None and (finished or due or global_step == 0 or stop is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
-        if self.stop_signal is not None and not finished:
-            raise stop_by(self.stop_signal)
+        wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
+        if num_ranks() == 1:
+            stop = self.stop_signal  # it may have come since
+        if stop is not None and not finished:
+            raise stop_by(stop)
+
+    def _agreed_stop(self) -> int | None:
+        """Return the signal that one of several ranks has got; what comes meanwhile waits for the next time."""
+        orphaned = os.getppid() != self.starter  # torchrun is gone
+        return largest(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
         """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""
@@ -263,7 +310,7 @@ class Run:
 
     def _save(self, file: str, global_step: int, state: Callable[[], State]) -> None:
         assert self.run_dir is not None
-        assert self.events is not None
+        path = self.run_dir / file
         common = {
             "algorithm": self.algorithm,
             "global_step": global_step,
@@ -273,10 +320,23 @@ class Run:
             "random_state": random_state(),
         }
         try:
-            self.events.flush()  # or a killed run would go on from here without the events of the last minutes
+            if self.events is not None:
+                self.events.flush()  # or a killed run would go on from here without the events of the last minutes
             learned = state()
+            require_same_weights(learned)
             require_finite(learned, global_step)
-            save_checkpoint(self.run_dir / file, {**common, **learned})
+            from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
         except OSError as error:
-            path, step = self.run_dir / file, f"agent step {global_step:,}"
+            step = f"agent step {global_step:,}"
             raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error
+
+
+def require_same_weights(learned: State) -> None:
+    """Raise RankError unless all ranks have the same weights, bit for bit, by a checksum."""
+    if num_ranks() == 1:
+        return
+    checksum = 0
+    for value in learned["model"].values():
+        checksum = zlib.crc32(value.detach().cpu().contiguous().numpy(), checksum)
+    if largest(checksum) != -largest(-checksum):
+        raise RankError("ranks have come to different weights: they must run the same code, on processors of one kind")

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from minirl.checks import ConfigError
+from minirl.distributed import RankError, from_rank_0, joined, launched, rank, recall
 from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
-from minirl.runs.checkpoints import DivergedError, brief
-from minirl.runs.directory import default_run_dir, load_settings
+from minirl.runs.checkpoints import CHECKPOINT_FILE, DivergedError, brief
+from minirl.runs.directory import CONFIG_FILE, default_run_dir, load_settings
 from minirl.runs.flags import as_flags, fail, make_parser, saved_config, shown
 from minirl.runs.run import Stopped
 from minirl.runs.seeds import train_seeds
@@ -30,6 +31,7 @@ class Train(Protocol):
         """Train as `config` says."""
 
 
+@joined()
 def run_training(
     algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
 ) -> tuple[Any, Any]:
@@ -37,7 +39,8 @@ def run_training(
 
     Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
     written; a training that diverges, or an environment that fails, with status 1; Ctrl-C with 130, SIGTERM 143, SIGHUP
-    129, and a standard error that nobody reads any more 141.
+    129, and a standard error that nobody reads any more 141. When torchrun starts ranks again, they go on with the run
+    that those before them have begun.
     """
     parser = make_parser(config_class, description, TRAINING_SCRIPTS)
     arguments = vars(parser.parse_args(argv))
@@ -48,26 +51,32 @@ def run_training(
     final_games: int | None = arguments.pop("final_games", None)
 
     try:
+        resume, run_dir = from_rank_0(lambda: started_again(resume, run_dir))
         if seeds is not None:
             if resume is not None:
                 raise ConfigError("--seeds can't go with --resume, which goes on with one run")
+            if launched():
+                raise ConfigError("--seeds can't go with torchrun, whose processes train together, with one seed")
             others = {"device": device} if final_games is None else {"device": device, "final_games": final_games}
             raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, others))
         if resume is not None:
             if run_dir is not None:
                 raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
-            config = resumed_config(algorithm, config_class, resume, arguments)
+            directory = resume
+            config = from_rank_0(lambda: resumed_config(algorithm, config_class, directory, arguments))
         else:
             config = config_class(**arguments)
         check_final_games(final_games, config)
         given = resume or run_dir
-        with contextlib.nullcontext(given) if given else default_run_dir(algorithm, config) as directory:
+        with contextlib.ExitStack() as stack:
+            directory = given or from_rank_0(lambda: stack.enter_context(default_run_dir(algorithm, config)))
             result = train(config, run_dir=directory, resume=resume is not None, device=device)
-            report(directory, final_games, device)
+            if rank() == 0:
+                report(directory, final_games, device)
         return config, result
     except ConfigError as error:
         parser.error(str(error))
-    except (DivergedError, EnvError) as error:
+    except (DivergedError, EnvError, RankError) as error:
         fail(error, status=1)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
@@ -76,6 +85,16 @@ def run_training(
         fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)) from None
+
+
+def started_again(resume: Path | None, run_dir: Path | None) -> tuple[Path | None, Path | None]:
+    """Return the directory to resume and the new one, as the flags say, or as the ranks before these have left them."""
+    if (begun := recall()) is None:
+        return resume, run_dir
+    if (begun / CHECKPOINT_FILE).exists():
+        return begun, None
+    (begun / CONFIG_FILE).unlink(missing_ok=True)  # they had begun it, and no more
+    return None, begun
 
 
 def train_with_seeds(

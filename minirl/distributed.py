@@ -1,0 +1,277 @@
+"""Several processes that train one policy, each on its own share of the environments: `torch.distributed`, torchrun.
+
+    torchrun --nproc-per-node 4 train_ppo.py --num-envs 32          # four ranks, 8 environments each
+
+Every rank plays, and learns from its own samples; before each step of the optimiser the gradients are averaged, so that
+all take the same step, and hold the same weights, bit for bit. Rank 0 writes, and speaks, for all.
+
+Without torchrun a process is rank 0 of 1, and every function here returns what it was given.
+"""
+
+import contextlib
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+from torch.optim import Optimizer
+
+from minirl.checks import ConfigError
+from minirl.envs.vector import available_cores
+
+T = TypeVar("T")
+
+LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # set by torchrun
+# How long ranks wait for one: while it may have more to do than they, as when it compiles or writes a file, and else.
+# torchrun gives what hangs 30 seconds more: after a minute all are gone.
+PATIENT, USUAL = timedelta(minutes=10), timedelta(seconds=25)
+
+
+class RankError(RuntimeError):
+    """Another rank has ended, or does not answer, or has come to other weights."""
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process, or somebody who sets the same variables."""
+    return os.environ.keys() >= LAUNCHED
+
+
+def together() -> bool:
+    """Whether this process is one of several ranks (`joined`)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process: 0 writes and speaks."""
+    return dist.get_rank() if together() else 0
+
+
+def num_ranks() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if together() else 1
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within the block this process is one of the ranks that torchrun has started; without torchrun nothing happens.
+
+    What is on a GPU goes by nccl from one to the other, all else by gloo. A rank computes with its share of the cores,
+    and only rank 0 warns. What ends one rank ends all: the first to fail says why, and the others, which fail because
+    of it, leave without a word, with status 1.
+    """
+    if together() or not launched():
+        yield
+        return
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which is what torchrun sets if nobody has
+        torch.set_num_threads(available_cores())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, number, ranks = next(rendezvous("env://", timeout=PATIENT))
+    # torchrun keeps the store when it starts ranks again, and these would look for those before them.
+    store = dist.PrefixStore(f"minirl/{attempt()}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=PATIENT)
+    try:
+        with warnings.catch_warnings():
+            if rank() != 0:
+                warnings.simplefilter("ignore")
+            yield
+    except Exception:
+        if not first_to_fail():
+            raise SystemExit(1) from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed so far. Ask once, to know who tells the user."""
+    if not together():
+        return os.environ.get("RANK", "0") == "0" or not launched()
+    try:
+        return bool(noticeboard().add(f"minirl/failed/{attempt()}", 1) == 1)
+    except RuntimeError:  # whoever held it is gone
+        return True
+
+
+def some_rank_failed() -> bool:
+    """Whether one has said why it ends."""
+    try:
+        return bool(noticeboard().check([f"minirl/failed/{attempt()}"]))
+    except RuntimeError:
+        return False
+
+
+def noticeboard() -> Any:
+    """Return what all ranks can write to and read; torchrun keeps it when it starts them again."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+
+
+def attempt() -> int:
+    """Return how often torchrun has started the ranks again (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def remember(run_dir: Path) -> None:
+    """Write down where this run is, for those that torchrun may start after these ranks."""
+    if together():
+        noticeboard().set("minirl/run_dir", str(run_dir))
+
+
+def recall() -> Path | None:
+    """Return where the run is that the ranks before these have begun; None if torchrun has not started them again."""
+    if not together() or attempt() == 0 or not noticeboard().check(["minirl/run_dir"]):
+        return None
+    return Path(noticeboard().get("minirl/run_dir").decode())
+
+
+def wait_at_most(timeout: timedelta) -> None:
+    """Say how long ranks wait for one from here on, `PATIENT` or `USUAL`: what takes longer ends the run."""
+    if together():
+        dist.distributed_c10d._set_pg_timeout(timeout)
+
+
+def require_one_process(algorithm: str) -> None:
+    """Raise a ConfigError if torchrun has started several processes."""
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ConfigError(
+            f"{algorithm} must run on one process: start it with python, not with torchrun; PPO takes both"
+        )
+
+
+def require_shares(**totals: int) -> None:
+    """Raise a ConfigError unless the ranks can have the same share of each of these settings."""
+    for name, total in totals.items():
+        if total % num_ranks() != 0:
+            below, flag = total - total % num_ranks(), "--" + name.replace("_", "-")
+            would = " or ".join(str(number) for number in (below, below + num_ranks()) if number > 0)
+            raise ConfigError(f"{flag} must divide into the {num_ranks()} ranks of torchrun: {would}, not {total}")
+
+
+def my_share(total: int) -> slice:
+    """Return which of `total` things, in a row, are this rank's."""
+    share = total // num_ranks()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of a tensor of each rank, the same bits on all of them."""
+    total: Tensor = torch.ops.minirl.sum_over_ranks(values)
+    return total
+
+
+# An operator, which PyTorch's compiler takes as it is.
+library = torch.library.Library("minirl", "DEF")
+library.define("sum_over_ranks(Tensor values) -> Tensor")
+torch.library.register_fake("minirl::sum_over_ranks", torch.empty_like, lib=library)
+
+
+@torch.library.impl(library, "sum_over_ranks", "CompositeExplicitAutograd")
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    total = values.clone()
+    with answered():
+        dist.all_reduce(total)
+    return total
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within the block, other ranks are waited for.
+
+    Raises:
+        RankError: if one does not answer.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        late = "imed out" in str(error)
+        why = f"has not answered for {time.monotonic() - began:.0f} seconds" if late else "has ended"
+        raise RankError(f"another rank {why}; the last checkpoint is kept") from error
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean of a tensor of each rank, the same bits on all of them."""
+    return sum_over_ranks(values) / num_ranks() if together() else values
+
+
+def average_gradients(optimizer: Optimizer) -> None:
+    """Give each parameter of an optimiser the mean of its gradients on all ranks: that of the whole minibatch.
+
+    All of them in one flat buffer, in one all-reduce. What has a gradient on one rank must have one on all.
+    """
+    if not together():
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    means = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def gathered(values: Tensor, dim: int = 0) -> Tensor:
+    """Return the tensors of all ranks side by side: (..., B, ...) -> (..., ranks x B, ...), those of rank 0 first."""
+    if not together():
+        return values
+    rows = values.movedim(dim, 0)
+    everything = rows.new_zeros((num_ranks(), *rows.shape))
+    everything[rank()] = rows
+    return sum_over_ranks(everything).flatten(0, 1).movedim(0, dim)
+
+
+def largest(number: int) -> int:
+    """Return the largest of a number of each rank."""
+    if not together():
+        return number
+    numbers = torch.tensor(number)
+    with answered():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def at_rank_0(value: T) -> list[T]:
+    """Return what each rank has, at rank 0; at the others nothing."""
+    if not together():
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    with answered():
+        dist.gather_object(value, values if rank() == 0 else None)
+    return values if rank() == 0 else []
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """Have rank 0 call the function, and the others wait for it; all return what it returned, or raise its error.
+
+    They are `PATIENT`, from here on.
+    """
+    if not together():
+        return function()
+    wait_at_most(PATIENT)
+    message: list[Any] = [None]
+    if rank() == 0:
+        try:
+            message = [(function(), None)]
+        except Exception as raised:
+            message = [(None, raised if is_plain(raised) else RuntimeError(f"{type(raised).__name__}: {raised}"))]
+    with answered():
+        dist.broadcast_object_list(message)
+    result, error = message[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+def is_plain(error: Exception) -> bool:
+    """Whether an error survives its way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
