@@ -97,7 +97,8 @@ def test_flags_exist(name: str) -> None:
 
 
 TOOLS = ("-m minirl.evaluate", "-m minirl.plots", *(f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.py")))
-OTHERS = {"--logdir", "--samples_per_plugin", "--check", "--help"}  # of tensorboard, ruff, all
+# Of tensorboard, ruff, all, and torchrun.
+OTHERS = {"--logdir", "--samples_per_plugin", "--check", "--help", "--nproc-per-node", "--max-restarts"}
 
 
 def flags_in(quoted: str) -> list[str]:
