@@ -1,4 +1,4 @@
-"""What PPO reaches on continuous control. Remakes the tables of docs/continuous.md.
+"""What PPO reaches on continuous control. Remakes the tables of docs/continuous-control.md.
 
     python benchmarks/continuous.py ppo-pendulum ppo-mountaincar-continuous --seeds 5
     python benchmarks/continuous.py ppo-hopper ppo-halfcheetah ppo-walker2d
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_speed import sb3_envs, sb3_ppo
+from zoo import settings_of
 
 from minirl.ppo import PPOConfig
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
@@ -58,7 +59,7 @@ def train_peer(recipe: str, seed: int) -> dict[str, Any]:
     from stable_baselines3.common.evaluation import evaluate_policy
 
     torch.set_num_threads(1)
-    config: PPOConfig = recipe_config(recipe)
+    config: PPOConfig = settings_of(recipe)
     started = time.monotonic()
     model = sb3_ppo(config, sb3_envs(config, seed), seed)
     model.learn(config.total_timesteps)
@@ -75,14 +76,6 @@ def train_peer(recipe: str, seed: int) -> dict[str, Any]:
         "worst": min(returns),
         "minutes": minutes,
     }
-
-
-def recipe_config(recipe: str) -> PPOConfig:
-    """Return the settings of a recipe."""
-    from minirl.runs.flags import make_parser
-
-    given = vars(make_parser(PPOConfig, "", {}).parse_args([f"@{RECIPES / recipe}.args"]))
-    return PPOConfig(**{name: value for name, value in given.items() if name in PPOConfig.__dataclass_fields__})
 
 
 def main() -> None:

@@ -102,8 +102,9 @@ def main() -> None:
             lambda mutation: run_tests(() if given.whole else mutation.tests, mutation, slow=given.slow), chosen
         )
         for mutation, (status, said) in zip(chosen, results, strict=True):
-            survived += status != 1  # a test that failed; other numbers are for tests that could not be run
-            print(f"{'red' if status == 1 else 'SURVIVED'}  {mutation.file}: {mutation.name}: {said}", flush=True)
+            red = status == 1 or status < 0  # a test failed, or a signal ended them; else, they could not be run
+            survived += not red
+            print(f"{'red' if red else 'SURVIVED'}  {mutation.file}: {mutation.name}: {said}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mutations turn the tests red")
     raise SystemExit(survived > 0)
 

@@ -134,10 +134,16 @@ def sb3_envs(config: "PPOConfig", seed: int) -> "VecEnv":
 def sb3_ppo(config: "PPOConfig", envs: "VecEnv", seed: int) -> "PPO":
     """Make Stable-Baselines3's PPO with the same settings."""
     from stable_baselines3 import PPO
+    from torch import nn
 
-    rate = config.learning_rate
+    rate, clip = config.learning_rate, config.clip_coef
+    networks = {
+        "net_arch": list(config.hidden_sizes),
+        "activation_fn": {"tanh": nn.Tanh, "relu": nn.ReLU}[config.activation],
+    }
+    pixels = len(envs.observation_space.shape or ()) == 3
     return PPO(
-        "CnnPolicy" if len(envs.observation_space.shape or ()) == 3 else "MlpPolicy",
+        "CnnPolicy" if pixels else "MlpPolicy",
         envs,
         learning_rate=(lambda remaining: rate * remaining) if config.anneal_lr else rate,
         n_steps=config.num_steps,
@@ -145,10 +151,11 @@ def sb3_ppo(config: "PPOConfig", envs: "VecEnv", seed: int) -> "PPO":
         n_epochs=config.update_epochs,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        clip_range=config.clip_coef,
+        clip_range=(lambda remaining: clip * remaining) if config.anneal_clip else clip,
         ent_coef=config.ent_coef,
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm,
+        policy_kwargs=None if pixels else networks,
         device="auto",
         seed=seed,
     )

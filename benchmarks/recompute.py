@@ -97,6 +97,7 @@ def draw_dqn(draw: Draw) -> Case:
         batch_size=draw.number(2, 20),
         learning_starts=draw.number(0, 60),
         train_frequency=draw.number(1, 6),
+        gradient_steps=draw.number(1, 3),
         target_network_frequency=draw.number(1, 40),
         target_network_episodes=draw.one_of(None, None, 3),
         tau=draw.one_of(0.01, 0.5, 1.0),

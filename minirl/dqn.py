@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
 from minirl.envs.make import make_vector_env
+from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import send
@@ -58,13 +59,15 @@ class DQNConfig:
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(100_000, "agent steps to train for, over all environments", at_least=1)
     num_episodes: int | None = setting(None, "stop after this many episodes, if that is sooner", at_least=1)
+    frame_size: int = setting(84, "rows and columns of an Atari game's frames", at_least=SMALLEST_IMAGE)
     num_envs: int = setting(1, "environments played side by side (N)", at_least=1, group="environments and memory")
     buffer_size: int = setting(100_000, "transitions remembered, over all environments", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((24, 24), "hidden layers on vectors", at_least=1, group="network and loss")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
     learning_starts: int = setting(1_000, "agent steps before the first one", at_least=0, group="gradient steps")
-    train_frequency: int = setting(1, "agent steps per gradient step", at_least=1)
+    train_frequency: int = setting(1, "agent steps between them", at_least=1)
+    gradient_steps: int = setting(1, "how many each time", at_least=1)
     batch_size: int = setting(64, "transitions per gradient step", at_least=1)
     learning_rate: float = setting(5e-3, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
@@ -106,7 +109,8 @@ class DQNConfig:
     @property
     def compiles(self) -> bool:
         """Whether the update is compiled: that takes some 20 seconds, and saves a third of a millisecond each."""
-        return self.total_timesteps / self.train_frequency >= COMPILED_FROM if self.compile is None else self.compile
+        gradient_steps = self.total_timesteps * self.gradient_steps / self.train_frequency
+        return gradient_steps >= COMPILED_FROM if self.compile is None else self.compile
 
     @property
     def last_step(self) -> int:
@@ -347,8 +351,8 @@ def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
     tags, stacked = ("losses/td_loss", "losses/q_values", "losses/grad_norm"), torch.stack(losses)
     if not stacked.isfinite().all():
         first = int(stacked.isfinite().all(dim=1).long().argmin())
-        update = f"update {last_update - len(losses) + 1 + first:,}"
-        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), update)
+        update = last_update - len(losses) + 1 + first
+        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), "update", update)
     return dict(zip(tags, stacked.mean(dim=0).tolist(), strict=True))
 
 
@@ -380,7 +384,9 @@ def train(
     # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
     with (
-        make_vector_env(config.env_id, config.num_envs, num_workers=config.num_workers) as envs,
+        make_vector_env(
+            config.env_id, config.num_envs, num_workers=config.num_workers, frame_size=config.frame_size
+        ) as envs,
         Judge(config, run_dir) as judge,
     ):
         online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))
@@ -441,7 +447,7 @@ def train(
                 before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(played.episodes))
 
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
-                    for _ in range(passed(config.train_frequency, before.steps, now.steps)):
+                    for _ in range(config.gradient_steps * passed(config.train_frequency, before.steps, now.steps)):
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
                         with in_training:
                             losses.append(step(*(send(column, torch_device) for column in batch)))

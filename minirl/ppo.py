@@ -37,6 +37,7 @@ from minirl.distributed import (
     require_shares,
 )
 from minirl.envs.make import make_vector_env
+from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import fetch, replayed
@@ -60,6 +61,7 @@ from minirl.runs.settings import MAX_SEED, check_settings, setting
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, sample by sample
 
@@ -71,12 +73,15 @@ class PPOConfig:
     env_id: str = setting("PongNoFrameskip-v4", "environment, any id that gymnasium.make takes", group="task")
     seed: int = setting(42, "seed of every random number; environment i gets seed + i", at_least=0, at_most=MAX_SEED)
     total_timesteps: int = setting(10_000_000, "agent steps to train for, over all environments", at_least=1)
-    num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts and advantages")
+    frame_size: int = setting(84, "rows and columns of an Atari game's frames", at_least=SMALLEST_IMAGE)
+    num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts")
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
-    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
+    hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
+    activation: str = setting("tanh", "between them: tanh or relu")
+    norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
+    gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
-    norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
     norm_reward: bool = setting(False, "divide rewards by the running standard deviation of the discounted return")
     minibatch_size: int = setting(256, "samples a gradient step; must divide N x T", at_least=1, group="gradient steps")
     update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
@@ -102,6 +107,8 @@ class PPOConfig:
             raise ConfigError(f"--minibatch-size must divide {sizes}")
         if self.norm_adv and self.minibatch_size == 1:
             raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"--activation must be {' or '.join(ACTIVATIONS)}, not {self.activation!r}")
 
     @property
     def batch_size(self) -> int:
@@ -122,8 +129,8 @@ class PPOConfig:
 class ActorCritic(nn.Module):
     """The policy pi(a|s) and the value V(s).
 
-    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, 64 x 64 with tanh, one
-    for each. The policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
+    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, one for each. The
+    policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
     The distribution is the action space's (`minirl.networks.policy_over`): a Categorical of Discrete actions, of a Box
     a Gaussian, whose standard deviations are weights of their own, at first e^0.
 
@@ -131,13 +138,21 @@ class ActorCritic(nn.Module):
         observation_space: a Box.
         action_space: Discrete, MultiDiscrete, MultiBinary or a Box of floats.
         norm_obs: whether vectors are normalised first; who trains says what is taken in, and when.
+        hidden_sizes: widths of the MLPs' layers.
+        activation: between them, a name of `ACTIVATIONS`.
 
     Raises:
         ConfigError: if the spaces are others, or images should be normalised.
     """
 
     def __init__(
-        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], *, norm_obs: bool = False
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        norm_obs: bool = False,
+        hidden_sizes: tuple[int, ...] = (64, 64),
+        activation: str = "tanh",
     ) -> None:
         super().__init__()
         num_outputs, self.policy = policy_over(action_space)
@@ -151,8 +166,8 @@ class ActorCritic(nn.Module):
             self.actor_body = NatureCNN(observation_space.shape)
             num_features = NatureCNN.num_features
         else:
-            sizes = (*observation_space.shape, 64, 64)
-            self.actor_body, self.critic_body = mlp(sizes, nn.Tanh), mlp(sizes, nn.Tanh)
+            sizes = (*observation_space.shape, *hidden_sizes)
+            self.actor_body, self.critic_body = (mlp(sizes, ACTIVATIONS[activation]) for _ in range(2))
             num_features = sizes[-1]
         self.actor = orthogonal(Head(num_features, num_outputs), gain=0.01)
         self.critic = orthogonal(Head(num_features, 1), gain=1.0)
@@ -378,6 +393,17 @@ class Rollout:
         return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
 
 
+def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
+    """Make the network that the settings ask for. Raises a ConfigError where the spaces will not do."""
+    return ActorCritic(
+        observation_space,
+        action_space,
+        norm_obs=config.norm_obs,
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+    )
+
+
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw actions: observations (B, ...) -> actions (B, ...), their log-probabilities (B,) and the values (B,)."""
     with products_in(precision, obs.device):
@@ -529,8 +555,10 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    with make_vector_env(config.env_id, mine, num_workers=config.num_workers, in_halves=True) as envs:
-        agent = ActorCritic(envs.observation_space, envs.action_space, norm_obs=config.norm_obs).to(torch_device)
+    with make_vector_env(
+        config.env_id, mine, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
+    ) as envs:
+        agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
         # What a checkpoint holds: whatever has `state_dict` and `load_state_dict` is saved and loaded by a line here.
@@ -579,7 +607,7 @@ def train(
                 agent.train()
                 samples = rollout.samples(advantages=advantages, returns=returns)
                 losses = update_policy(step, samples, config, clip_coef)
-                require_finite_losses(losses, f"update {update + 1:,}")
+                require_finite_losses(losses, "update", update + 1)
                 if config.norm_obs and agent.normalize is not None:
                     # Only now, or the policy that learns would not be the one that has played.
                     agent.normalize.take_in(samples["observations"])

@@ -245,7 +245,7 @@ def train(
             epsilon = config.epsilon * (remaining if config.anneal_epsilon else 1)
             played = play_episode(guard, q_table, rng, alpha, config.gamma, epsilon, max_steps)
             episode += 1
-            require_finite_losses({"losses/td_error": played.total_error}, f"episode {episode:,}")
+            require_finite_losses({"losses/td_error": played.total_error}, "episode", episode)
             global_step += played.length
             recent.append(played)
             run.returns.append(played.episodic_return)

@@ -73,6 +73,6 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         device="cpu",
     )
     tiny: dict[str, Any] = {"num_envs": 1, "num_steps": 8, "minibatch_size": 8, "update_epochs": 4}
-    config = PPOConfig(env_id="BreakoutNoFrameskip-v4", total_timesteps=8, learning_rate=0.003, **tiny)
+    config = PPOConfig(env_id="BreakoutNoFrameskip-v4", frame_size=42, total_timesteps=8, learning_rate=0.003, **tiny)
     train_ppo(config, run_dir=path / "breakout", device="cpu")
     return path

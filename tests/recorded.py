@@ -152,9 +152,8 @@ class OwnBody(nn.Module):
 
 
 class OwnActorCritic(nn.Module):
-    def __init__(self, observation_space: gym.Space[Any], action_space: Any, *, norm_obs: bool) -> None:
+    def __init__(self, observation_space: gym.Space[Any], action_space: Any, **settings: Any) -> None:
         super().__init__()
-        assert not norm_obs
         self.body, self.actor, self.critic = OwnBody(), nn.Linear(16, int(action_space.n)), nn.Linear(16, 1)
 
     def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:

@@ -21,8 +21,8 @@ def _plainly(function: Callable[..., Any], *bound: Any, enabled: bool = True) ->
     return functools.partial(function, *bound)
 
 
-def _not_in_halves(env_id: str, num_envs: int, *, num_workers: int | None = None, in_halves: bool = False) -> Any:
-    return make_vector_env(env_id, num_envs, num_workers=num_workers)
+def _not_in_halves(env_id: str, num_envs: int, **options: Any) -> Any:
+    return make_vector_env(env_id, num_envs, **{**options, "in_halves": False})
 
 
 def _set_mode(context: InTraining, training: bool) -> None:

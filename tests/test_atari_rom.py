@@ -72,18 +72,20 @@ def test_equals_stable_baselines3_bit_for_bit(env_id: str, num_steps: int, seed:
 
 
 @pytest.mark.parametrize(
-    ("env_id", "num_steps"),
+    ("env_id", "num_steps", "size"),
     [
-        ("PongNoFrameskip-v4", 1500),
-        ("BreakoutNoFrameskip-v4", 800),
-        ("SpaceInvadersNoFrameskip-v4", 800),
-        ("ALE/Seaquest-v5", 800),
-        ("QbertNoFrameskip-v4", 800),
-        ("CarnivalNoFrameskip-v4", 800),  # 214 lines high: two rows of tiles
+        ("PongNoFrameskip-v4", 1500, 84),
+        ("BreakoutNoFrameskip-v4", 800, 84),
+        ("BreakoutNoFrameskip-v4", 800, 42),
+        pytest.param("SpaceInvadersNoFrameskip-v4", 800, 42, marks=pytest.mark.slow),
+        pytest.param("SpaceInvadersNoFrameskip-v4", 800, 84, marks=pytest.mark.slow),
+        pytest.param("ALE/Seaquest-v5", 800, 84, marks=pytest.mark.slow),
+        pytest.param("QbertNoFrameskip-v4", 800, 84, marks=pytest.mark.slow),
+        ("CarnivalNoFrameskip-v4", 800, 84),  # 214 lines high: two rows of tiles
     ],
 )
-def test_the_fast_path_equals_the_readable_wrappers_bit_for_bit(env_id: str, num_steps: int) -> None:
-    fast, readable = (make_atari_env(env_id, fast=fast) for fast in (True, False))
+def test_the_fast_path_equals_the_readable_wrappers_bit_for_bit(env_id: str, num_steps: int, size: int) -> None:
+    fast, readable = (make_atari_env(env_id, size=size, fast=fast) for fast in (True, False))
     assert fast.observation_space == readable.observation_space
     rng = np.random.default_rng(3)
     for seed in (5, None):
@@ -124,7 +126,7 @@ def test_the_fast_path_keeps_the_frames_of_the_step_before_where_a_game_is_cut(l
 
 
 def test_what_the_fast_path_showed_stays_as_it_was() -> None:
-    env = SkipAndShrink(gym.make("PongNoFrameskip-v4"))
+    env = SkipAndShrink(gym.make("PongNoFrameskip-v4"), 84)
     env.reset(seed=0)
     shown = [env.step(0)[0] for _ in range(60)]
     assert len({frame.tobytes() for frame in shown}) > 10
@@ -310,6 +312,7 @@ def test_without_episodic_life_only_the_end_of_the_game_ends_the_episode() -> No
     assert "episode" in info
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5"])
 def test_a_game_of_half_an_hour_is_cut_not_over(env_id: str) -> None:
     env = make_atari_env(env_id, episodic_life=False, noop_max=0)

@@ -211,6 +211,7 @@ def test_what_is_near_0_keeps_its_digits(activation: type[nn.Module], size: floa
         torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_a_power_less_1_is_exact_everywhere() -> None:
     x = torch.cat([torch.logspace(-30, 2, 200), torch.tensor([0.0, torch.inf])])
     x = torch.cat([x, -x, torch.tensor([torch.nan])])

@@ -20,6 +20,7 @@ from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
+from minirl.rlhf import RLHFConfig
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import save_config
 from minirl.runs.flags import make_parser
@@ -95,21 +96,21 @@ def test_a_config_takes_the_ends_of_its_ranges(settings: dict[str, Any]) -> None
     Example(**settings)
 
 
-@pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig])
+@pytest.mark.parametrize("config_class", [PPOConfig, DQNConfig, QLearningConfig, RLHFConfig])
 def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         make_parser(config_class, "", {}).parse_args(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config_class):
-        words = {"None": "none", "(24, 24)": "24,24", "True": "on", "False": "off"}
+        words = {"None": "none", "(24, 24)": "24,24", "(64, 64)": "64,64", "True": "on", "False": "off"}
         default = words.get(str(field.default), str(field.default))
         assert f"{field.metadata['help']} (default: {default})" in text
         assert flag_name(field.name) in text
         assert len(field.metadata["help"]) < 100
 
 
-SCRIPTS = {"train_ppo": PPOConfig, "train_dqn": DQNConfig, "train_q": QLearningConfig}
+SCRIPTS = {"train_ppo": PPOConfig, "train_dqn": DQNConfig, "train_q": QLearningConfig, "train_rlhf": RLHFConfig}
 COMMANDS = [*SCRIPTS, "minirl.evaluate", "minirl.plots"]
 
 
@@ -138,7 +139,7 @@ def test_help_is_grouped_and_fits_on_two_screens(
             elif line.startswith("  -"):
                 flags.append(line.split()[0].strip(","))
         assert all(1 <= len(flags) <= 7 for title, flags in groups.items() if title.endswith(":"))
-        assert groups["task:"][:2] == ["--env-id", "--seed"]
+        assert groups["task:"][:2] == ["--stage" if command == "train_rlhf" else "--env-id", "--seed"]
         assert groups["run:"][0] == "--run-dir"
 
 
@@ -199,7 +200,10 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "vf_coef": 0.5,
         "max_grad_norm": 0.5,
         "seed": 42,
-        # Switches of the field's that the notebook leaves as Stable-Baselines3 has them.
+        # What the notebook leaves as Stable-Baselines3 has it.
+        "frame_size": 84,
+        "hidden_sizes": (64, 64),
+        "activation": "tanh",
         "anneal_lr": False,
         "anneal_clip": False,
         "norm_adv": True,
@@ -263,9 +267,9 @@ def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: floa
         (
             "ppo",
             PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False),
-            "better ones: @recipes/ppo-cartpole.args",
+            "better ones: @recipes/ppo-cartpole-zoo.args or @recipes/ppo-cartpole.args",
         ),
-        ("ppo", PPOConfig("Acrobot-v1"), "recipes/ has better ones for some tasks"),
+        ("ppo", PPOConfig("BipedalWalker-v3"), "recipes/ has better ones for some tasks"),
         ("dqn", DQNConfig(total_timesteps=9_000), None),
         ("dqn", DQNConfig("PongNoFrameskip-v4", eval_frequency=None), "better ones: @recipes/dqn-pong.args"),
         ("q_learning", QLearningConfig("Taxi-v4", num_episodes=9), "better ones: @recipes/q-taxi.args"),

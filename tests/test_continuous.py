@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minirl.checks import ConfigError
 from minirl.envs.guard import EnvError, Guard
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_env, make_vector_env
 from minirl.evaluate import evaluate
 from minirl.networks import (
     Bernoullis,
@@ -185,11 +186,8 @@ def wild(space: gym.Space[Any], number: int) -> tuple[Any, Any]:
     return drawn, (drawn + start).reshape(number, -1).astype(float)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.parametrize(("name", "num_workers"), [*((name, 1) for name in ACTIONS), ("Table", 2), ("Started", 2)])
 def test_environments_take_actions_of_any_shape_within_their_bounds(name: str, num_workers: int) -> None:
-    if num_workers == 2 and name not in ("Table", "Started"):
-        pytest.skip("two are enough")
     with make_vector_env(f"tests.fake_envs:{name}Actions-v0", 3, num_workers=num_workers) as envs:
         envs.reset(seed=0)
         for _ in range(3):
@@ -327,6 +325,17 @@ def test_the_mean_plays_and_stochastic_games_draw() -> None:
     torch.manual_seed(0)
     draws = choose_actions(agent, np.repeat(obs, 5_000, axis=0), sample=True)
     assert draws.std() == pytest.approx(1, abs=0.03)
+
+
+def test_without_mujoco_a_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(
+        ConfigError, match=r'--env-id must be .* MuJoCo is not installed.* "gymnasium\[mujoco\]"'
+    ) as error:
+        make_env("Hopper-v5")
+    assert "\n" not in str(error.value)
 
 
 def test_pictures_that_do_not_fit_a_gaussian_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -20,15 +20,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import minirl.evaluate
 import minirl.ppo
-from minirl import dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning, rlhf
 from minirl.dqn import DQNConfig
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
+from minirl.rlhf import RLHFConfig
 from tests.links import CODE_LINK, DOCUMENTS, ROOT, relink
 
 README = (ROOT / "README.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CONFIGS = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
+CONFIGS = {
+    "train_ppo.py": PPOConfig,
+    "train_dqn.py": DQNConfig,
+    "train_q.py": QLearningConfig,
+    "train_rlhf.py": RLHFConfig,
+}
 BY_NAME = {document.name: document for document in DOCUMENTS}
 
 every_document = pytest.mark.parametrize("name", BY_NAME)
@@ -178,8 +184,7 @@ def check_flags(command: list[str]) -> None:
 
 
 def every_command() -> list[str]:
-    readme = README.replace(section(README, "Change it"), "")
-    texts = [readme, *(document.read_text() for document in DOCUMENTS if document.name != "README.md")]
+    texts = [document.read_text() for document in DOCUMENTS if document.name != "changing.md"]
     return sorted({command for text in texts for command in commands(text)})
 
 
@@ -232,11 +237,12 @@ def clone(directory: Path) -> Path:
 def test_quick_commands_do_what_they_say(tmp_path: Path) -> None:
     """FrozenLake and Taxi take longer; their recipes are trained with in tests/test_q_learning.py."""
     clone(tmp_path)
-    (snippet,) = [block for block in blocks(README, "python") if "gymnasium.register" in block]
+    training_page = BY_NAME["training.md"].read_text()
+    (snippet,) = [block for block in blocks(training_page, "python") if "gymnasium.register" in block]
     (tmp_path / "my_grids.py").write_text(snippet)
     training = [
         command
-        for command in commands(README)
+        for command in (*commands(README), *commands(training_page))
         if command.startswith("python train_q.py") and "frozenlake" not in command and "taxi" not in command
     ]
     assert len(training) >= 3
@@ -301,9 +307,14 @@ def patched(source: str, diff: str) -> str:
     return source.replace(old, "".join(line[1:] for line in lines if line[0] != "-"))
 
 
+def test_the_readmes_edit_can_be_made() -> None:
+    (diff,) = blocks(README, "diff")
+    assert "AdamW(" in patched((ROOT / "minirl/ppo.py").read_text(), diff)
+
+
 @pytest.mark.slow
 def test_the_worked_example(tmp_path: Path) -> None:
-    text = section(README, "Change it")
+    text = section(BY_NAME["changing.md"].read_text(), "A worked example")
     diffs, (test,) = blocks(text, "diff"), blocks(text, "python")
     added = [line for diff in diffs for line in diff.splitlines() if line[0] == "+"]
     assert len(added) == 6
@@ -332,6 +343,12 @@ SHORT: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo.train, PPOConfig("CartPole-v1", total_timesteps=256, num_envs=2, num_steps=64, minibatch_size=64)),
     "DQN": (dqn.train, DQNConfig(total_timesteps=200, learning_starts=64, eval_frequency=100, eval_episodes=1)),
     "Q": (q_learning.train, QLearningConfig(num_episodes=10, video_frequency=50)),
+    "RLHF": (
+        rlhf.train,
+        RLHFConfig(
+            lm_steps=1, num_pairs=4, reward_batch_size=4, num_episodes=4, batch_size=4, minibatch_size=4, width=4
+        ),
+    ),
 }
 
 

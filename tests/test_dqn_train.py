@@ -154,6 +154,8 @@ def test_updates_come_after_the_start_and_as_often_as_asked(monkeypatch: pytest.
     calls = Calls(monkeypatch, dataclasses.replace(TINY, train_frequency=8, target_network_frequency=15))
     assert calls.updates == [24, 32, 40, 48, 56]
     assert calls.targets == [15, 30, 45, 60]
+    several = Calls(monkeypatch, dataclasses.replace(TINY, train_frequency=16, gradient_steps=3))
+    assert several.updates == [*[32] * 3, *[48] * 3]
 
 
 def test_several_environments_do_not_change_the_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:

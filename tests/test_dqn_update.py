@@ -128,6 +128,7 @@ def test_every_network_of_a_process_is_compiled() -> None:
 def test_only_long_runs_are_compiled() -> None:
     assert DQNConfig(total_timesteps=100_000, train_frequency=2).compiles
     assert not DQNConfig(total_timesteps=100_000, train_frequency=4).compiles
+    assert DQNConfig(total_timesteps=100_000, train_frequency=16, gradient_steps=8).compiles
     assert DQNConfig(total_timesteps=2_000, compile=True).compiles
     assert not DQNConfig(compile=False).compiles
 

@@ -59,9 +59,8 @@ def test_an_environment_may_change_the_working_directory(
 @pytest.fixture(scope="module")
 def breakout_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("breakout") / "run"
-    config = PPOConfig(
-        env_id="BreakoutNoFrameskip-v4", num_envs=1, num_steps=8, minibatch_size=8, total_timesteps=8, update_epochs=1
-    )
+    tiny: Any = {"num_envs": 1, "num_steps": 8, "minibatch_size": 8, "total_timesteps": 8, "update_epochs": 1}
+    config = PPOConfig(env_id="BreakoutNoFrameskip-v4", frame_size=42, **tiny)
     train(config, run_dir=run_dir, device="cpu")
     return run_dir
 
@@ -168,7 +167,7 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
         ("drawless --video game.mp4", "--video needs an environment that can be drawn"),
         ("{run} --device tpu", "--device must be auto, cpu or cuda"),
         ("empty", "there is no checkpoint here"),
-        ("other", "must hold a run of ppo, dqn or q_learning, not of sarsa"),
+        ("other", "must hold a run of ppo, dqn, q_learning or rlhf, not of sarsa"),
         (
             "changed",
             "changed/checkpoint.pt must be of a run as this one, and does not fit: RuntimeError: size mismatch",

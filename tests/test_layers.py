@@ -15,12 +15,14 @@ FLOORS = [
     ("minirl.fast",),
     ("minirl.networks", "minirl.replay"),
     ("minirl.runs",),
+    ("minirl.texts", "minirl.transformer"),
     ("minirl.results",),
     ("minirl.q_learning", "minirl.dqn", "minirl.ppo"),
+    ("minirl.rlhf",),  # with the loss and the advantages of minirl.ppo
     ("minirl.evaluate",),
     ("minirl.plots",),
     ("minirl.scripts",),
-    ("train_q", "train_dqn", "train_ppo"),
+    ("train_q", "train_dqn", "train_ppo", "train_rlhf"),
 ]
 STRANGERS = {"minirl.q_learning", "minirl.dqn", "minirl.ppo"}  # on one floor, and yet they don't import each other
 
@@ -48,7 +50,7 @@ def imported_by(module: str) -> set[str]:
             start = "." * node.level + (node.module or "")
             assert not start.startswith("."), f"{module} imports from {start}: a module's name is written out"
             found |= {inner if (inner := f"{start}.{name.name}") in FILES else start for name in node.names}
-    ours = {name for name in found if name.split(".")[0] in ("minirl", "train_q", "train_dqn", "train_ppo")}
+    ours = {name for name in found if name.split(".")[0] in ("minirl", *FLOORS[-1])}
     assert ours <= FILES.keys(), f"{module} imports {sorted(ours - FILES.keys())}"
     return ours
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl import dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning, rlhf
 from minirl.runs.directory import load_settings, save_config
 from minirl.runs.flags import saved_config, shown
 from minirl.runs.settings import flag_name
@@ -34,6 +34,7 @@ COMMANDS = {
     "ppo": ("train_ppo", [str(ROOT / "train_ppo.py")]),
     "dqn": ("train_dqn", [str(ROOT / "train_dqn.py")]),
     "q": ("train_q", [str(ROOT / "train_q.py")]),
+    "rlhf": ("train_rlhf", [str(ROOT / "train_rlhf.py")]),
     "evaluate": ("minirl.evaluate", ["-m", "minirl.evaluate"]),
     "plots": ("minirl.plots", ["-m", "minirl.plots"]),
 }
@@ -46,6 +47,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "dqn": (dqn.train, dqn.DQNConfig(total_timesteps=300, learning_starts=90, **TINY_DQN, **GAMES)),
     "q": (q_learning.train, q_learning.QLearningConfig(num_episodes=5)),
     "pong": (ppo.train, ppo.PPOConfig(num_envs=1, total_timesteps=8, **TINY_PPO)),
+    "rlhf": (rlhf.train, rlhf.RLHFConfig(stage="lm", lm_steps=1, width=4)),
 }
 
 
@@ -185,6 +187,19 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {
     "ppo-run": ("ppo", lambda run_dir: None),
     "dqn-run": ("dqn", lambda run_dir: None),
     "q-run": ("q", lambda run_dir: None),
+    "rlhf-run": ("rlhf", lambda run_dir: None),
+    # Files of texts
+    "texts": ("q", bytes_in("text", b"abc\nabd\n")),
+    "no-text": ("q", bytes_in("text", b"\n \n")),
+    "pairs": ("q", bytes_in("json", b'{"prompt": "the", "chosen": "soup", "rejected": "fish"}\n' * 2)),
+    "broken-pairs": ("q", bytes_in("json", b'{"prompt": "the", "chosen": "soup", "rejected": "fish"}\n{"prompt":\n')),
+    "half-pair": ("q", bytes_in("json", b'{"prompt": "the", "chosen": "soup"}\n')),
+    "empty-answer": ("q", bytes_in("json", b'{"prompt": "the", "chosen": "", "rejected": "fish"}\n')),
+    "unknown-word": ("q", bytes_in("json", b'{"prompt": "the", "chosen": "sushi", "rejected": "fish"}\n')),
+    "long-prompt": (
+        "q",
+        bytes_in("json", b'{"prompt": "' + b"the " * 28 + b'", "chosen": "soup", "rejected": "fish"}\n'),
+    ),
     # config.json
     "no-config": ("ppo", gone("config.json")),
     "empty-config": ("ppo", bytes_in("config.json", b"")),
@@ -299,6 +314,10 @@ CASES: list[tuple[str, str, str]] = [
     ("ppo", "--seed 99999999999", "--seed must be a whole number from 0 to 2147483647.*"),
     ("dqn", "--tau 0", "--tau must be a number above 0 and of at most 1, not 0.0"),
     ("dqn", "--train-frequency 0", "--train-frequency must be a whole number of at least 1, not 0"),
+    ("dqn", "--frame-size 42", "--frame-size must be left out, for CartPole-v1 is no Atari game"),
+    ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
+    ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
+    ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),
     ("dqn", "--target-network-frequency 0", "--target-network-frequency must be a whole number of at least 1, not 0"),
     (
         "dqn",
@@ -382,6 +401,41 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--env-id tests.fake_envs:SmallPicture-v0", "--env-id must have vectors .n,. or images .*"),
     ("q", "--env-id CartPole-v1", "--env-id must have Discrete observations that count from 0 for a Q-table, not .*"),
     ("q", "--env-id tests.fake_envs:NoSuch-v0", "--env-id must be an environment that Gymnasium can make: .*"),
+    # Texts
+    ("rlhf", "--stage sft", "--stage must be lm, reward or ppo, not 'sft'"),
+    ("rlhf", "--tokens words", "--tokens must be characters or bytes, not 'words'"),
+    ("rlhf", "--num-heads 3", "--num-heads must divide width = 64, and 3 does not"),
+    ("rlhf", "--minibatch-size 48", "--minibatch-size must divide batch_size = 128, not 48"),
+    ("rlhf", "--context 27", "--context must be at least 28 tokens for the grammar's reviews, not 27"),
+    ("rlhf", "--kl-coef -1", "--kl-coef must be a number of at least 0, not -1.0"),
+    ("rlhf", "--env-id CartPole-v1", "unrecognized arguments: --env-id CartPole-v1; --env-id belongs to .*"),
+    ("rlhf", "--text texts/text", "--preferences must be given with --text, which has no hidden rule; or --stage lm"),
+    ("rlhf", "--text no-text/text --stage lm", "--text must be a file with some text in it, and no-text/text has none"),
+    ("rlhf", "--text nowhere --stage lm", r"--text must be a file of text \(UTF-8\): .*No such file.*'nowhere'"),
+    ("rlhf", "--preferences nowhere", r"--preferences must be a file of text \(UTF-8\): .*No such file.*'nowhere'"),
+    (
+        "rlhf",
+        "--preferences broken-pairs/json",
+        "broken-pairs/json, line 2, must be a JSON object: Expecting value: .*",
+    ),
+    ("rlhf", "--preferences half-pair/json", "half-pair/json, line 1, must be a JSON object with .*: no rejected"),
+    ("rlhf", "--preferences empty-answer/json", "empty-answer/json, line 1, must have some text as chosen"),
+    ("rlhf", "--preferences unknown-word/json", "unknown-word/json, line 1, must have words .*, and 'sushi' is none"),
+    (
+        "rlhf",
+        "--preferences long-prompt/json",
+        "long-prompt/json, line 1, must fit into --context 28: prompt and chosen have 30 tokens",
+    ),
+    (
+        "rlhf",
+        "--preferences pairs/json --text texts/text",
+        "pairs/json, line 1, must have characters that .* has learned, and 't' is none",
+    ),
+    ("rlhf", "--resume rlhf-run --width 8", "--width 8 can't go with --resume: the run has 4; leave it out"),
+    ("rlhf", "--resume ppo-run", "--resume must name a run of rlhf: ppo-run is one of ppo"),
+    ("evaluate", "rlhf-run --video a.gif", "--video must go with a run that plays games: one of rlhf writes texts"),
+    ("plots", "rlhf-run", "rlhf-run must be a run of rlhf that has come to PPO, and has no texts/kl in its events"),
+    ("plots", "rlhf-run ppo-run", "runs of rlhf must be drawn without others, and rlhf-run is one"),
     # Directories and files to write
     ("q", "--run-dir=", "--run-dir: must be a path, not ''"),
     ("q", "--run-dir q-run", "--run-dir must be a new directory: q-run holds a run; continue it with --resume q-run"),
@@ -434,7 +488,7 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--resume nested-sizes", "nested-sizes/config.json: --hidden-sizes must be .*, not .*"),
     ("evaluate", "dqn-gamma-2", "dqn-gamma-2/config.json: --gamma must be a number from 0 to 1, not 2"),
     ("evaluate", "text-seed", "text-seed/config.json must hold the settings of a run"),
-    ("evaluate", "sarsa", "sarsa must hold a run of ppo, dqn or q_learning, not of sarsa"),
+    ("evaluate", "sarsa", "sarsa must hold a run of ppo, dqn, q_learning or rlhf, not of sarsa"),
     ("evaluate", "unknown-env", "--env-id must be an environment that Gymnasium can make: .*NoSuchEnv.*"),
     # Checkpoints that are none
     ("ppo", "--resume no-checkpoint", "no-checkpoint/checkpoint.pt: there is no checkpoint here"),

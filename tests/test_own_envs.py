@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,6 @@ from tests.own_envs import (
     EXACT,
     KINDS,
     GlobalNumpy,
-    GlobalPython,
     Hidden,
     Holds,
     Nested,
@@ -97,10 +97,13 @@ def test_a_checkpoint_that_cannot_be_read_never_takes_the_place_of_a_good_one(va
 
 # A run that was killed and resumed against the same left alone, which also holds that one seed gives one run.
 
-CASES = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
+CASES: list[Any] = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
 CASES += [("dqn", make.__name__, 1) for make in (OwnGenerator, GlobalNumpy, Holds, Shared, Samples)]
-CASES += [("ppo", make.__name__, 2) for make in (GlobalNumpy, GlobalPython, Shared, Samples)]
-CASES += [("dqn", make.__name__, 2) for make in (GlobalNumpy, GlobalPython)]
+CASES += [("ppo", "GlobalNumpy", 2)]
+CASES += [
+    pytest.param(*case, 2, marks=pytest.mark.slow)
+    for case in (*(("ppo", name) for name in ("GlobalPython", "Shared", "Samples")), ("dqn", "GlobalNumpy"))
+]
 
 
 @pytest.mark.parametrize(("algorithm", "name", "workers"), CASES)
@@ -116,7 +119,7 @@ def test_a_resumed_run_is_the_run_left_alone(
 
 
 @pytest.mark.parametrize("name", ["GlobalNumpy", "GlobalPython"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_judging_changes_nothing_of_the_training(workers: int, name: str, tmp_path: Path) -> None:
     for run, every in (("judged", 40), ("alone", None)):
         games = {"eval_frequency": every, "eval_episodes": 2, "confirm_episodes": 2}
@@ -201,6 +204,26 @@ def test_copies_of_known_environments_play_alike(env_id: str, monkeypatch: pytes
     with contextlib.closing(make()) as env:
         env.reset(seed=0)
         assert capture(env)["kept"] == type(env).__name__
+
+
+def test_physics_is_put_back_whole() -> None:
+    def whole(env: gym.Env[Any, Any]) -> list[Any]:
+        core: Any = env.unwrapped
+        everything = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(core.model, everything))
+        mujoco.mj_getState(core.model, core.data, state, everything)
+        return [state.tolist(), core.data.time, core.data.xpos.tolist(), core.data.cfrc_ext.tolist()]
+
+    env, other = make_env("Ant-v5"), make_env("Ant-v5")
+    env.reset(seed=0)
+    for _ in range(9):
+        env.step(np.ones(8, np.float32))
+    state, expected = capture(env), whole(env)
+    assert whole(env) == expected, "it is not changed"
+    assert expected[1] > 0
+    env.step(np.ones(8, np.float32))
+    restore(other, state)
+    assert whole(other) == expected, "a copy, and no view of what plays on"
 
 
 def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> None:

@@ -206,6 +206,7 @@ def test_a_fault_in_drawing(algorithm: str, tmp_path: Path, capfd: pytest.Captur
     assert_one_line_and_their_frames(capfd.readouterr().err, line, HOLE)
 
 
+@pytest.mark.slow
 def test_a_fault_in_processes_of_their_own(tmp_path: Path) -> None:
     tiny = ALGORITHMS["ppo"][2]
     command = f"train_ppo.py --env-id {id_of('Raises', 'ppo')} {tiny} --num-workers 2 --device cpu --run-dir"

@@ -207,7 +207,7 @@ def test_two_updates_on_the_real_pong_change_the_network_and_log_finite_losses(t
 @pytest.mark.parametrize(
     "config",
     [
-        SMALL_PONG,
+        pytest.param(SMALL_PONG, marks=pytest.mark.slow),
         dataclasses.replace(CARTPOLE, total_timesteps=5 * 256, target_kl=0.02, value_clip_coef=0.2),
         pytest.param(dataclasses.replace(SMALL_PONG, total_timesteps=5 * 64, compile=True), marks=pytest.mark.slow),
     ],
@@ -224,7 +224,10 @@ def test_one_seed_gives_one_result(config: PPOConfig, device: str) -> None:
     "config",
     [
         dataclasses.replace(TINY, num_envs=4, num_workers=1),
-        PPOConfig(num_envs=5, num_steps=4, minibatch_size=20, update_epochs=1, total_timesteps=40, num_workers=1),
+        pytest.param(
+            PPOConfig(num_envs=5, num_steps=4, minibatch_size=20, update_epochs=1, total_timesteps=40, num_workers=1),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_workers_change_nothing_but_the_speed(config: PPOConfig) -> None:

@@ -427,6 +427,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path, monkeypatch: pytes
     assert all(400 <= later - earlier < 600 for earlier, later in itertools.pairwise(saves[:-1]))
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_tables_and_goes_on_with_more_episodes(tmp_path: Path) -> None:
     def script(*arguments: str) -> str:
         command = [sys.executable, str(ROOT / "train_q.py"), *arguments]

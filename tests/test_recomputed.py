@@ -40,6 +40,7 @@ DQN: dict[str, Any] = {
     "num_workers": 1,
 }
 FRAMES = {"env_id": "frames"}
+FEW = {"total_timesteps": 200, "learning_starts": 100, "train_frequency": 10}  # updates, which take long on images
 PUSHED: dict[str, Any] = {"env_id": "tests.recorded:Pushed-v0", "norm_obs": True, "norm_reward": True}
 COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
@@ -58,20 +59,38 @@ CASES = {
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
-    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, max_grad_norm=1.0, huber=True), kills=[130]),
-    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]),
+    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=3, max_grad_norm=1.0, huber=True), kills=[130]),
+    "dqn, images": Case(
+        dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]
+    ),
     "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5)),
     "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
-    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES), own=recorded.OwnQNetwork),
+    "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES | FEW), own=recorded.OwnQNetwork),
     "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
+    "ppo, images, compiled": Case(ppo, PPOConfig(**PPO | FRAMES | COMPILED)),
+    "ppo, own network, compiled": Case(ppo, PPOConfig(**PPO | FRAMES | COMPILED), own=recorded.OwnActorCritic),
+    "ppo, vectors, bfloat16": Case(ppo, PPOConfig(**PPO | ROUNDED)),
+    "dqn, images, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | COMPILED)),
+    "dqn, images, bfloat16": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | ROUNDED)),
+    "dqn, two workers": Case(dqn, DQNConfig(**DQN | {"num_workers": 2})),
+    "q_learning, killed": Case(
+        q_learning,
+        QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250, checkpoint_frequency=90),
+        kills=[130],
+    ),
     "q_learning": Case(q_learning, QLearningConfig(env_id="tests.recorded:States-v0", num_episodes=250)),
+}
+
+SLOW = {
+    *(name for name in CASES if "compiled" in name),
+    *("ppo, vectors, bfloat16", "dqn, images, bfloat16", "dqn, two workers"),
 }
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name, marks=pytest.mark.slow if "compiled" in name else ()) for name, case in CASES.items()],
+    [pytest.param(case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
 def test_all_numbers_are_what_the_formulas_give(case: Case, tmp_path: Path) -> None:
     report = check(case, tmp_path)

@@ -100,7 +100,7 @@ def everything(buffer: ReplayBuffer) -> list[NDArray[Any]]:
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))])
 def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_size(
     seed: int, stacked: bool, tmp_path: Path
 ) -> None:

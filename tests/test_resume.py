@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl import dqn, ppo, q_learning
+from minirl import dqn, ppo, q_learning, rlhf
 from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
@@ -60,6 +60,9 @@ DQN_PONG = dataclasses.replace(
     checkpoint_frequency=30,
 )
 Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
+SMALL: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch_size": 4, "kl_target": 5.0}
+BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8}
+RLHF = rlhf.RLHFConfig(lm_steps=12, num_pairs=48, num_episodes=96, checkpoint_frequency=16, **SMALL, **BATCHES)
 
 # Episodes of 200 steps, of 999, of some 20 and of 1,000: cut, cut, ended, cut.
 NORMALISED = dataclasses.replace(PPO_CARTPOLE, num_envs=2, norm_obs=True, norm_reward=True, num_steps=32)
@@ -67,7 +70,7 @@ CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheet
 
 RUNS: list[Any] = [
     ("ppo", ppo.train, PPO_CARTPOLE),
-    ("ppo", ppo.train, PPO_PONG),
+    pytest.param("ppo", ppo.train, PPO_PONG, marks=pytest.mark.slow),  # tests/test_recomputed.py has the quick one
     ("dqn", dqn.train, DQN_CARTPOLE),
     ("dqn", dqn.train, dataclasses.replace(DQN_CARTPOLE, num_envs=3, target_network_episodes=2, tau=1.0)),
     ("dqn", dqn.train, DQN_PONG),
@@ -93,7 +96,14 @@ RUNS: list[Any] = [
     pytest.param(
         "ppo", ppo.train, dataclasses.replace(NORMALISED, env_id="Hopper-v5", compile=True), marks=pytest.mark.slow
     ),
+    ("rlhf", rlhf.train, RLHF),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirl.texts.REVIEWS", 100)
+    monkeypatch.setattr("minirl.rlhf.HELD_OUT", 16)
 
 
 class Killed(BaseException):
@@ -151,19 +161,19 @@ def test_a_killed_run_ends_as_one_left_alone(
 ) -> None:
     train(config, run_dir=tmp_path / "alone", device=device)
     rng = np.random.default_rng(0)
-    # The first kill must fall into the run: PPO on Pong has 10 updates.
-    calls = (
-        config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // config.num_envs
-    )
+    num_envs = getattr(config, "num_envs", 1)
+    # The first kill must fall into the run: PPO on Pong has 10 updates; those of RLHF fall into its three stages.
+    calls = config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // num_envs
     times = 1 if getattr(config, "compile", None) else 3  # each of its sessions compiles anew
     kills = [int(rng.integers(1, calls)) for _ in range(times)] + [0]  # the last one at once
+    kills = [5, 13, 13, 0] if algorithm == "rlhf" else kills
     train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch, device)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
     assert_same(alone, killed)
     logged = [read_scalars(tmp_path / name) for name in ("alone", "killed")]
     for tag in logged[0].keys() - {"charts/SPS", "charts/minutes"}:
         assert logged[0][tag] == logged[1][tag], f"{tag}: means over updates go on, too"
-    if config.env_id == "CartPole-v1" and algorithm == "dqn":
+    if algorithm == "dqn" and config.env_id == "CartPole-v1":
         one, other = (load_checkpoint(tmp_path / name, algorithm, file=BEST_FILE) for name in ("alone", "killed"))
         assert_same(one, other)
 
@@ -172,11 +182,12 @@ def test_a_killed_run_ends_as_one_left_alone(
     ("algorithm", "train", "config"),
     [
         RUNS[0],
-        pytest.param(*RUNS[1], marks=pytest.mark.slow),
+        RUNS[1],
         RUNS[2],
         RUNS[3],
         pytest.param(*RUNS[4], marks=pytest.mark.slow),
         RUNS[5],
+        RUNS[-1],
     ],
 )
 def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:
@@ -221,6 +232,26 @@ def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
         arguments = ["--resume", str(run_dir)]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True)
     assert_same(load_checkpoint(tmp_path / "alone", script), load_checkpoint(run_dir, script))
+
+
+@pytest.mark.slow
+def test_sigkill_in_each_stage_of_rlhf(tmp_path: Path) -> None:
+    flags = "--width 8 --num-heads 2 --lm-steps 600 --num-pairs 2048 --num-episodes 4096 --checkpoint-frequency 512"
+    command = [sys.executable, "train_rlhf.py", "--device", "cpu", "--final-games", "0"]
+    alone, run_dir = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run([*command, *flags.split(), "--run-dir", str(alone)], cwd=ROOT, check=True)
+    arguments = [*flags.split(), "--run-dir", str(run_dir)]
+    # Of 600 x 32 texts of the language model, 2 x 2 x 2048 of pairs, and 4096 that are written.
+    for step in (8_000, 24_000, 29_000):
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT)
+        while not (run_dir / "checkpoint.pt").exists() or load_checkpoint(run_dir, "rlhf")["global_step"] < step:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        arguments = ["--resume", str(run_dir)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+    assert_same(load_checkpoint(alone, "rlhf"), load_checkpoint(run_dir, "rlhf"))
 
 
 def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(

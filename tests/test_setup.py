@@ -34,7 +34,7 @@ def needed(name: str, extras: frozenset[str], seen: dict[str, Version]) -> dict[
 
 def test_every_direct_and_transitive_version_is_pinned_and_installed() -> None:
     pins = pinned_versions()
-    installed = needed("minirl", frozenset({"plot", "test", "bench"}), {})
+    installed = needed("minirl", frozenset({"plot", "test", "bench", "mujoco"}), {})
     assert {"torch", "gymnasium", "sympy", "mypy", "matplotlib", "stable-baselines3"} <= installed.keys()
     assert {name: Version(version.public) for name, version in installed.items()} == {
         name: pins.get(name) for name in installed

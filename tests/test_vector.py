@@ -30,7 +30,7 @@ from tests.fake_envs import EndsInReset, Faulty, Stuck, TorchDetector, Unmakable
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("ends_at", "cut_at"), [(2, None), (None, 2), (2, 2)])
 def test_an_end_resets_in_the_same_step_and_keeps_the_last_observation(
     num_workers: int, ends_at: int | None, cut_at: int | None
@@ -118,7 +118,7 @@ def test_the_number_of_workers_follows_the_machine(monkeypatch: pytest.MonkeyPat
         assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
+@pytest.mark.parametrize("num_workers", [1, 2, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 9))])
 def test_halves_play_in_turn_and_each_environment_its_own_actions(num_workers: int) -> None:
     with VectorEnv(functools.partial(counter, 2), 5, num_workers=num_workers, in_halves=True) as envs:
         assert envs.num_workers == min(num_workers, 3), "two workers have all of the smaller half to play"
@@ -149,7 +149,7 @@ def test_halves_play_in_turn_and_each_environment_its_own_actions(num_workers: i
         np.testing.assert_array_equal(envs.step(np.ones(5, np.int64)).observations, expected)
 
 
-@pytest.mark.parametrize("in_halves", [False, True])
+@pytest.mark.parametrize("in_halves", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_states_of_environments_made_otherwise_are_refused(in_halves: bool) -> None:
     with VectorEnv(counter, 4, num_workers=2, in_halves=in_halves) as envs:
         envs.reset(seed=0)
@@ -225,7 +225,11 @@ def test_a_worker_that_dies_ends_the_run(fault: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("raise", "ArithmeticError: the pole snapped"), ("hang up", "EOFError: the game server .*")]
+    ("fault", "message"),
+    [
+        ("raise", "ArithmeticError: the pole snapped"),
+        pytest.param("hang up", "EOFError: the game server .*", marks=pytest.mark.slow),
+    ],
 )
 def test_what_an_environment_raises_in_a_worker_comes_with_its_own_traceback(fault: str, message: str) -> None:
     with pytest.raises(EnvError, match=f"environment 2 .*, at its step 3, raised {message}$") as caught:
@@ -257,7 +261,7 @@ def test_a_worker_that_cannot_make_its_environments_says_why() -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_closing_twice_is_safe_and_stepping_then_is_not(num_workers: int) -> None:
     envs = VectorEnv(counter, 2, num_workers=num_workers)
     envs.reset()
@@ -282,6 +286,7 @@ def test_a_message_is_heard_at_once_or_late_and_waiting_costs_no_processor(delay
         workers._hear(ours)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stuck_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "PATIENCE", 0.2)
     envs = VectorEnv(Stuck, 3, num_workers=3)
@@ -383,6 +388,7 @@ def test_a_script_from_standard_input_is_told_why_it_has_no_workers() -> None:
     assert result.stderr.splitlines()[-1] == f"minirl.checks.ConfigError: {message}"
 
 
+@pytest.mark.slow
 def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> None:
     process = start_script(tmp_path, "60")
     process.kill()
@@ -390,6 +396,7 @@ def test_workers_leave_when_the_training_process_is_killed(tmp_path: Path) -> No
     assert_no_process_left(process.pid)
 
 
+@pytest.mark.slow
 def test_workers_leave_when_a_script_ends_without_closing(tmp_path: Path) -> None:
     process = start_script(tmp_path, "0")
     process.communicate(timeout=30)

@@ -216,6 +216,7 @@ def test_videos_change_nothing(algorithm: str, train: Any, config: Any, tmp_path
     assert all(step % frequency < 100 for step in steps), "as soon as it is due"
 
 
+@pytest.mark.slow
 def test_videos_of_pong_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "LONGEST_VIDEO", 20)
     config = dataclasses.replace(PPO_PONG, total_timesteps=144, video_frequency=48, num_workers=1)
@@ -252,6 +253,7 @@ def test_a_video_is_the_greedy_game_of_its_moment_and_tensorboard_has_it(
     assert (image.height, image.width) == expected[0].shape[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "train", "config"), RUNS)
 def test_a_killed_run_with_videos_ends_as_one_left_alone(
     algorithm: str, train: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

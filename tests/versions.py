@@ -52,7 +52,8 @@ def outcome(python: str, constraints: list[str]) -> tuple[bool, str]:
         binaries = environment / ("Scripts" if sys.platform == "win32" else "bin")
         (Path(directory) / "constraints.txt").write_text("\n".join(constraints))
         pip = [str(binaries / "python"), "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
-        pip += ["--constraint", str(Path(directory) / "constraints.txt"), "--editable", f"{ROOT}[plot,test,bench]"]
+        pip += ["--constraint", str(Path(directory) / "constraints.txt")]
+        pip += ["--editable", f"{ROOT}[plot,test,bench,mujoco]"]
         installed = subprocess.run(pip, capture_output=True, text=True)
         if installed.returncode != 0:
             reasons = [line for line in installed.stderr.splitlines() if line.startswith("ERROR")]

@@ -351,7 +351,8 @@ def faster(env: AtariEnv) -> AtariEnv:
         _say_once(f"Atari games are played by the plain wrappers, more slowly: {reason}")
         return env
     skip, resize = kinds.index(MaxAndSkip), kinds.index(Resize)
-    fast: Any = SkipAndShrink(layers[skip + 1])
+    smaller: Any = layers[resize]
+    fast: Any = SkipAndShrink(layers[skip + 1], smaller.size)
     above: Any = layers[skip - 1]
     above.env = fast
     below_gray: Any = layers[resize + 2] if skip > resize + 2 else fast

@@ -22,22 +22,22 @@ NO_FRAME = 1  # a colour number that no screen has (they are even), for frames t
 
 
 class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
-    """Repeat each action for four frames; return the maximum over the last two, gray and small: (84, 84).
+    """Repeat each action for four frames; return the maximum over the last two, gray and small: (size, size).
 
     Steps go straight to the emulator of the game at the bottom; resets go through the wrappers between.
 
-    Screens are compared in words of eight pixels, and shrunk in tiles: 210 x 160 pixels are 42 x 4 tiles of 5 x 40,
-    each of which becomes 2 x 21 pixels, whatever is around it.
+    Screens are compared in words of eight pixels, and shrunk in tiles: for a size of 84, 210 x 160 pixels are 42 x 4
+    tiles of 5 x 40, each of which becomes 2 x 21 pixels, whatever is around it.
 
     Raises:
         ValueError: if there is no Atari game at the bottom.
     """
 
     skip = 4
-    size = 84
 
-    def __init__(self, env: gym.Env[Screen, int]) -> None:
+    def __init__(self, env: gym.Env[Screen, int], size: int) -> None:
         super().__init__(env)
+        self.size = size
         game = self.unwrapped
         if not isinstance(game, AtariEnv):
             raise ValueError(f"SkipAndShrink needs a game of the Arcade Learning Environment, not {game}")
@@ -64,8 +64,8 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         A tile must become whole pixels, and its words of eight pixels must not lie in two tiles.
         """
         _, width, *colours = skipping.observation_space.shape
-        whole_words = width // math.gcd(width, cls.size) % 8 == 0
-        return bool(skipping.skip == cls.skip and resizing.size == cls.size and colours == [3] and whole_words)
+        whole_words = width // math.gcd(width, resizing.size) % 8 == 0
+        return bool(skipping.skip == cls.skip and colours == [3] and whole_words)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Screen, Info]:
         """Reset, and shrink the frame that is there."""

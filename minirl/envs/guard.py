@@ -108,7 +108,7 @@ class Guard:
         try:
             returned: Step = self._step(self._taken(action))
             obs, reward, terminated, truncated, info = returned
-            if type(reward) is float and type(terminated) is type(truncated) is bool:  # as they should be, mostly
+            if type(reward) is float and type(terminated) is bool and type(truncated) is bool:  # as they should be
                 if type(obs) is int:
                     if obs in self.states:
                         return returned

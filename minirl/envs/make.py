@@ -2,11 +2,13 @@
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
+from minirl.checks import ConfigError
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import is_atari, making, registered_id
@@ -17,7 +19,9 @@ from minirl.envs.vector import VectorEnv
 LONGEST_EPISODE = 100_000
 
 
-def make_env(env_id: str, *, render_mode: str | None = None, one_hot: bool = True) -> gym.Env[Any, Any]:
+def make_env(
+    env_id: str, *, render_mode: str | None = None, one_hot: bool = True, frame_size: int = 84
+) -> gym.Env[Any, Any]:
     """Make an environment by its Gymnasium id, Atari games with all preprocessing; finished episodes are counted.
 
     `env_id` is whatever `gymnasium.make` takes: `my_module:MyEnv-v0` imports `my_module` first. An environment without
@@ -27,14 +31,17 @@ def make_env(env_id: str, *, render_mode: str | None = None, one_hot: bool = Tru
         env_id: the id.
         render_mode: Gymnasium's.
         one_hot: show Discrete, MultiDiscrete and MultiBinary observations as vectors of 0 and 1, for networks.
+        frame_size: rows and columns of an Atari game's frames.
 
     Raises:
-        ConfigError: if there is no such environment, or its observations are not arrays.
+        ConfigError: if there is no such environment, its observations are not arrays, or it has no such frames.
         EnvError: if code of its own raises while it is made.
     """
     with making(env_id):
         if is_atari(env_id):
-            return make_atari_env(env_id, render_mode=render_mode, fast=True)
+            return make_atari_env(env_id, render_mode=render_mode, size=frame_size, fast=True)
+        if frame_size != 84:
+            raise ConfigError(f"--frame-size must be left out, for {env_id} is no Atari game")
         spec = gym.spec(registered_id(env_id))
         # Not every environment has the argument: pass it only where it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
@@ -65,10 +72,18 @@ def time_limit(spec: EnvSpec) -> int:
     return LONGEST_EPISODE if spec.max_episode_steps is None else spec.max_episode_steps
 
 
+def shown_to(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how environments are shown to a run with these settings, as arguments of `make_env`."""
+    one_hot = settings.get("algorithm") != "q_learning"
+    return {"one_hot": one_hot, **({"frame_size": settings["frame_size"]} if "frame_size" in settings else {})}
+
+
 def make_vector_env(
-    env_id: str, num_envs: int | slice, *, num_workers: int | None = None, in_halves: bool = False, one_hot: bool = True
+    env_id: str, num_envs: int | slice, *, num_workers: int | None = None, in_halves: bool = False, **shown: Any
 ) -> VectorEnv:
-    """Make `num_envs` copies of an environment (`make_env`), stepped together; Atari's in two halves, if asked to.
+    """Make `num_envs` copies of an environment, stepped together; Atari's in two halves, if asked to.
+
+    `shown` is for `make_env`: `one_hot`, `frame_size`.
 
     Of environments that several processes share, a slice says which.
 
@@ -81,5 +96,5 @@ def make_vector_env(
     if num_workers is None and not is_atari(env_id):
         num_workers = 1
     in_halves = in_halves and is_atari(env_id)
-    make = functools.partial(make_env, env_id, one_hot=one_hot)
+    make = functools.partial(make_env, env_id, **shown)
     return VectorEnv(make, num_envs, num_workers=num_workers, in_halves=in_halves)

@@ -1,7 +1,7 @@
 """Play full, unclipped games with what a run has learned: `python -m minirl.evaluate RUN_DIR`.
 
 On Atari the games come with the preprocessing of the training (FIRE is pressed after a lost life, say), while the
-returns are the real scores of whole games.
+returns are the real scores of whole games. A run of rlhf writes texts (`of_texts`).
 """
 
 import contextlib
@@ -19,14 +19,16 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_policy, make_q_network
 from minirl.envs.guard import EnvError
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
+from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
-from minirl.ppo import ActorCritic, PPOConfig, choose_actions
+from minirl.ppo import ActorCritic, PPOConfig, choose_actions, make_agent
 from minirl.q_learning import QLearningConfig, load_table
 from minirl.results.play import SIDE_BY_SIDE, Policy, play_games
 from minirl.results.video import LONGEST_VIDEO, record_game, steps_per_second
 from minirl.results.window import at_game_speed, open_window
+from minirl.rlhf import RLHFConfig
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
@@ -34,7 +36,12 @@ from minirl.runs.progress import Progress, answer
 from minirl.runs.run import seed_everything
 from minirl.runs.settings import MAX_SEED
 
-TRAINING_SCRIPTS = {"train_ppo.py": PPOConfig, "train_dqn.py": DQNConfig, "train_q.py": QLearningConfig}
+TRAINING_SCRIPTS = {
+    "train_ppo.py": PPOConfig,
+    "train_dqn.py": DQNConfig,
+    "train_q.py": QLearningConfig,
+    "train_rlhf.py": RLHFConfig,
+}
 SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
 
 
@@ -65,7 +72,8 @@ def evaluate(
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
-        `mean_return`, `std_return` (of these games: divided by n), `min_return`, `max_return`, `episodes`, `returns`.
+        `mean_return`, `std_return` (of these games: divided by n), `min_return`, `max_return`, `episodes`, `returns`;
+        of a run of rlhf what `evaluate_texts` does.
 
     Raises:
         ConfigError: if the run or an argument will not do.
@@ -83,13 +91,18 @@ def evaluate(
     torch_device = select_device(device)
     if seed is None:
         seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    if settings["algorithm"] == "rlhf":
+        given = {"--stochastic": stochastic, "--video": video, "--render": render, "--last": last}
+        if wrong := [flag for flag, value in given.items() if value]:
+            raise ConfigError(f"{wrong[0]} must go with a run that plays games: one of rlhf writes texts")
+        return evaluate_texts(run_dir, settings, episodes, seed, device)
     env_id = settings["env_id"]
-    one_hot = settings["algorithm"] != "q_learning"
-    with make_envs(env_id, episodes, render, one_hot) as envs:
+    shown = shown_to(settings)
+    with make_envs(env_id, episodes, render, shown) as envs:
         policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:
             seed_everything(seed)
-            if not record_game(policy, env_id, seed, video, one_hot=one_hot):
+            if not record_game(policy, env_id, seed, video, **shown):
                 print(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game", file=sys.stderr)
         if render:
             policy = at_game_speed(policy, steps_per_second(env_id))
@@ -106,11 +119,11 @@ def evaluate(
     }
 
 
-def make_envs(env_id: str, episodes: int, render: bool, one_hot: bool) -> VectorEnv:
+def make_envs(env_id: str, episodes: int, render: bool, shown: dict[str, Any]) -> VectorEnv:
     """Make the environments for `episodes` games: side by side, or one in a window."""
     if not render:
-        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), one_hot=one_hot)
-    window = open_window(env_id, one_hot=one_hot)
+        return make_vector_env(env_id, min(episodes, SIDE_BY_SIDE), **shown)
+    window = open_window(env_id, **shown)
     return VectorEnv(lambda: window, 1, num_workers=1)
 
 
@@ -134,7 +147,7 @@ def load_policy(
         return dqn_policy(run_dir, settings, envs, last, device)
     if algorithm == "q_learning":
         return q_learning_policy(run_dir, envs)
-    raise ConfigError(f"{run_dir} must hold a run of ppo, dqn or q_learning, not of {algorithm}")
+    raise ConfigError(f"{run_dir} must hold a run of ppo, dqn, q_learning or rlhf, not of {algorithm}")
 
 
 def ppo_agent(
@@ -142,8 +155,8 @@ def ppo_agent(
 ) -> ActorCritic:
     """Return PPO's network with the weights that a run has saved."""
     saved = load_checkpoint(run_dir, "ppo", "model")
-    norm_obs = load_settings(run_dir).get("norm_obs", False)
-    agent = ActorCritic(observation_space, action_space, norm_obs=norm_obs).to(device)
+    config = saved_config(PPOConfig, run_dir, load_settings(run_dir))
+    agent = make_agent(config, observation_space, action_space).to(device)
     load_weights(agent, saved)
     return agent
 
@@ -190,6 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     as_json = arguments.pop("json")
     try:
         result = evaluate(**arguments)
+        if "samples" in result:
+            answer(json.dumps(result) if as_json else in_lines(result))
+            return
         how = "sampled" if arguments["stochastic"] else "greedy"
         sentence = (
             f"return over {result['episodes']} games, {how} actions: "

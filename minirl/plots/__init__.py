@@ -15,6 +15,8 @@ from minirl.plots.of_run import KINDS, draw_picture
 from minirl.q_learning import LOG_EVERY
 from minirl.results.curves import Curve, curves_figure, read_curve
 from minirl.results.figure import check_output, save_figure
+from minirl.results.scores import read_scores, scores_figure
+from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, fail, read_path
 from minirl.runs.progress import Progress, answer
 
@@ -25,12 +27,17 @@ __all__ = ["Curve", "curves_figure", "draw_curves", "draw_picture", "main", "rea
 
 
 def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
-    """Draw the learning curves of runs; a run that is named twice is drawn once.
+    """Draw the learning curves of runs; a run that is named twice is drawn once. Runs of rlhf have scores instead.
 
     Raises:
         ConfigError: if a directory holds no run in which an episode has finished, or matplotlib is missing.
     """
     different = list({run_dir.resolve(): run_dir for run_dir in run_dirs}.values())
+    texts = [run_dir for run_dir in different if load_settings(run_dir)["algorithm"] == "rlhf"]
+    if texts:
+        if len(texts) < len(different):
+            raise ConfigError(f"runs of rlhf must be drawn without others, and {texts[0]} is one")
+        return scores_figure([read_scores(run_dir) for run_dir in texts])
     if len(different) == 1:
         return curves_figure([read_curve(different[0], LOG_EVERY)], x)
     curves = []

@@ -18,7 +18,7 @@ from minirl.checks import ConfigError
 from minirl.envs.atari import FrameStack, Grayscale, MaxAndSkip, Resize
 from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_env, make_vector_env
+from minirl.envs.make import make_env, make_vector_env, shown_to
 from minirl.evaluate import load_policy, ppo_agent
 from minirl.fast.machine import select_device
 from minirl.q_learning import load_table
@@ -57,7 +57,7 @@ def draw_picture(kind: str, run_dir: Path, device: str = "auto") -> "Figure":
         ConfigError: if the directory holds no run that this can be drawn of, or matplotlib is missing.
     """
     settings = load_settings(run_dir)
-    algorithm, env_id = settings["algorithm"], settings["env_id"]
+    algorithm, env_id = settings["algorithm"], settings.get("env_id", "texts")
     if kind not in fitting_kinds(settings):
         raise ConfigError(f"--kind {kind} needs {KINDS[kind]}, and {run_dir} is one of {algorithm} on {env_id}")
     require_matplotlib()  # before games are played
@@ -81,7 +81,9 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
         ConfigError: if its environment can't be made.
     """
     algorithm = settings["algorithm"]
-    with made(settings["env_id"]) as env:
+    if "env_id" not in settings:
+        return []
+    with made(settings) as env:
         fits = {
             "q-values": algorithm == "q_learning" and grid_of(env.unwrapped) is not None,
             "policy-map": algorithm in ("dqn", "ppo") and isinstance(env.unwrapped, CartPoleEnv),
@@ -92,9 +94,10 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def made(env_id: str, render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
-    """Make an environment, and close it in the end."""
-    env = make_env(env_id, render_mode=render_mode, one_hot=False)  # of the pictures, only those of tables show numbers
+def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
+    """Make a run's environment, and close it in the end."""
+    shown = {**shown_to(settings), "one_hot": False}  # of the pictures, only those of tables show numbers
+    env = make_env(settings["env_id"], render_mode=render_mode, **shown)
     try:
         yield env
     finally:
@@ -103,7 +106,7 @@ def made(env_id: str, render_mode: str | None = None) -> Iterator[gym.Env[Any, A
 
 def learned_grid(run_dir: Path, settings: dict[str, Any]) -> tuple[NDArray[np.float64], Grid]:
     """Return the Q-table of a run, and how its states and actions lie in the plane."""
-    with made(settings["env_id"]) as env:
+    with made(settings) as env:
         grid = grid_of(env.unwrapped)
         assert grid is not None
         return load_table(load_checkpoint(run_dir, "q_learning", "q_table"), env), grid
@@ -145,7 +148,7 @@ def policy_map(
     states[..., 2] = np.radians(angles)
     states[..., 3] = np.radians(velocities)[:, None]
     game = []
-    with make_vector_env(settings["env_id"], 1) as envs:
+    with make_vector_env(settings["env_id"], 1, **shown_to(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, device)
         actions = policy(states.reshape(-1, 4)).reshape(MAP_POINTS, MAP_POINTS)
         obs, ended = envs.reset(seed=settings["seed"]), False
@@ -164,7 +167,7 @@ def telling_moments(run_dir: Path, settings: dict[str, Any], device: torch.devic
     entropy.
     """
     moments: list[Moment] = []
-    with made(settings["env_id"], render_mode="rgb_array") as env:
+    with made(settings, render_mode="rgb_array") as env:
         agent = ppo_agent(run_dir, env.observation_space, env.action_space, device)
         game: Any = env.unwrapped
         obs, info = env.reset(seed=settings["seed"])
@@ -196,7 +199,7 @@ def preprocessing(settings: dict[str, Any]) -> Stages:
     """Play the start of a game at random; return the stages of the preprocessing when most moved within a stack."""
     best: Stages | None = None
     most = -1.0
-    with made(settings["env_id"], render_mode="rgb_array") as env:
+    with made(settings, render_mode="rgb_array") as env:
         assert isinstance(env.action_space, gym.spaces.Discrete)
         wrappers: dict[type, Any] = {}
         layer: Any = env

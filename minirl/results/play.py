@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
@@ -64,7 +64,9 @@ class Judge:
         self.envs: VectorEnv | None = None
         if self.frequency is not None:
             side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
-            self.envs = make_vector_env(config.env_id, side_by_side, num_workers=config.num_workers)
+            self.envs = make_vector_env(
+                config.env_id, side_by_side, num_workers=config.num_workers, **shown_to(vars(config))
+            )
 
     def __enter__(self) -> "Judge":
         return self

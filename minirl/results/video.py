@@ -26,7 +26,7 @@ from minirl.distributed import from_rank_0
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import Guard
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_env
+from minirl.envs.make import make_env, shown_to
 from minirl.results.play import Policy
 from minirl.runs.checkpoints import atomic_file, untouched_random_state
 from minirl.runs.run import Run, derived_seed
@@ -48,7 +48,7 @@ def record_game(
     *,
     flag: str = "--video",
     stopped: Callable[[], bool] = lambda: False,
-    one_hot: bool = True,
+    **shown: Any,
 ) -> bool:
     """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
 
@@ -59,7 +59,7 @@ def record_game(
         path: the file; its ending says which kind.
         flag: what a mistake is called after.
         stopped: asked after each step; once it is true, the video ends there.
-        one_hot: as in `make_env`.
+        shown: for `make_env`.
 
     Returns:
         Whether the game came to its end, within `LONGEST_VIDEO` agent steps.
@@ -68,7 +68,7 @@ def record_game(
         ConfigError: if the environment can't be drawn, or the file not written.
     """
     write = write_gif if path.suffix == ".gif" else write_mp4
-    with contextlib.closing(make_drawn_env(env_id, flag, one_hot=one_hot)) as env:
+    with contextlib.closing(make_drawn_env(env_id, flag, **shown)) as env:
         game = play_and_draw(policy, env, seed, flag, stopped)
         try:
             write(path, itertools.islice(game, LONGEST_VIDEO), steps_per_second(env_id))
@@ -77,14 +77,14 @@ def record_game(
         return next(game, None) is None
 
 
-def make_drawn_env(env_id: str, flag: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
-    """Make an environment whose `render` returns pictures.
+def make_drawn_env(env_id: str, flag: str, **shown: Any) -> gym.Env[Any, Any]:
+    """Make an environment whose `render` returns pictures; `shown` is for `make_env`.
 
     Raises:
         ConfigError: naming `flag`, if there are none.
     """
     require_render_mode(env_id, flag, "rgb_array")
-    return make_env(env_id, render_mode="rgb_array", one_hot=one_hot)
+    return make_env(env_id, render_mode="rgb_array", **shown)
 
 
 def require_render_mode(env_id: str, flag: str, *modes: str) -> None:
@@ -250,7 +250,7 @@ class Videos:
 
     def __init__(self, config: Any, run_dir: Path | None, first_step: int, *, one_hot: bool = True) -> None:
         self.config = config
-        self.one_hot = one_hot
+        self.shown = {**shown_to(vars(config)), "one_hot": one_hot}
         self.folder = None if run_dir is None or config.video_frequency is None else run_dir / "videos"
         self.last_step = first_step
         if self.folder is not None:
@@ -284,7 +284,7 @@ class Videos:
                     seed,
                     path,
                     stopped=lambda: run.stop_signal is not None,
-                    one_hot=self.one_hot,
+                    **self.shown,
                 )
                 log_gif(run, global_step, path)
             except Exception as error:

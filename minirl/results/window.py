@@ -18,8 +18,8 @@ from minirl.results.video import require_render_mode
 DISPLAY_VARIABLES = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "SDL_VIDEO_DRIVER")
 
 
-def open_window(env_id: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
-    """Make an environment that shows itself in a window at each step.
+def open_window(env_id: str, **shown: Any) -> gym.Env[Any, Any]:
+    """Make an environment that shows itself in a window at each step; `shown` is for `make_env`.
 
     Raises:
         ConfigError: if there is no display, the environment can't be drawn, or a package for that is missing.
@@ -33,7 +33,7 @@ def open_window(env_id: str, *, one_hot: bool = True) -> gym.Env[Any, Any]:
         with warnings.catch_warnings():
             # Where there is no "human" mode, Gymnasium shows the pictures in a window of its own, and says so.
             warnings.simplefilter("ignore", UserWarning)
-            env = make_env(env_id, render_mode="human", one_hot=one_hot)
+            env = make_env(env_id, render_mode="human", **shown)
         Guard(env).reset()
     except (gym.error.Error, RuntimeError) as error:  # the latter from ALE and pygame
         cause = error.__cause__ if isinstance(error, EnvError) else error

@@ -220,19 +220,20 @@ class DivergedError(RuntimeError):
     """Training has come to numbers that are not finite. The message says where; the checkpoint before is kept."""
 
 
-def require_finite_losses(losses: dict[str, float], update: str) -> None:
+def require_finite_losses(losses: dict[str, float], unit: str, number: int) -> None:
     """Stop a training whose losses are not finite: its weights are lost by then, too.
 
     Args:
         losses: by name.
-        update: which one they are of, as in "update 7".
+        unit: what they are of, "update" say.
+        number: which of those.
 
     Raises:
         DivergedError: naming the losses and the update.
     """
-    bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(f"training has diverged: {', '.join(bad)} in {update}; {ADVICE}")
+    if not all(map(math.isfinite, losses.values())):
+        bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+        raise DivergedError(f"training has diverged: {', '.join(bad)} in {unit} {number:,}; {ADVICE}")
 
 
 def require_finite(learned: State, global_step: int) -> None:

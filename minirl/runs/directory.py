@@ -32,22 +32,25 @@ if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
+WITHOUT_ENV = ("rlhf",)  # algorithms whose task is no environment, but texts
 
 
 @contextlib.contextmanager
 def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken.
 
-    What is still empty when the block ends goes again.
+    Without an environment, <env> is "texts". What is still empty when the block ends goes again.
 
     Raises:
         ConfigError: if there is no such environment, or the directory can't be made.
     """
-    env_name: str = config.env_id.replace("/", "-").replace(":", "-")
+    env_id: str = getattr(config, "env_id", "texts")
+    env_name = env_id.replace("/", "-").replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     run_dir = Path("runs").absolute() / algorithm / env_name / name
-    with making(config.env_id):
-        gym.spec(registered_id(config.env_id))  # or the directory of what does not exist might be refused instead
+    if hasattr(config, "env_id"):
+        with making(env_id):
+            gym.spec(registered_id(env_id))  # or the directory of what does not exist might be refused instead
     for number in itertools.count(2):
         try:
             run_dir.mkdir(parents=True)
@@ -130,6 +133,8 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     kinds = {"algorithm": str, "env_id": str, "seed": int}
+    if isinstance(settings, dict) and settings.get("algorithm") in WITHOUT_ENV:
+        del kinds["env_id"]
     if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):
         raise ConfigError(f"{path} must hold the settings of a run")
     return settings

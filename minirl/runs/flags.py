@@ -161,7 +161,7 @@ def make_parser(config_class: type, description: str, scripts: dict[str, type]) 
         default=argparse.SUPPRESS,
         metavar="N",
         help="greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
-        "than a tenth of the training)",
+        "than a tenth of the training); of RLHF, texts for its table (default: 500)",
     )
     group.add_argument("-h", "--help", action="help", help="show this text")
     return parser

@@ -73,8 +73,9 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
     Raises:
         ConfigError: if there is no such environment, or a directory is taken.
     """
-    with making(config.env_id):
-        gym.spec(registered_id(config.env_id))
+    if hasattr(config, "env_id"):
+        with making(config.env_id):
+            gym.spec(registered_id(config.env_id))
     for run_dir in run_dirs.values():
         if (run_dir / CONFIG_FILE).exists():
             go_on = shlex.join(["--resume", str(run_dir)])
@@ -106,7 +107,7 @@ def side_by_side(config: Any, num_seeds: int) -> tuple[int, int | None]:
     A run on Atari keeps all cores busy by itself. Others are a process with a small network, and are fastest one on
     each core: with PyTorch's usual threads, two of them side by side are several times as slow as one after the other.
     """
-    if is_atari(config.env_id):
+    if hasattr(config, "env_id") and is_atari(config.env_id):
         return 1, None
     processes_each = getattr(config, "num_workers", None) or 1
     at_once = max(1, min(num_seeds, available_cores() // processes_each))

@@ -127,6 +127,8 @@ RECIPES = Path(minirl.__file__).parents[1] / "recipes"  # files of flags, in a c
 
 def recipe_note(algorithm: str, config: Any) -> str | None:
     """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
+    if not hasattr(config, "env_id"):
+        return None
     defaults = type(config)()
     chosen = {name for name, value in vars(config).items() if value != vars(defaults)[name]}
     of_its_kind = is_atari(config.env_id) and is_atari(defaults.env_id)

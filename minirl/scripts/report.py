@@ -17,19 +17,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_vector_env, shown_to
 from minirl.evaluate import SEED_OFFSET, load_policy
+from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
+from minirl.plots import draw_curves
 from minirl.plots.of_run import draw_picture, fitting_kinds
-from minirl.results.figure import require_matplotlib
+from minirl.results.figure import require_matplotlib, save_figure
 from minirl.results.play import SIDE_BY_SIDE, play_games
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import load_settings
-from minirl.runs.progress import Progress, say
+from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
 from minirl.runs.settings import MAX_SEED
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
+FINAL_TEXTS = 500
 # Seconds for games that nobody asked for: a tenth of the training, and never less or more than this.
 SHORTEST_PATIENCE, LONGEST_PATIENCE = 3.0, 60.0
 
@@ -67,6 +70,8 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
     with left_out("games and pictures"):
         settings = load_settings(run_dir)
         saved = load_checkpoint(run_dir, settings["algorithm"])
+        if settings["algorithm"] == "rlhf":
+            return report_texts(run_dir, settings, FINAL_TEXTS if games is None else games, device)
         global_step: int = saved["global_step"]
         patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
         if games != 0 and not judges_itself(settings):
@@ -82,6 +87,18 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
                     figure = draw_picture(kind, run_dir, device)
                     with written_anew(run_dir, kind, global_step) as writer:
                         writer.add_figure(f"pictures/{kind}", figure, global_step, close=False)
+
+
+def report_texts(run_dir: Path, settings: dict[str, Any], number: int, device: str) -> None:
+    """Print a table and some texts of before and after, and draw the scores of a run of rlhf, where it has any."""
+    seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    if number > 0:
+        result = evaluate_texts(run_dir, settings, number, seed, device)
+        answer(in_lines(result))
+        if "after" in result:
+            with left_out("the picture of the scores"):
+                save_figure(draw_curves([run_dir]), run_dir / "curve.png")
+                answer(f"\n{run_dir / 'curve.png'}")
 
 
 @contextlib.contextmanager
@@ -115,8 +132,7 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         TimeoutError: if they take longer than `patience`, in seconds.
     """
     seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
-    one_hot = settings["algorithm"] != "q_learning"
-    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), one_hot=one_hot) as envs:
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **shown_to(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience
 

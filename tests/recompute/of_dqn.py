@@ -142,7 +142,7 @@ def check_dqn(config: Any, recording: Recording, report: Report, log_every: int)
 
         ended = int((raw["terminated"][t] | raw["truncated"][t]).sum())
         if now >= config.learning_starts and min(t + 1, window) * envs >= config.batch_size:
-            for _ in range(multiples(config.train_frequency, before, now)):
+            for _ in range(config.gradient_steps * multiples(config.train_frequency, before, now)):
                 update = updates[done]
                 check_chain(report, updates[done - 1] if done else None, update)
                 for name, weight in update.before.networks[1].items():

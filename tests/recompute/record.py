@@ -126,7 +126,9 @@ def record(case: Case, folder: Path) -> Recording:
             patch.setattr(module, "compiled", compiled)
         if config.env_id == "frames":
             patch.setattr(
-                module, "make_vector_env", lambda _, *args, **options: VectorEnv(recorded.frames, *args, **options)
+                module,
+                "make_vector_env",
+                lambda _, *args, frame_size, **options: VectorEnv(recorded.frames, *args, **options),
             )
         if case.own is not None:
             patch.setattr(module, "ActorCritic" if module is ppo else "QNetwork", case.own)

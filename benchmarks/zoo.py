@@ -1,0 +1,226 @@
+"""RL-Zoo's tuned settings, trained here: what they reach on several seeds, and how fast, beside the Zoo's own figures.
+
+    python benchmarks/zoo.py                          all rows, seeds 1 to 5; goes on where it was stopped
+    python benchmarks/zoo.py dqn-mountaincar --seeds 1,2
+    python benchmarks/zoo.py dqn-mountaincar --speed  steps a second against Stable-Baselines3's, alone and in turn
+
+Each row is a file of `recipes/`. A seed is trained by its script, in a process with one thread, as many side by side as
+there are cores; then 100 greedy games are played with other seeds. What is there already, in runs/zoo/, is not done
+again. The Zoo's figures are of one run each, by earlier versions of the environments (benchmark.md of
+DLR-RM/rl-baselines3-zoo).
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pairs import Timing, compare, report, seconds_between
+from ppo_speed import sb3_envs, sb3_ppo
+
+from minirl.envs.vector import available_cores
+from minirl.evaluate import TRAINING_SCRIPTS
+from minirl.runs.flags import make_parser
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "zoo"
+GOAL = 3.0  # times Stable-Baselines3's speed
+
+
+class Row(NamedTuple):
+    """The Zoo's figures: the mean return of a run, its standard deviation over games, and the steps of the run."""
+
+    mean: float
+    deviation: float
+    steps: str
+
+
+ROWS = {
+    "ppo-cartpole-zoo": Row(500.0, 0.0, "100k"),
+    "ppo-acrobot": Row(-73.5, 18.2, "1M"),
+    "ppo-mountaincar": Row(-110.4, 19.5, "1M"),
+    "ppo-lunarlander": Row(242.1, 31.8, "1M"),
+    "dqn-cartpole-zoo": Row(500.0, 0.0, "50k"),
+    "dqn-acrobot": Row(-76.6, 11.8, "100k"),
+    "dqn-mountaincar": Row(-100.8, 9.9, "120k"),
+    "dqn-lunarlander": Row(154.4, 79.2, "100k"),
+}
+
+
+def settings_of(name: str) -> Any:
+    """Return the config of a recipe."""
+    script = f"train_{name.split('-')[0]}.py"
+    config_class = TRAINING_SCRIPTS[script]
+    given = vars(make_parser(config_class, "", TRAINING_SCRIPTS).parse_args([f"@{ROOT / 'recipes' / name}.args"]))
+    return config_class(**{name: value for name, value in given.items() if name in config_class.__annotations__})
+
+
+def train_seed(name: str, seed: int) -> dict[str, Any]:
+    """Train a row with a seed, as far as that is not done, and play 100 games; return what came of it."""
+    run_dir = RUNS / name / f"seed{seed}"
+    if (done := run_dir / "result.json").exists():
+        result: dict[str, Any] = json.loads(done.read_text())
+        return result
+    script = ROOT / f"train_{name.split('-')[0]}.py"
+    begun = (run_dir / "checkpoint.pt").exists()
+    flags = (
+        ["--resume", run_dir] if begun else [f"@{ROOT / 'recipes' / name}.args", "--seed", seed, "--run-dir", run_dir]
+    )
+    with (RUNS / f"{name}-seed{seed}.log").open("a") as log:
+        run([script, *flags], log)
+    played = run(["-m", "minirl.evaluate", run_dir, "--episodes", 100, "--json"])
+    result = {**json.loads(played), "minutes": minutes_of(run_dir)}
+    done.write_text(json.dumps(result))
+    return result
+
+
+def run(arguments: list[Any], log: Any = None) -> str:
+    """Run Python with these arguments; return what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=True
+    ).stdout
+
+
+def minutes_of(run_dir: Path) -> float:
+    """Return how long a training took, as its run logged it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return float(events.Scalars("charts/minutes")[-1].value)
+
+
+def table(names: list[str], seeds: list[int]) -> str:
+    """Return what is there of these rows as a table."""
+    lines = ["| recipe | steps | mean of the seeds +- their deviation | each seed | the Zoo's run | minutes a seed |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for name in names:
+        files = [RUNS / name / f"seed{seed}" / "result.json" for seed in seeds]
+        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not results:
+            continue
+        means = [result["mean_return"] for result in results]
+        deviation = statistics.stdev(means) if len(means) > 1 else math.nan
+        each = ", ".join(f"{mean:.1f}" for mean in means)
+        zoo, minutes = ROWS[name], statistics.median(result["minutes"] for result in results)
+        lines.append(
+            f"| `{name}` | {zoo.steps} | **{statistics.mean(means):.1f}** +- {deviation:.1f} | {each} "
+            f"| {zoo.mean} +- {zoo.deviation} | {minutes:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def clock_of(config: Any) -> tuple[int, int]:
+    """Return the agent steps between which both sides are timed: multiples of what one update or log takes."""
+    if hasattr(config, "batch_size") and hasattr(config, "num_steps"):
+        updates = max(4, 20_000 // config.batch_size)
+        return config.batch_size * max(1, updates // 4), config.batch_size * updates
+    return 4_000, 20_000
+
+
+def train_minirl(name: str) -> Timing:
+    """Train a row with this project, without greedy games beside it."""
+    import dataclasses
+    import importlib
+
+    config, started = settings_of(name), time.perf_counter()
+    first, last = clock_of(config)
+    alone = {"eval_frequency": None} if name.startswith("dqn") else {}
+    # Compiled as the whole run is, which this is too short for.
+    config = dataclasses.replace(config, total_timesteps=last, compile=True, checkpoint_frequency=last, **alone)
+    with tempfile.TemporaryDirectory() as parent:
+        importlib.import_module(f"minirl.{name.split('-')[0]}").train(config, run_dir=Path(parent) / "run")
+        total = time.perf_counter() - started
+        seconds = seconds_between(Path(parent) / "run", first, last)
+    return Timing(seconds, total - seconds)
+
+
+def train_sb3(name: str) -> Timing:
+    """Train a row with Stable-Baselines3 and the same settings."""
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    config, started = settings_of(name), time.perf_counter()
+    first, last = clock_of(config)
+    if name.startswith("dqn"):
+        model: Any = DQN(
+            "MlpPolicy",
+            make_vec_env(config.env_id, n_envs=config.num_envs, seed=0),
+            learning_rate=config.learning_rate,
+            gamma=config.gamma,
+            buffer_size=config.buffer_size,
+            learning_starts=config.learning_starts,
+            batch_size=config.batch_size,
+            train_freq=config.train_frequency,
+            gradient_steps=config.gradient_steps,
+            target_update_interval=config.target_network_frequency,
+            exploration_fraction=config.exploration_fraction,
+            exploration_final_eps=config.end_epsilon,
+            max_grad_norm=config.max_grad_norm,
+            policy_kwargs={"net_arch": list(config.hidden_sizes)},
+            device="cpu",
+            seed=0,
+        )
+    else:
+        model = sb3_ppo(config, sb3_envs(config, seed=0), seed=0)
+    times: dict[int, float] = {}
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            times[self.num_timesteps] = time.perf_counter()
+            return True
+
+    model.learn(last, callback=Clock())
+    return Timing(times[last] - times[first], times[first] - started)
+
+
+SIDES = {"minirl": train_minirl, "stable-baselines3": train_sb3}
+
+
+def main() -> None:
+    """Train what is not there yet and print the table; or measure speed."""
+    parser = argparse.ArgumentParser(description="RL-Zoo's tuned settings, trained here.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="with commas between them")
+    parser.add_argument("--speed", action="store_true", help="measure the speed instead")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES, help="measure one side here")
+    given = parser.parse_args()
+    names = given.rows or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"ROW must be one of {', '.join(ROWS)}, not {unknown[0]}")
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    if given.side:
+        first, last = clock_of(settings_of(names[0]))
+        report(SIDES[given.side](names[0]), last - first)
+        return
+    if given.speed:
+        for name in names:
+
+            def arguments(side: str, name: str = name) -> list[str]:
+                return [name, "--side", side]
+
+            compare(f"zoo-{name}", __file__, "stable-baselines3", GOAL, given.pairs, arguments)
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+        todo = {pool.submit(train_seed, name, seed): (name, seed) for seed in seeds for name in names}
+        for future in concurrent.futures.as_completed(todo):
+            (name, seed), result = todo[future], future.result()
+            print(f"{name}, seed {seed}: {result['mean_return']:.1f} in {result['minutes']:.1f} minutes", flush=True)
+    print(table(names, seeds))
+
+
+if __name__ == "__main__":
+    main()

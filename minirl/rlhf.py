@@ -1,0 +1,452 @@
+"""RLHF: a language model learns what people like, in three stages (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593;
+Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155).
+
+    a language model p(next token | tokens so far), loss = -mean(log p)                  pretrain
+    a reward model r(text): which of two texts do people prefer?                         train_reward_model
+        loss = -mean(log sigmoid(r_chosen - r_rejected))                                 preference_loss
+    PPO, as in `minirl.ppo`: a token is an action, a text an episode                     train_policy
+        repeat: write texts with the policy pi_old                                       write
+            reward of a token = -kl_coef (log pi_old - log p_reference),
+                                and r(text) more for the last one                        token_rewards
+            advantages                                                                   compute_gae of minirl.ppo
+            a few epochs of gradient steps                                               ppo_loss of minirl.ppo
+
+Read from top to bottom: settings, network, the maths as pure functions, the stages, training.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minirl.checks import ConfigError, require_same_shape
+from minirl.distributed import require_one_process
+from minirl.envs.vector import Episode
+from minirl.fast.machine import Head, select_device, tuned
+from minirl.networks import Categorical
+from minirl.ppo import STATS, compute_gae, explained_variance, normalized, ppo_loss
+from minirl.runs import checkpoints
+from minirl.runs.checkpoints import Part, State, require_finite_losses
+from minirl.runs.run import Run, derived_seed, seed_everything
+from minirl.runs.settings import MAX_SEED, check_settings, setting
+from minirl.texts import END, Pairs, Texts, Vocabulary, described, load_texts, rated_pairs
+from minirl.transformer import Cache, Transformer
+
+STAGES = ("lm", "reward", "ppo")
+LEARNED = ("model", "reference", "reward", "lm_optimizer", "reward_optimizer", "ppo_optimizer")
+CHECKPOINT_KEYS = (*LEARNED, "kl_coef", "pairs", "vocabulary")
+HELD_OUT, AT_ONCE = 2_000, 512  # pairs that the reward model is judged by; texts written or judged at once
+WARMUP, JUDGE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps until it is judged
+ORDER = 7  # sets the seeds of the order of pairs apart from all others
+
+Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
+Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
+
+
+@dataclass(frozen=True)
+class RLHFConfig:
+    """The settings of a run; the defaults are for the reviews of `minirl.texts`."""
+
+    stage: str = setting("ppo", "up to which stage: lm, reward or ppo", group="task")
+    seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
+    num_episodes: int = setting(7_680, "texts that PPO writes", at_least=1)
+    text: str | None = setting(None, "file of texts to learn from, one a line; none: reviews by a grammar")
+    tokens: str = setting("characters", "of that file: characters or bytes")
+    preferences: str | None = setting(None, "file of pairs in JSON; none: a hidden rule chooses, and errs")
+    context: int = setting(28, "tokens of a text at most (L)", at_least=4, group="language model")
+    width: int = setting(64, "numbers that stand for a token", at_least=1)
+    num_layers: int = setting(2, "blocks of attention and MLP", at_least=1)
+    num_heads: int = setting(4, "heads of attention; must divide the width", at_least=1)
+    lm_steps: int = setting(2_000, "gradient steps", at_least=1)
+    lm_batch_size: int = setting(32, "texts a gradient step", at_least=1)
+    lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
+    num_pairs: int = setting(8_192, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
+    rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
+    reward_epochs: int = setting(1, "passes over the pairs", at_least=1)
+    reward_batch_size: int = setting(16, "pairs a gradient step", at_least=1)
+    reward_learning_rate: float = setting(1e-3, "Adam's step size, as above", above=0)
+    kl_coef: float = setting(0.1, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
+    kl_target: float | None = setting(None, "nats a text to which kl_coef adapts; none: it is fixed", above=0)
+    batch_size: int = setting(128, "texts between two updates (N)", at_least=1)
+    whiten_rewards: bool = setting(False, "divide the tokens' rewards by their standard deviation")
+    gamma: float = setting(1.0, "discount factor", at_least=0, at_most=1)
+    gae_lambda: float = setting(0.95, "lambda of the advantage estimate", at_least=0, at_most=1)
+    minibatch_size: int = setting(32, "texts a gradient step; must divide N", at_least=1, group="gradient steps")
+    update_epochs: int = setting(4, "passes over the N texts per update", at_least=1)
+    learning_rate: float = setting(5e-4, "Adam's step size", above=0)
+    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
+    max_grad_norm: float = setting(1.0, "clip the norm of the gradient to this, in all stages", above=0)
+    norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
+    clip_coef: float = setting(0.2, "epsilon of the clipped objective", above=0, group="loss")
+    vf_coef: float = setting(0.1, "weight of the value loss, which has no factor 1/2", at_least=0)
+    value_clip_coef: float | None = setting(0.2, "clip the change of the values to this; none: no clipping", above=0)
+    ent_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
+    checkpoint_frequency: int = setting(8_192, "texts between checkpoints", at_least=1, group="machine and files")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for name, choices in (("stage", STAGES), ("tokens", ("characters", "bytes"))):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"--{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+        if self.width % self.num_heads != 0:
+            raise ConfigError(f"--num-heads must divide width = {self.width}, and {self.num_heads} does not")
+        if self.batch_size % self.minibatch_size != 0:
+            raise ConfigError(f"--minibatch-size must divide batch_size = {self.batch_size}, not {self.minibatch_size}")
+        if self.text is not None and self.preferences is None and self.stage != "lm":
+            raise ConfigError("--preferences must be given with --text, which has no hidden rule; or --stage lm")
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of PPO: the last one may go past `num_episodes`."""
+        return math.ceil(self.num_episodes / self.batch_size)
+
+    def plan(self, num_pairs: int) -> dict[str, tuple[int, int]]:
+        """Return of each stage the texts of a step, two a pair, and the number of steps."""
+        batches = self.reward_epochs * math.ceil(num_pairs / self.reward_batch_size)
+        sizes = (self.lm_batch_size, 2 * self.reward_batch_size, self.batch_size)
+        steps = zip(sizes, (self.lm_steps, batches, self.num_updates), strict=True)
+        return dict(zip(STAGES[: STAGES.index(self.stage) + 1], steps, strict=False))
+
+
+class LanguageModel(nn.Module):
+    """A transformer with two heads: the distribution of the next token, and a score.
+
+    The first is the embedding once more (tied). The second is linear and starts at 0: the reward model's is its word on
+    the whole text, at the last token; the policy's is the value at each, what is still to come.
+    """
+
+    def __init__(self, num_tokens: int, config: RLHFConfig) -> None:
+        super().__init__()
+        self.body = Transformer(num_tokens, config.context, config.width, config.num_layers, config.num_heads)
+        self.scores = Head(config.width, 1)
+        nn.init.zeros_(self.scores.weight)
+        nn.init.zeros_(self.scores.bias)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Categorical, Tensor]:
+        """Tokens (B, L) -> the distribution of the token that follows each, and scores (B, L)."""
+        features = self.body(tokens, cache)
+        return Categorical(F.linear(features, self.body.token.weight)), self.scores(features).squeeze(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the values where the mask is True, whatever the others are; both (N, T).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    require_same_shape(values=values, mask=mask)
+    return values.where(mask, 0.0).sum() / mask.sum()
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The reward model's loss, L = -mean(log sigmoid(r_chosen - r_rejected)), of the scores of pairs, (B,) each.
+
+    In Bradley and Terry's model (1952) the log-odds of a choice are the difference of two scores, and this is minus its
+    log-likelihood (Stiennon et al. 2020, section 3.4).
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    require_same_shape(chosen=chosen, rejected=rejected)
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def token_rewards(scores: Tensor, log_ratio: Tensor, written: Tensor, kl_coef: float) -> Tensor:
+    """Return the reward of each token, -kl_coef (log pi - log p_reference), and the text's score more for the last one.
+
+    Summed over a text it is r(text) - kl_coef log(pi(text) / p_reference(text)), whose mean is the objective (Ziegler
+    et al. 2019, eq. 2). `scores` is (N,), `log_ratio` (N, T), and `written` (N, T) says which tokens were chosen: the
+    others, of prompts and padding, get nothing.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    require_same_shape(log_ratio=log_ratio, written=written)
+    require_same_shape(scores=scores, written_of_a_token=written[:, 0])
+    return (-kl_coef * log_ratio).where(written, 0.0) + scores[:, None].where(last_of(written), 0.0)
+
+
+def last_of(written: Tensor) -> Tensor:
+    """Which token of each text is the last that was chosen: (N, T) -> (N, T)."""
+    return written & ~F.pad(written[:, 1:], (0, 1))
+
+
+def whitened(rewards: Tensor, written: Tensor) -> Tensor:
+    """Return rewards (N, T) scaled to deviation 1 over the chosen tokens; their mean stays, or length would pay."""
+    mean, deviation = rewards[written].mean(), rewards[written].std()
+    return ((rewards - mean) / (deviation + 1e-8) + mean).where(written, 0.0)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
+    """Return the coefficient, moved as far as the KL is off, at most by 2 % (Ziegler et al. 2019, section 2.2)."""
+    return kl_coef * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
+
+
+@torch.no_grad()
+def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
+    """Write on from each prompt until `END`, or until the row is full.
+
+    Every row begins with token 0 and is told its own prompt first. So nothing lies to the left of a text, and what lies
+    to its right comes later, where no token looks.
+
+    Returns:
+        The texts; log pi of each token, and the value before each, (N, L - 1), of those that were written.
+    """
+    num_texts, context = prompts.tokens.shape
+    given = torch.arange(context, device=prompts.tokens.device) < prompts.prompt[:, None]
+    tokens = prompts.tokens.where(given, END)
+    log_probs, values = (torch.zeros(num_texts, context - 1, device=tokens.device) for _ in range(2))
+    ended = torch.zeros_like(given[:, 0])
+    cache: Cache = []
+    first = int(prompts.prompt.min())
+    distribution, scores = model(tokens[:, :first], cache)
+    for t in range(first, context):
+        distribution = Categorical(distribution.logits[:, -1])
+        drawn = distribution.sample()
+        tokens[:, t] = tokens[:, t].where(given[:, t] | ended, drawn)
+        log_probs[:, t - 1], values[:, t - 1] = distribution.log_prob(tokens[:, t]), scores[:, -1]
+        ended |= ~given[:, t] & (drawn == END)
+        if ended.all():
+            break
+        distribution, scores = model(tokens[:, t : t + 1], cache)
+    ends = (tokens == END) & ~given
+    length = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, context)
+    return Texts(tokens, prompts.prompt, length), log_probs, values
+
+
+def said_of(model: LanguageModel, tokens: Tensor) -> tuple[Categorical, Tensor, Tensor]:
+    """Tokens (N, L) -> the distribution of each but the first, log pi of it and the value before it, (N, L - 1)."""
+    distribution, values = model(tokens[:, :-1])
+    return distribution, distribution.log_prob(tokens[:, 1:]), values
+
+
+def judged(reward: LanguageModel, texts: Texts) -> Tensor:
+    """Return the reward model's scores of texts, (N,): its word at their last token."""
+    scores = torch.cat([reward(part)[1] for part in texts.tokens.split(AT_ONCE)])
+    return scores.gather(1, texts.length[:, None] - 1).squeeze(1)
+
+
+def text_advantages(
+    rewards: Tensor, values: Tensor, written: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns of texts, (N, T) as all of them: each is an episode that ends for good at its last
+    token, so that nothing behind it counts. Those of tokens that were not chosen mean nothing."""
+    rewards, values, last = rewards.T, values.T, last_of(written).T
+    next_values = torch.cat([values[1:], values[-1:]])
+    advantages, returns = compute_gae(rewards, values, next_values, last, torch.zeros_like(last), gamma, gae_lambda)
+    return advantages.T, returns.T
+
+
+def make_pairs(model: LanguageModel, prompts: Texts, vocabulary: Vocabulary, config: RLHFConfig) -> Pairs:
+    """Have the model write on twice from each of some prompts, and the hidden rule choose, with its errors."""
+    number = HELD_OUT + config.num_pairs
+    begun = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
+    first, second = (Texts.joined([write(model, part)[0] for part in begun.split(AT_ONCE)]) for _ in range(2))
+    return rated_pairs(first, second, vocabulary, config.rater_sharpness, HELD_OUT)
+
+
+def accuracy(reward: LanguageModel, pairs: Pairs) -> float:
+    """Return the share of the pairs held out in which the chosen text has the higher score."""
+    with torch.no_grad():
+        chosen, rejected = (judged(reward, texts.rows(slice(0, pairs.held_out))) for texts in pairs[:2])
+    return (chosen > rejected).double().mean().item()
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: RLHFConfig) -> Tensor:
+    """Take a step down the gradient; return the gradient's norm before clipping."""
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, foreach=False)
+    optimizer.step()
+    return grad_norm
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup: float = 0.0) -> float:
+    """Set the learning rate: it rises linearly over the first share of a stage, `warmup`, and falls to 0 at its end."""
+    rate *= done / warmup if done < warmup else (1 - done) / (1 - warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def pretrain(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Texts, config: RLHFConfig, first: int = 0
+) -> Iterator[Step]:
+    """Stage 1: learn to say the texts of a corpus, from gradient step `first` on."""
+    for step in range(first, config.lm_steps):
+        rate = set_rate(optimizer, config.lm_learning_rate, (step + 1) / (config.lm_steps + 1), WARMUP)
+        chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
+        texts = corpus.rows(chosen)._replace(prompt=torch.ones_like(chosen))  # prompts are learned, too
+        loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
+        grad_norm = learn(model, optimizer, loss, config)
+        losses = {"losses/grad_norm": grad_norm.item(), "losses/lm_loss": loss.item()}
+        require_finite_losses(losses, "gradient step of the language model", step + 1)
+        yield {**losses, "charts/learning_rate": rate}, []
+
+
+def train_reward_model(
+    reward: LanguageModel, optimizer: torch.optim.Optimizer, pairs: Pairs, config: RLHFConfig, first: int = 0
+) -> Iterator[Step]:
+    """Stage 2: learn which text of a pair was chosen, from gradient step `first` on; in the end, scale the scores."""
+    chosen, rejected = pairs.learned()
+    steps_each = math.ceil(len(chosen.tokens) / config.reward_batch_size)
+    last = config.reward_epochs * steps_each
+    for step in range(first, last):
+        rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
+        epoch, number = divmod(step, steps_each)
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, epoch))
+        order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
+        batch = order.split(config.reward_batch_size)[number]
+        loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
+        grad_norm = learn(reward, optimizer, loss, config)
+        losses = {"losses/grad_norm": grad_norm.item(), "losses/preference_loss": loss.item()}
+        require_finite_losses(losses, "gradient step of the reward model", step + 1)
+        if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
+            losses["reward/accuracy"] = accuracy(reward, pairs)
+            losses |= {} if math.isnan(pairs.best_accuracy) else {"reward/best_accuracy": pairs.best_accuracy}
+        if step + 1 == last:
+            with torch.no_grad():  # scores of what the language model writes are to have mean 0 and deviation 1
+                scores = torch.cat([judged(reward, texts) for texts in (chosen, rejected)])
+                reward.scores.weight.div_(scores.std() + 1e-8)
+                reward.scores.bias.sub_(scores.mean()).div_(scores.std() + 1e-8)
+        yield {**losses, "charts/learning_rate": rate}, []
+
+
+def gradient_step(
+    policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, chosen: Tensor
+) -> Tensor:
+    """Learn from a minibatch of texts: `chosen` (B,) of all. Return `STATS` and the gradient's norm before clipping."""
+    batch = {name: column[chosen] for name, column in samples.items()}
+    distribution, log_prob, values = said_of(policy, batch.pop("tokens"))
+    written = batch.pop("written")
+    batch = {name: column[written] for name, column in batch.items()}  # from here on token by token
+    loss, stats = ppo_loss(
+        log_prob[written],
+        batch["log_probs"],
+        normalized(batch["advantages"]) if config.norm_adv else batch["advantages"],
+        values[written],
+        batch["returns"],
+        distribution.entropy()[written],
+        clip_coef=config.clip_coef,
+        vf_coef=config.vf_coef,
+        ent_coef=config.ent_coef,
+        old_values=batch["values"],
+        value_clip_coef=config.value_clip_coef,
+    )
+    grad_norm = learn(policy, optimizer, loss, config)
+    return torch.stack([*(stats[name] for name in STATS), grad_norm])
+
+
+def train_policy(
+    policy: LanguageModel,
+    reference: LanguageModel,
+    reward: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    kl_coef: Tensor,
+    prompts: Texts,
+    vocabulary: Vocabulary,
+    config: RLHFConfig,
+    first: int = 0,
+) -> Iterator[Step]:
+    """Stage 3: PPO on what the reward model likes, from update `first` on. `kl_coef` () moves with `--kl-target`."""
+    device = prompts.tokens.device
+    for update in range(first, config.num_updates):
+        rate = set_rate(optimizer, config.learning_rate, update / config.num_updates if config.anneal_lr else 0)
+        begun = prompts.rows(torch.randint(len(prompts.tokens), (config.batch_size,), device=device))
+        texts, log_probs, values = write(policy, begun)
+        written = texts.written
+        with torch.no_grad():
+            scores = judged(reward, texts)
+            log_ratio = (log_probs - said_of(reference, texts.tokens)[1]).where(written, 0.0)
+        rewards = token_rewards(scores, log_ratio, written, kl_coef.item())
+        used = whitened(rewards, written) if config.whiten_rewards else rewards
+        advantages, returns = text_advantages(used, values, written, config.gamma, config.gae_lambda)
+
+        samples = {"tokens": texts.tokens, "written": written, "log_probs": log_probs, "values": values}
+        samples |= {"advantages": advantages, "returns": returns}
+        history = [
+            gradient_step(policy, optimizer, config, samples, chosen)
+            for _ in range(config.update_epochs)
+            for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size)
+        ]
+        means = torch.stack(history).mean(dim=0).tolist()
+        losses = {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
+        require_finite_losses(losses, "update", update + 1)
+        losses["losses/explained_variance"] = explained_variance(values[written], returns[written])
+        about = {**described(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}
+        if config.kl_target is not None:
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), about["texts/kl"], config.kl_target))
+        sums, lengths = rewards.sum(dim=1).tolist(), written.sum(dim=1).tolist()
+        yield {**losses, **about, "charts/learning_rate": rate}, list(map(Episode, range(len(sums)), sums, lengths))
+
+
+def train(
+    config: RLHFConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
+) -> LanguageModel:
+    """Train, up to `config.stage`, and return the policy; before the last stage, that is the language model.
+
+    Args:
+        config: the settings.
+        run_dir: where checkpoints and TensorBoard events go; None writes nothing.
+        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: if a file, the device or the run directory will not do.
+        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
+    """
+    require_one_process("RLHF")
+    torch_device = select_device(device)
+    run_dir = None if run_dir is None else Path(run_dir).absolute()
+    saved = checkpoints.load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS) if resume else None
+    vocabulary, corpus, pairs = load_texts(config, torch_device)
+    prompts = corpus if pairs is None else pairs.learned()[0]
+    plan = config.plan(config.num_pairs if pairs is None else len(prompts.tokens))
+    total = sum(size * steps for size, steps in plan.values())
+    done: int = saved["global_step"] if saved else 0
+    if done > total:
+        raise ConfigError(f"--stage and --num-episodes must go as far as the {done} texts that are done")
+    seed_everything(config.seed)
+    model, reference, reward = (LanguageModel(len(vocabulary), config).to(torch_device) for _ in range(3))
+    optimizers = [torch.optim.Adam(network.parameters(), eps=1e-5, fused=True) for network in (model, reward, model)]
+    learned: dict[str, Part] = dict(zip(LEARNED, [model, reference, reward, *optimizers], strict=True))
+    kl_coef = torch.tensor(config.kl_coef)
+    checkpoints.load_parts(learned, saved)
+    if saved is not None:
+        with checkpoints.reading(saved):
+            kl_coef.copy_(saved["kl_coef"])
+            pairs = Pairs.restored(saved["pairs"], torch_device) if saved["pairs"] else pairs
+        checkpoints.set_random_state(saved)
+
+    def state() -> State:
+        kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens}
+        return {**{name: part.state_dict() for name, part in learned.items()}, **kept}
+
+    with Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved) as run, tuned(model):
+        run.checkpoint(done, state)
+        before = 0  # texts of the stages before
+        for (stage, (size, num_steps)), optimizer in zip(plan.items(), optimizers, strict=False):
+            first, before = (done - before) // size, before + size * num_steps
+            if done >= before:
+                continue
+            if stage == "lm":
+                steps = pretrain(model, optimizer, corpus, config, first)
+            elif stage == "reward":
+                if first == 0:
+                    reward.load_state_dict(model.state_dict())
+                pairs = pairs or make_pairs(model, prompts, vocabulary, config)
+                steps = train_reward_model(reward, optimizer, pairs, config, first)
+            else:
+                if first == 0:
+                    reference.load_state_dict(model.state_dict())
+                steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
+            for scalars, episodes in steps:
+                done += size
+                run.log_episodes(done, episodes)
+                run.log(done, scalars)
+                run.checkpoint(done, state, finished=done == total)
+    return model

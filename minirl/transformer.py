@@ -1,0 +1,69 @@
+"""A small decoder-only transformer (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Radford et al. 2019)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Cache = list[tuple[Tensor, Tensor]]  # of each block, the keys and values of the tokens so far
+
+
+class Block(nn.Module):
+    """Attention to the tokens so far, then an MLP; each sees its input normalised (pre-norm), and adds to it."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, L, width), and keys and values of tokens before -> (B, L, width), and those of all tokens."""
+        heads = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, width / heads) each
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
+        x = x + self.mixed(seen.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x)), (keys, values)
+
+
+class Transformer(nn.Module):
+    """Features of each token of a text, which know it and the tokens before it, and no later one.
+
+    There is no dropout: a text must be as likely when it is learned from as it was when it was written.
+
+    Args:
+        num_tokens: how many different ones there are.
+        context: tokens of a text at most.
+        width: of the features.
+        num_layers: blocks.
+        num_heads: of attention; divides the width.
+    """
+
+    def __init__(self, num_tokens: int, context: int, width: int, num_layers: int, num_heads: int) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(num_tokens, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)  # as GPT-2's
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Tokens (B, L) -> features (B, L, width).
+
+        With a `cache`, empty at first, it keeps keys and values there, and `tokens` go on from those before: several at
+        first, and then one at a time.
+        """
+        start = cache[0][0].shape[2] if cache else 0
+        x = self.token(tokens) + self.position(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        past: list[Any] = list(cache) if cache else [None] * len(self.blocks)
+        for number, block in enumerate(self.blocks):
+            x, past[number] = block(x, past[number])
+        if cache is not None:
+            cache[:] = past
+        features: Tensor = self.norm(x)
+        return features
