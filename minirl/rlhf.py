@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
+from minirl.distributed import require_one_process
 from minirl.envs.vector import Episode
 from minirl.fast.machine import Head, select_device, tuned
 from minirl.networks import Categorical
@@ -65,7 +66,7 @@ class RLHFConfig:
     lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
     num_pairs: int = setting(8_192, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
     rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
-    reward_epochs: int = setting(1, "passes over the pairs", at_least=1)
+    reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
     reward_batch_size: int = setting(16, "pairs a gradient step", at_least=1)
     reward_learning_rate: float = setting(1e-3, "Adam's step size, as above", above=0)
     kl_coef: float = setting(0.1, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
@@ -189,8 +190,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
     """Write on from each prompt until `END`, or until the row is full.
 
-    Every row begins with token 0 and is told its own prompt first. So nothing lies to the left of a text, and what lies
-    to its right comes later, where no token looks.
+    Every row begins with token 0 and is told its own prompt first. Nothing is padded but what comes after a text.
 
     Returns:
         The texts; log pi of each token, and the value before each, (N, L - 1), of those that were written.
@@ -281,8 +281,7 @@ def pretrain(
         chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
         texts = corpus.rows(chosen)._replace(prompt=torch.ones_like(chosen))  # prompts are learned, too
         loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
-        grad_norm = learn(model, optimizer, loss, config)
-        losses = {"losses/grad_norm": grad_norm.item(), "losses/lm_loss": loss.item()}
+        losses = {"losses/grad_norm": learn(model, optimizer, loss, config).item(), "losses/lm_loss": loss.item()}
         require_finite_losses(losses, "gradient step of the language model", step + 1)
         yield {**losses, "charts/learning_rate": rate}, []
 
@@ -301,8 +300,8 @@ def train_reward_model(
         order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
         batch = order.split(config.reward_batch_size)[number]
         loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
-        grad_norm = learn(reward, optimizer, loss, config)
-        losses = {"losses/grad_norm": grad_norm.item(), "losses/preference_loss": loss.item()}
+        grad_norm = learn(reward, optimizer, loss, config).item()
+        losses = {"losses/grad_norm": grad_norm, "losses/preference_loss": loss.item()}
         require_finite_losses(losses, "gradient step of the reward model", step + 1)
         if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
@@ -398,6 +397,7 @@ def train(
         ConfigError: if a file, the device or the run directory will not do.
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
+    require_one_process("RLHF")
     torch_device = select_device(device)
     run_dir = None if run_dir is None else Path(run_dir).absolute()
     saved = checkpoints.load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS) if resume else None
