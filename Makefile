@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test test-slow test-all quick-1 quick-2 slow-1 slow-2 types install clean
+.PHONY: pong test test-slow test-all quick-1 quick-2 slow-edits slow-ranks slow-1 slow-2 slow-3 types install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	@$(SIDE_BY_SIDE) quick-1 quick-2 types
 
 test-slow: $(INSTALLED)
-	@$(SIDE_BY_SIDE) slow-1 slow-2
+	@$(SIDE_BY_SIDE) slow-edits slow-ranks slow-1 slow-2 slow-3
 
 test-all: test test-slow
 
@@ -25,16 +25,25 @@ SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(if $(fi
 PYTEST = $(BIN)/python -m pytest $(ARGS)
 
 quick-1:
-	$(PYTEST) -m "not slow" tests/test_[a-o]*.py
+	$(PYTEST) -m "not slow" tests/test_[a-p]*.py
 
 quick-2:
-	$(PYTEST) -m "not slow" tests/test_[p-z]*.py
+	$(PYTEST) -m "not slow" tests/test_[q-z]*.py
+
+slow-edits:
+	$(PYTEST) -m slow tests/test_edits.py
+
+slow-ranks:
+	$(PYTEST) -m slow tests/test_distributed.py
 
 slow-1:
-	$(PYTEST) -m slow --ignore tests/test_edits.py
+	$(PYTEST) -m slow $(filter-out %_edits.py %_distributed.py,$(wildcard tests/test_[a-o]*.py))
 
 slow-2:
-	$(PYTEST) -m slow tests/test_edits.py
+	$(PYTEST) -m slow tests/test_[p-r]*.py
+
+slow-3:
+	$(PYTEST) -m slow tests/test_[s-z]*.py
 
 types:
 	$(BIN)/mypy
