@@ -247,8 +247,11 @@ def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> 
     """Make a network for these environments.
 
     Raises:
-        ConfigError: if the actions are not Discrete, or the observations no vectors or images.
+        ConfigError: if the actions are not Discrete, the observations no vectors or images, or the hidden layers chosen
+            for images.
     """
+    if is_image(envs.observation_space) and config.hidden_sizes != (24, 24):
+        raise ConfigError("--hidden-sizes must be left out: images go through the Nature CNN")
     if not isinstance(envs.action_space, gym.spaces.Discrete):
         raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
     return QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)

@@ -394,7 +394,13 @@ class Rollout:
 
 
 def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
-    """Make the network that the settings ask for. Raises a ConfigError where the spaces will not do."""
+    """Make the network that the settings ask for.
+
+    Raises:
+        ConfigError: if the spaces will not do, or the settings are for vectors and there are images.
+    """
+    if is_image(observation_space) and (config.hidden_sizes, config.activation) != ((64, 64), "tanh"):
+        raise ConfigError("--hidden-sizes and --activation must be left out: images go through the Nature CNN")
     return ActorCritic(
         observation_space,
         action_space,

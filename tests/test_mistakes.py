@@ -315,6 +315,16 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--tau 0", "--tau must be a number above 0 and of at most 1, not 0.0"),
     ("dqn", "--train-frequency 0", "--train-frequency must be a whole number of at least 1, not 0"),
     ("dqn", "--frame-size 42", "--frame-size must be left out, for CartPole-v1 is no Atari game"),
+    (
+        "ppo",
+        "--env-id PongNoFrameskip-v4 --activation relu",
+        "--hidden-sizes and --activation must be left out: images go through the Nature CNN",
+    ),
+    (
+        "dqn",
+        "--env-id PongNoFrameskip-v4 --hidden-sizes 9",
+        "--hidden-sizes must be left out: images go through the Nature CNN",
+    ),
     ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
     ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
     ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),
