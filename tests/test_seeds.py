@@ -128,10 +128,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
     tmp_path.mkdir()
     process = start("train_ppo.py", f"{settings} --seeds 0-7 --run-dir all", tmp_path)
     checkpoint = tmp_path / "all" / "seed0" / "checkpoint.pt"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)  # some updates
+    wait_until_under_way(process, [0])
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: it reaches every process of the group
     output, error = process.communicate()
     assert process.returncode == 130
@@ -150,12 +147,8 @@ def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.
     """As when `tee` has ended, by the same Ctrl-C or by itself, or when it is this process that is killed."""
     settings = "--num-episodes 10000000 --checkpoint-frequency 1000000000 --seeds 0-1 --run-dir all"
     process = start("train_q.py", settings, tmp_path)
+    wait_until_under_way(process, [0, 1])
     assert process.stderr is not None
-    heard = ""
-    while not all(f"seed {seed}: run directory" in heard for seed in (0, 1)):
-        heard += process.stderr.readline()
-        assert process.poll() is None
-    time.sleep(1)  # some episodes
     process.stderr.close()
     if number is not None:
         process.send_signal(number)
@@ -165,6 +158,15 @@ def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.
         run_dir = tmp_path / "all" / f"seed{seed}"
         wait_until_stopped(run_dir)
         assert load_checkpoint(run_dir, "q_learning")["global_step"] > 0
+
+
+def wait_until_under_way(process: subprocess.Popen[str], seeds: list[int]) -> None:
+    """Wait until each of these seeds has said how far it is."""
+    assert process.stderr is not None
+    heard = ""
+    while not all(re.search(rf"seed {seed}: [\d,]+ of", heard) for seed in seeds):
+        heard += process.stderr.readline()
+        assert process.poll() is None
 
 
 def wait_until_stopped(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -42,7 +43,14 @@ def test_every_direct_and_transitive_version_is_pinned_and_installed() -> None:
     assert pins["torch"] == Version("2.13.0")
 
 
-def test_the_package_and_its_environments_import_no_torch() -> None:
-    code = "import sys, minirl, minirl.envs.make, minirl.envs.gridworld; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("modules", "not_imported"),
+    [
+        ("minirl, minirl.envs.make, minirl.envs.gridworld", "torch"),
+        ("minirl.q_learning, minirl.dqn, minirl.ppo, minirl.rlhf, minirl.evaluate", "torch._dynamo"),  # two seconds
+    ],
+)
+def test_nobody_waits_for_what_is_not_used(modules: str, not_imported: str) -> None:
+    code = f"import sys, {modules}; print({not_imported!r} in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

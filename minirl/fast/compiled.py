@@ -33,15 +33,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch.optim import Optimizer
 from torch.utils._filelock import FileLock
 from torch.utils._pytree import tree_leaves
 
 from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
-from minirl.fast.spelling import DigitsNear0, StandIn, Steppable, Traceable
+from minirl.fast.spelling import StandIn, Steppable, Traceable
 
 NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that nobody edits
 
@@ -57,7 +55,6 @@ INDUCTOR: dict[str, dict[str, Any]] = {
         "size_asserts": False,
         "alignment_asserts": False,
         "fallback_random": True,
-        "post_grad_custom_post_pass": DigitsNear0(),
     },
     "cuda": {"fallback_random": True, "deterministic": True},
 }
@@ -120,11 +117,11 @@ class Compiled:
             return self.plain(*arguments)
         try:
             return self._call(arguments)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             # A parameter that has a gradient now may have had none when it was last looked at: the other way, too. Or
             # Ctrl-C has ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
             self.trained = None
-            with contextlib.suppress(TorchDynamoException):
+            with contextlib.suppress(torch._dynamo.exc.TorchDynamoException):
                 return self._call(arguments)
             return self._give_up(error, arguments)
         except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
@@ -152,7 +149,9 @@ class Compiled:
         if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
         else:
-            choices["options"] |= INDUCTOR[self.device.type]
+            from minirl.fast.digits import DigitsNear0
+
+            choices["options"] |= {**INDUCTOR["cpu"], "post_grad_custom_post_pass": DigitsNear0()}
         # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work. And a
         # name of its own, by which PyTorch remembers which sizes have changed from call to call.
         code = types.FunctionType(Compiled._traced.__code__.replace(co_name=f"_traced_{id(self)}"), globals())
@@ -228,6 +227,8 @@ def drop_unfinished_files() -> None:
 
     Where the C++ compiler writes a file, it works in a directory beside, which goes when it is done, and holds a lock.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir  # the compiler: two seconds
+
     headers = Path(default_cache_dir()) / "precompiled_headers"
     for place, pattern in ((Path(cache_dir()), "*/*"), (headers, "*")):
         begun = {str(work).removesuffix("_CxxBuild") for work in place.glob(f"{pattern}_CxxBuild")}

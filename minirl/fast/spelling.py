@@ -7,40 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-aten = torch.ops.aten
 FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
 
 # What is computed of single numbers, Adam's corrections and the clipped norm's factor say, is kept in memory. Otherwise
 # the compiler would compute it anew, powers and all, for every eight weights that it is a factor of.
 ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
-
-
-class DigitsNear0(CustomGraphPass):
-    """Spells e^x - 1, of `Tensor.expm1` and in ELU, as 2 t / (1 - t) with t = tanh(x / 2) where |x| is at most 1.
-
-    The compiler takes 1 from e^x, rounded to 1e-7: of x = 1e-6 it leaves one digit.
-    """
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        """Do it in a function that is being compiled."""
-        for node in graph.find_nodes(op="call_function", target=aten.expm1.default):
-            with graph.inserting_before(node):
-                x = torch.fx.Proxy(node.args[0])
-                t = aten.tanh.default(aten.mul.Tensor(x, 0.5))
-                near = aten.div.Tensor(aten.mul.Tensor(t, 2), aten.add.Tensor(aten.neg.default(t), 1))
-                far = aten.sub.Tensor(aten.exp.default(x), 1)
-                result = aten.where.self(aten.le.Scalar(aten.abs.default(x), 1), near, far)
-            node.replace_all_uses_with(result.node)
-            graph.erase_node(node)
-
-    def uuid(self) -> str:
-        """Its name in the compiler's cache."""
-        return "minirl: e^x - 1 by tanh"
 
 
 class Steppable:
