@@ -1,13 +1,14 @@
-"""RL-Zoo's tuned settings, trained here: what they reach on several seeds, and how fast, beside the Zoo's own figures.
+"""What recipes reach on several seeds, and how fast, beside RL-Zoo's own figures and Stable-Baselines3 trained here.
 
-    python benchmarks/zoo.py                          all rows, seeds 1 to 5; goes on where it was stopped
+    python benchmarks/zoo.py                          the rows of vectors and choices, seeds 1 to 5
     python benchmarks/zoo.py dqn-mountaincar --seeds 1,2
-    python benchmarks/zoo.py dqn-mountaincar --speed  steps a second against Stable-Baselines3's, alone and in turn
+    python benchmarks/zoo.py ppo-hopper --seeds 1 --peer    Stable-Baselines3 with the same settings
+    python benchmarks/zoo.py dqn-mountaincar --speed        steps a second against it, alone and in turn
 
-Each row is a file of `recipes/`. A seed is trained by its script, in a process with one thread, as many side by side as
-there are cores; then 100 greedy games are played with other seeds. What is there already, in runs/zoo/, is not done
-again. The Zoo's figures are of one run each, by earlier versions of the environments (benchmark.md of
-DLR-RM/rl-baselines3-zoo).
+Each row is a file of `recipes/`. A seed is a process with one thread, as many side by side as there are cores; then 100
+greedy games are played with other seeds. It goes on where it was stopped: what is there already, in runs/zoo/, is not
+done again (the peer's runs begin anew). The Zoo's figures are of one run each, by earlier versions of the environments
+(benchmark.md of DLR-RM/rl-baselines3-zoo).
 """
 
 import argparse
@@ -32,6 +33,7 @@ from minirl.runs.flags import make_parser
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "zoo"
+GAMES = 100
 GOAL = 3.0  # times Stable-Baselines3's speed
 
 
@@ -43,7 +45,7 @@ class Row(NamedTuple):
     steps: str
 
 
-ROWS = {
+DISCRETE = {
     "ppo-cartpole-zoo": Row(500.0, 0.0, "100k"),
     "ppo-acrobot": Row(-73.5, 18.2, "1M"),
     "ppo-mountaincar": Row(-110.4, 19.5, "1M"),
@@ -53,6 +55,16 @@ ROWS = {
     "dqn-mountaincar": Row(-100.8, 9.9, "120k"),
     "dqn-lunarlander": Row(154.4, 79.2, "100k"),
 }
+CONTINUOUS = {  # docs/continuous-control.md says which settings are not the Zoo's
+    "ppo-pendulum": Row(-172.2, 104.2, "100k"),
+    "ppo-mountaincar-continuous": Row(88.3, 2.6, "20k"),
+    "ppo-lunarlander-continuous": Row(270.9, 32.1, "1M"),
+    "ppo-bipedalwalker": Row(213.3, 129.5, "5M"),
+    "ppo-hopper": Row(2410.4, 10.0, "1M"),
+    "ppo-halfcheetah": Row(5819.1, 663.5, "1M"),
+    "ppo-walker2d": Row(3478.8, 821.7, "1M"),
+}
+ROWS = {**DISCRETE, **CONTINUOUS}
 
 
 def settings_of(name: str) -> Any:
@@ -63,32 +75,50 @@ def settings_of(name: str) -> Any:
     return config_class(**{name: value for name, value in given.items() if name in config_class.__annotations__})
 
 
-def train_seed(name: str, seed: int) -> dict[str, Any]:
+def train_seed(name: str, seed: int, peer: bool) -> dict[str, Any]:
     """Train a row with a seed, as far as that is not done, and play 100 games; return what came of it."""
-    run_dir = RUNS / name / f"seed{seed}"
+    run_dir = RUNS / name / f"{'peer' if peer else 'seed'}{seed}"
     if (done := run_dir / "result.json").exists():
         result: dict[str, Any] = json.loads(done.read_text())
         return result
-    script = ROOT / f"train_{name.split('-')[0]}.py"
-    begun = (run_dir / "checkpoint.pt").exists()
-    flags = (
-        ["--resume", run_dir] if begun else [f"@{ROOT / 'recipes' / name}.args", "--seed", seed, "--run-dir", run_dir]
-    )
-    with (RUNS / f"{name}-seed{seed}.log").open("a") as log:
-        run([script, *flags], log)
-    played = run(["-m", "minirl.evaluate", run_dir, "--episodes", 100, "--json"])
-    result = {**json.loads(played), "minutes": minutes_of(run_dir)}
+    log = RUNS / f"{name}-{run_dir.name}.log"
+    if peer:
+        result = json.loads(run([__file__, name, "--seeds", seed, "--side", "peer"], log))
+    else:
+        script = ROOT / f"train_{name.split('-')[0]}.py"
+        begun = (run_dir / "checkpoint.pt").exists()
+        new = [f"@{ROOT / 'recipes' / name}.args", "--seed", seed, "--run-dir", run_dir]
+        run([script, *(["--resume", run_dir] if begun else new)], log)
+        played = run(["-m", "minirl.evaluate", run_dir, "--episodes", GAMES, "--json"])
+        result = {**json.loads(played), "minutes": minutes_of(run_dir)}
+    run_dir.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result))
     return result
 
 
-def run(arguments: list[Any], log: Any = None) -> str:
-    """Run Python with these arguments; return what it printed."""
+def train_peer(name: str, seed: int) -> dict[str, Any]:
+    """Train a row with Stable-Baselines3, and play; return what came of it."""
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    config, started = settings_of(name), time.monotonic()
+    model = sb3_model(name, config, seed)
+    model.learn(config.total_timesteps)
+    minutes = (time.monotonic() - started) / 60
+    envs: Any = model.get_env()
+    if getattr(config, "norm_obs", False) or getattr(config, "norm_reward", False):
+        envs.training = envs.norm_reward = False
+    returns: Any = evaluate_policy(model, envs, GAMES, return_episode_rewards=True)[0]
+    return {"mean_return": statistics.fmean(returns), "min_return": min(returns), "minutes": minutes}
+
+
+def run(arguments: list[Any], log: Path | None = None) -> str:
+    """Run Python with these arguments and one thread; return what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=True
-    ).stdout
+    with open(os.devnull if log is None else log, "a") as said:
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=said, text=True, check=True
+        ).stdout
 
 
 def minutes_of(run_dir: Path) -> float:
@@ -100,12 +130,12 @@ def minutes_of(run_dir: Path) -> float:
     return float(events.Scalars("charts/minutes")[-1].value)
 
 
-def table(names: list[str], seeds: list[int]) -> str:
+def table(names: list[str], seeds: list[int], peer: bool) -> str:
     """Return what is there of these rows as a table."""
     lines = ["| recipe | steps | mean of the seeds +- their deviation | each seed | the Zoo's run | minutes a seed |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for name in names:
-        files = [RUNS / name / f"seed{seed}" / "result.json" for seed in seeds]
+        files = [RUNS / name / f"{'peer' if peer else 'seed'}{seed}" / "result.json" for seed in seeds]
         results = [json.loads(file.read_text()) for file in files if file.exists()]
         if not results:
             continue
@@ -114,8 +144,8 @@ def table(names: list[str], seeds: list[int]) -> str:
         each = ", ".join(f"{mean:.1f}" for mean in means)
         zoo, minutes = ROWS[name], statistics.median(result["minutes"] for result in results)
         lines.append(
-            f"| `{name}` | {zoo.steps} | **{statistics.mean(means):.1f}** +- {deviation:.1f} | {each} "
-            f"| {zoo.mean} +- {zoo.deviation} | {minutes:.1f} |"
+            f"| `{name}` | {settings_of(name).total_timesteps:,} | **{statistics.mean(means):.1f}** +- {deviation:.1f} "
+            f"| {each} | {zoo.mean} +- {zoo.deviation}, {zoo.steps} | {minutes:.1f} |"
         )
     return "\n".join(lines)
 
@@ -147,33 +177,11 @@ def train_minirl(name: str) -> Timing:
 
 def train_sb3(name: str) -> Timing:
     """Train a row with Stable-Baselines3 and the same settings."""
-    from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
 
     config, started = settings_of(name), time.perf_counter()
     first, last = clock_of(config)
-    if name.startswith("dqn"):
-        model: Any = DQN(
-            "MlpPolicy",
-            make_vec_env(config.env_id, n_envs=config.num_envs, seed=0),
-            learning_rate=config.learning_rate,
-            gamma=config.gamma,
-            buffer_size=config.buffer_size,
-            learning_starts=config.learning_starts,
-            batch_size=config.batch_size,
-            train_freq=config.train_frequency,
-            gradient_steps=config.gradient_steps,
-            target_update_interval=config.target_network_frequency,
-            exploration_fraction=config.exploration_fraction,
-            exploration_final_eps=config.end_epsilon,
-            max_grad_norm=config.max_grad_norm,
-            policy_kwargs={"net_arch": list(config.hidden_sizes)},
-            device="cpu",
-            seed=0,
-        )
-    else:
-        model = sb3_ppo(config, sb3_envs(config, seed=0), seed=0)
+    model = sb3_model(name, config, seed=0)
     times: dict[int, float] = {}
 
     class Clock(BaseCallback):
@@ -185,41 +193,70 @@ def train_sb3(name: str) -> Timing:
     return Timing(times[last] - times[first], times[first] - started)
 
 
+def sb3_model(name: str, config: Any, seed: int) -> Any:
+    """Make Stable-Baselines3's model of a row, with its environments."""
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.env_util import make_vec_env
+
+    if name.startswith("ppo"):
+        return sb3_ppo(config, sb3_envs(config, seed), seed)
+    return DQN(
+        "MlpPolicy",
+        make_vec_env(config.env_id, n_envs=config.num_envs, seed=seed),
+        learning_rate=config.learning_rate,
+        gamma=config.gamma,
+        buffer_size=config.buffer_size,
+        learning_starts=config.learning_starts,
+        batch_size=config.batch_size,
+        train_freq=config.train_frequency,
+        gradient_steps=config.gradient_steps,
+        target_update_interval=config.target_network_frequency,
+        exploration_fraction=config.exploration_fraction,
+        exploration_final_eps=config.end_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        policy_kwargs={"net_arch": list(config.hidden_sizes)},
+        device="cpu",
+        seed=seed,
+    )
+
+
 SIDES = {"minirl": train_minirl, "stable-baselines3": train_sb3}
 
 
 def main() -> None:
     """Train what is not there yet and print the table; or measure speed."""
-    parser = argparse.ArgumentParser(description="RL-Zoo's tuned settings, trained here.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all")
+    parser = argparse.ArgumentParser(description="What recipes reach on several seeds.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default the discrete ones")
     parser.add_argument("--seeds", default="1,2,3,4,5", help="with commas between them")
+    parser.add_argument("--peer", action="store_true", help="train Stable-Baselines3 instead")
     parser.add_argument("--speed", action="store_true", help="measure the speed instead")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES, help="measure one side here")
+    parser.add_argument("--side", choices=[*SIDES, "peer"], help="measure one side here, or train the peer")
     given = parser.parse_args()
-    names = given.rows or list(ROWS)
+    names = given.rows or list(DISCRETE)
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"ROW must be one of {', '.join(ROWS)}, not {unknown[0]}")
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    if given.side:
+    if given.side == "peer":
+        print(json.dumps(train_peer(names[0], seeds[0])))
+    elif given.side:
         first, last = clock_of(settings_of(names[0]))
         report(SIDES[given.side](names[0]), last - first)
-        return
-    if given.speed:
+    elif given.speed:
         for name in names:
 
             def arguments(side: str, name: str = name) -> list[str]:
                 return [name, "--side", side]
 
             compare(f"zoo-{name}", __file__, "stable-baselines3", GOAL, given.pairs, arguments)
-        return
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-        todo = {pool.submit(train_seed, name, seed): (name, seed) for seed in seeds for name in names}
-        for future in concurrent.futures.as_completed(todo):
-            (name, seed), result = todo[future], future.result()
-            print(f"{name}, seed {seed}: {result['mean_return']:.1f} in {result['minutes']:.1f} minutes", flush=True)
-    print(table(names, seeds))
+    else:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+            todo = {pool.submit(train_seed, name, seed, given.peer): (name, seed) for name in names for seed in seeds}
+            for future in concurrent.futures.as_completed(todo):
+                (name, seed), result = todo[future], future.result()
+                print(f"{name}, seed {seed}: {result['mean_return']:.1f} in {result['minutes']:.1f} min", flush=True)
+        print(table(names, seeds, given.peer))
 
 
 if __name__ == "__main__":

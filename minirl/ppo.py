@@ -78,6 +78,7 @@ class PPOConfig:
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
     activation: str = setting("tanh", "between them: tanh or relu")
+    log_std_init: float = setting(0.0, "log standard deviation of a Gaussian policy at first", at_least=-20, at_most=2)
     norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
@@ -132,7 +133,7 @@ class ActorCritic(nn.Module):
     Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, one for each. The
     policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
     The distribution is the action space's (`minirl.networks.policy_over`): a Categorical of Discrete actions, of a Box
-    a Gaussian, whose standard deviations are weights of their own, at first e^0.
+    a Gaussian, whose log standard deviations are weights of their own.
 
     Args:
         observation_space: a Box.
@@ -140,6 +141,7 @@ class ActorCritic(nn.Module):
         norm_obs: whether vectors are normalised first; who trains says what is taken in, and when.
         hidden_sizes: widths of the MLPs' layers.
         activation: between them, a name of `ACTIVATIONS`.
+        log_std_init: of a Gaussian policy, at first.
 
     Raises:
         ConfigError: if the spaces are others, or images should be normalised.
@@ -153,6 +155,7 @@ class ActorCritic(nn.Module):
         norm_obs: bool = False,
         hidden_sizes: tuple[int, ...] = (64, 64),
         activation: str = "tanh",
+        log_std_init: float = 0.0,
     ) -> None:
         super().__init__()
         num_outputs, self.policy = policy_over(action_space)
@@ -173,7 +176,7 @@ class ActorCritic(nn.Module):
         self.critic = orthogonal(Head(num_features, 1), gain=1.0)
         self.log_std: nn.Parameter | None = None  # in all states the same
         if isinstance(action_space, gym.spaces.Box):
-            self.log_std = nn.Parameter(torch.zeros(action_space.shape))
+            self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init)))
 
     def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
@@ -397,16 +400,19 @@ def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_spac
     """Make the network that the settings ask for.
 
     Raises:
-        ConfigError: if the spaces will not do, or the settings are for vectors and there are images.
+        ConfigError: if the spaces will not do, or are not those that a setting is for.
     """
     if is_image(observation_space) and (config.hidden_sizes, config.activation) != ((64, 64), "tanh"):
         raise ConfigError("--hidden-sizes and --activation must be left out: images go through the Nature CNN")
+    if not isinstance(action_space, gym.spaces.Box) and config.log_std_init != 0:
+        raise ConfigError("--log-std-init must be left out: only actions that are numbers have a Gaussian")
     return ActorCritic(
         observation_space,
         action_space,
         norm_obs=config.norm_obs,
         hidden_sizes=config.hidden_sizes,
         activation=config.activation,
+        log_std_init=config.log_std_init,
     )
 
 

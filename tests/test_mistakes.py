@@ -325,6 +325,11 @@ CASES: list[tuple[str, str, str]] = [
         "--env-id PongNoFrameskip-v4 --hidden-sizes 9",
         "--hidden-sizes must be left out: images go through the Nature CNN",
     ),
+    (
+        "ppo",
+        "--env-id CartPole-v1 --log-std-init -2",
+        "--log-std-init must be left out: only actions that are numbers have a Gaussian",
+    ),
     ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
     ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
     ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),

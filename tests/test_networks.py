@@ -22,7 +22,7 @@ from minirl.networks import (
     observation_tensor,
     orthogonal,
 )
-from minirl.ppo import ActorCritic
+from minirl.ppo import ActorCritic, PPOConfig, make_agent
 
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 VECTOR = gym.spaces.Box(-1, 1, (4,), np.float64)
@@ -84,6 +84,12 @@ def test_layers_start_with_the_gains_of_the_paper() -> None:
         assert [type(layer) for layer in body.children()] == [nn.Linear, nn.ReLU] * 3
         assert [weight.shape[0] for weight in body.parameters() if weight.ndim == 2] == [5, 6, 7]
     assert (other.actor.in_features, other.critic.in_features) == (7, 7)
+
+
+def test_standard_deviations_start_where_they_are_told_to() -> None:
+    config = PPOConfig(env_id="Pendulum-v1", log_std_init=-2)
+    agent = make_agent(config, VECTOR, gym.spaces.Box(-1, 1, (2, 3)))
+    assert torch.equal(agent(torch.zeros(5, 4))[0].log_std, torch.full((5, 2, 3), -2.0))
 
 
 def test_bytes_and_normalised_floats_give_the_same_features() -> None:
