@@ -23,7 +23,7 @@ from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
 
-EPSILON, FARTHEST = 1e-8, 10.0  # of what is normalised, as in Gymnasium and Stable-Baselines3
+EPSILON, FARTHEST = 1e-8, 10.0  # of what is normalised, as in Stable-Baselines3
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:

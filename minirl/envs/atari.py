@@ -235,7 +235,7 @@ class FrameStack(gym.Wrapper[Frame, int, Frame, int]):
     """Show the last `num_frames` frames together, oldest first: (num_frames, *frame shape).
 
     One image says where the ball is, several say where it goes. After a reset the stack is `num_frames` copies of the
-    first frame (as in the source notebook and Dopamine's tests; Stable-Baselines3's `VecFrameStack` starts from zeros).
+    first frame (as in the source notebook; Stable-Baselines3's `VecFrameStack` and Dopamine start from zeros).
     """
 
     def __init__(self, env: AtariEnv, num_frames: int = 4) -> None:
