@@ -85,6 +85,7 @@ class DQNConfig:
     compile: bool | None = setting(None, "compile the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
     num_workers: int | None = setting(None, "processes that play; none: one a core on Atari, otherwise 1", at_least=1)
+    num_threads: int | None = setting(None, "threads that compute; none: one for small networks, else all", at_least=1)
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
@@ -431,7 +432,8 @@ def train(
                 **env_state(envs, obs),
             }
 
-        with Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved) as run, tuned(online):
+        run = Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved)
+        with run, tuned(online, config.num_threads):
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:

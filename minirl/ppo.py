@@ -98,6 +98,7 @@ class PPOConfig:
     compile: bool | None = setting(None, "compile acting and the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
     num_workers: int | None = setting(None, "processes that play; none: one a core on Atari, otherwise 1", at_least=1)
+    num_threads: int | None = setting(None, "threads that compute; none: one for small networks, else all", at_least=1)
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
@@ -592,7 +593,8 @@ def train(
         def state() -> State:
             return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
 
-        with Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved) as run, tuned(agent):
+        run = Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved)
+        with run, tuned(agent, config.num_threads):
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
                 remaining = 1 - update / config.num_updates

@@ -144,10 +144,14 @@ class Echo(gym.Env[Any, Any]):
 
 ACTIONS: dict[str, gym.Space[Any]] = {
     "One": gym.spaces.Box(-2, 2, (1,)),
-    "Six": gym.spaces.Box(np.array([-1, 0, -0.1, 0.2, -9, 0]), np.array([1, 0.5, 0.1, 9, -8, 3])),
+    "Six": gym.spaces.Box(
+        np.array([-1, 0, -0.1, 0.2, -9, 0], np.float32), np.array([1, 0.5, 0.1, 9, -8, 3], np.float32)
+    ),
     "Table": gym.spaces.Box(-0.5, 0.5, (2, 3), np.float64),
     "Single": gym.spaces.Box(-1, 1, ()),
-    "Unbounded": gym.spaces.Box(np.array([-np.inf, -1, -np.inf]), np.array([np.inf, np.inf, 1])),
+    "Unbounded": gym.spaces.Box(
+        np.array([-np.inf, -1, -np.inf], np.float32), np.array([np.inf, np.inf, 1], np.float32)
+    ),
     "Choices": gym.spaces.MultiDiscrete([2, 5, 3]),
     "Started": gym.spaces.MultiDiscrete(np.array([[2, 4]]), np.int32, start=np.array([[7, -3]])),
     "Bits": gym.spaces.MultiBinary(4),

@@ -216,6 +216,7 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "compile": None,
         "precision": "auto",
         "num_workers": None,
+        "num_threads": None,
         "checkpoint_frequency": 100_000,
         "video_frequency": None,
     }

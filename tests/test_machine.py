@@ -39,6 +39,8 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
             with one_thread():
                 assert torch.get_num_threads() == 1
             assert torch.get_num_threads() == 3
+        with tuned(nn.Linear(1, 1), 2):
+            assert torch.get_num_threads() == 2
         with pytest.raises(ValueError, match="a step goes wrong"), tuned(nn.Linear(1, 1)):
             raise ValueError("a step goes wrong")
         assert torch.get_num_threads() == 3

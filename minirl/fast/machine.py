@@ -87,28 +87,33 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """Within the block, compute by so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
     """Within the block, compute by one thread: while workers play, PyTorch's others would keep their cores busy.
 
     They spin between its calls, too. However many workers there are, it is one: sums round otherwise by two threads,
     and the number of workers may change nothing but the speed.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return threads(1)
 
 
-def tuned(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Keep freed memory from here on, and within the block compute a small network by one thread.
+def tuned(network: nn.Module, num_threads: int | None = None) -> contextlib.AbstractContextManager[None]:
+    """Keep freed memory from here on, and within the block compute by so many threads.
 
-    To hand out so little work takes longer than to do it.
+    None: a small network by one, for to hand out so little work takes longer than to do it; others by PyTorch's.
     """
     keep_freed_memory()
     weights = sum(parameter.numel() for parameter in network.parameters())
-    return one_thread() if weights < SMALL else contextlib.nullcontext()
+    return threads(num_threads or (1 if weights < SMALL else torch.get_num_threads()))
 
 
 def products_in(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LAST_EPISODES = 100
 POINTS = 500  # of the mean over seeds
 # Settings in which the runs of a group may differ.
-CHANGES_NO_CURVE = ("seed", "num_workers", "checkpoint_frequency", "video_frequency")
+CHANGES_NO_CURVE = ("seed", "num_workers", "num_threads", "checkpoint_frequency", "video_frequency")
 UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 
 

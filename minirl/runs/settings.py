@@ -119,7 +119,7 @@ def _describe(plain: type, at_least: float | None, at_most: float | None, above:
 
 # What changes no result, or how far a run goes only, or which games are shown.
 NO_RECIPE = {
-    *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers"),
+    *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers", "num_threads"),
     *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
 }
 RECIPES = Path(minirl.__file__).parents[1] / "recipes"  # files of flags, in a clone

@@ -20,8 +20,11 @@ from minirl.runs.seeds import train_seeds
 from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
 
-# What may be given with --resume: how far to go on, and what changes no result.
-MAY_CHANGE = ("total_timesteps", "num_episodes", "stage", "num_workers", "checkpoint_frequency", "video_frequency")
+# What may be given with --resume: how far to go on, and what changes no result but by rounding.
+MAY_CHANGE = (
+    *("total_timesteps", "num_episodes", "stage", "num_workers", "num_threads", "checkpoint_frequency"),
+    "video_frequency",
+)
 
 
 class Train(Protocol):
