@@ -30,7 +30,7 @@ SIZES = {
     "Pong": 1_687_719,
 }  # numbers, 4 bytes each
 TASKS = {  # flags, and the agent steps between which the clock runs
-    "pong": ("--env-id PongNoFrameskip-v4 --no-compile", 4_096, 20_480),
+    "pong": ("--env-id PongNoFrameskip-v4 --no-compile", 2_048, 10_240),
     "cartpole": ("--env-id CartPole-v1 --num-steps 128 --update-epochs 10 --no-compile", 10_240, 61_440),
 }
 SIDES = {"one process, 2 workers": (0, 2), "1 rank, 2 workers": (1, 2), "2 ranks, 1 worker each": (2, 1)}
