@@ -45,7 +45,7 @@ PPO: dict[str, Any] = {
     "minibatch_size": 16,
     "update_epochs": 1,
     "total_timesteps": 192,
-    "checkpoint_frequency": 32,
+    "checkpoint_frequency": 64,
     "compile": False,
     "num_workers": 1,
 }
@@ -55,12 +55,14 @@ DQN: dict[str, Any] = {
     "learning_starts": 20,
     "buffer_size": 60,
     "batch_size": 8,
-    "checkpoint_frequency": 40,
+    "train_frequency": 4,
+    "checkpoint_frequency": 50,
     "eval_frequency": None,
     "compile": False,
     "num_workers": 1,
 }
-Q: dict[str, Any] = {"num_episodes": 40, "checkpoint_frequency": 20}
+Q: dict[str, Any] = {"num_episodes": 40, "checkpoint_frequency": 60}
+KILLS = {"ppo": 3, "dqn": 60, "q_learning": 30}  # calls of `Run.checkpoint`, of 7, 81 and 41
 
 
 def config_of(algorithm: str, name: str, **settings: Any) -> tuple[Any, Any]:
@@ -114,7 +116,7 @@ def test_a_resumed_run_is_the_run_left_alone(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*new episodes")
         train(config, run_dir=tmp_path / "alone", device="cpu")
-        train_with_kills(train, config, tmp_path / "killed", [3], monkeypatch)
+        train_with_kills(train, config, tmp_path / "killed", [KILLS[algorithm]], monkeypatch)
     assert_same(load_checkpoint(tmp_path / "alone", algorithm), load_checkpoint(tmp_path / "killed", algorithm))
 
 
