@@ -306,7 +306,7 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--frame-size 42", "--frame-size must be left out, for CartPole-v1 is no Atari game"),
     (
         "ppo",
-        "--env-id PongNoFrameskip-v4 --activation relu",
+        "--env-id PongNoFrameskip-v4 --num-envs 2 --num-workers 1 --activation relu",
         "--hidden-sizes and --activation must be left out: images go through the Nature CNN",
     ),
     (
@@ -386,7 +386,11 @@ CASES: list[tuple[str, str, str]] = [
         ("ppo", f"--env-id tests.fake_envs:{name}Actions-v0", f"--env-id must have actions that are .*, not {kind}.*")
         for name, kind in [("Dict", "Dict"), ("Tuple", "Tuple"), ("Text", "Text"), ("Bytes", "Box")]
     ),
-    ("ppo", "--norm-obs", "--norm-obs must go with vectors as observations: images are divided by 255"),
+    (
+        "ppo",
+        "--norm-obs --num-envs 2 --num-workers 1",
+        "--norm-obs must go with vectors as observations: images are divided by 255",
+    ),
     ("dqn", "--env-id tests.fake_envs:DictActions-v0", "--env-id must have actions that are .*, not Dict.*"),
     ("dqn", "--env-id tests.fake_envs:ChoicesActions-v0", "--env-id must have Discrete actions for DQN, not Multi.*"),
     (
