@@ -288,7 +288,7 @@ def test_ranks_that_torchrun_starts_again_go_on_by_themselves(left_alone: Path, 
 
 
 @pytest.mark.slow
-def test_ranks_that_were_all_killed_and_resumed_end_as_ranks_left_alone(left_alone: Path, tmp_path: Path) -> None:
+def test_ranks_that_were_killed_and_resumed_end_as_ranks_left_alone(left_alone: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start("plain", tmp_path / "out", f"{LONG} --run-dir run")
     while not (run_dir / "checkpoint.pt").exists():
