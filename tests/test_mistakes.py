@@ -47,7 +47,10 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "dqn": (dqn.train, dqn.DQNConfig(total_timesteps=300, learning_starts=90, **TINY_DQN, **GAMES)),
     "q": (q_learning.train, q_learning.QLearningConfig(num_episodes=5)),
     "ppo-acrobot": (ppo.train, ppo.PPOConfig(env_id="Acrobot-v1", num_envs=4, total_timesteps=128, **TINY_PPO)),
-    "dqn-acrobot": (dqn.train, dqn.DQNConfig(env_id="Acrobot-v1", total_timesteps=91, **TINY_DQN, **GAMES)),
+    "dqn-acrobot": (
+        dqn.train,
+        dqn.DQNConfig(env_id="Acrobot-v1", total_timesteps=300, learning_starts=90, **TINY_DQN, **GAMES),
+    ),
     "cliff": (q_learning.train, q_learning.QLearningConfig(env_id="CliffWalking-v1", num_episodes=1)),
     "breakout": (
         ppo.train,
