@@ -343,7 +343,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
 # Games are recorded on the grid alone.
 SHORT: dict[str, tuple[Any, Any]] = {
     "PPO": (ppo.train, PPOConfig("CartPole-v1", total_timesteps=256, num_envs=2, num_steps=64, minibatch_size=64)),
-    "DQN": (dqn.train, DQNConfig(total_timesteps=100, learning_starts=64, eval_frequency=50, eval_episodes=1)),
+    "DQN": (dqn.train, DQNConfig(total_timesteps=200, learning_starts=64, eval_frequency=100, eval_episodes=1)),
     "Q": (q_learning.train, QLearningConfig(num_episodes=10, video_frequency=50)),
     "RLHF": (
         rlhf.train,

@@ -55,7 +55,7 @@ CASES = {
     "ppo, normalised": Case(ppo, PPOConfig(**PPO | PUSHED | KILLED, value_clip_coef=0.2), kills=[2]),
     "ppo, normalised, two workers": Case(ppo, PPOConfig(**PPO | PUSHED | {"num_workers": 2})),
     "ppo, normalised, compiled": Case(ppo, PPOConfig(**PPO | PUSHED | COMPILED | LARGER)),
-    "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
+    "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES | {"update_epochs": 1})),
     "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"update_epochs": 1})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
