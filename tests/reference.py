@@ -43,10 +43,11 @@ class Rounding:
         if self.generator is None:
             return x
         unit = self.unit if unit is None else unit
-        noise = 2 * torch.rand(x.shape, generator=self.generator) - 1
+        noise = torch.rand(x.shape, generator=self.generator).mul_(2).sub_(1)
         if x.ndim and bool((x == x[:1]).all()):  # equal numbers are rounded alike: their errors don't average out
             noise = noise[:1].expand(x.shape)
-        return x * (1 + unit * math.sqrt(terms) * noise) + self.smallest * noise
+        disturbed = x * (unit * math.sqrt(terms) * noise).add_(1)
+        return disturbed + self.smallest * noise if self.smallest else disturbed
 
     def product(self, x: Tensor, terms: int = 1) -> Tensor:
         """Disturb what is multiplied, or came out of it: rounded to the format of products, summed up in float32."""

@@ -135,10 +135,11 @@ def test_the_gpus_benchmark_runs_without_one(
     monkeypatch.setattr("where_time_goes.CONFIG", PPOConfig(**TINY))
     monkeypatch.setattr("where_time_goes.compiled", lambda function, *bound: functools.partial(function, *bound))
     monkeypatch.setattr("leanrl_way.STEPS", 8)
+    monkeypatch.setattr(gpu_speed.Clock.__init__, "__defaults__", (2,))  # the clock runs from the second look on
     monkeypatch.setattr("minirl.dqn.LOG_EVERY", 10)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     measure, names = BENCHMARKS[name]
-    measure(name, gpu_speed.Work(torch.device("cpu"), 0.1))
+    measure(name, gpu_speed.Work(torch.device("cpu"), 0.01))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert [cells[0] for cells in rows] == names
     for cells in rows:

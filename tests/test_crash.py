@@ -68,7 +68,7 @@ def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
     process.stderr.close()
     if number is not None:
         process.send_signal(number)
-    assert process.wait(timeout=60) == status
+    assert process.wait() == status
     assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] > 0
 
 

@@ -288,30 +288,24 @@ def test_ranks_that_torchrun_starts_again_go_on_by_themselves(left_alone: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["one rank", "all"])
-def test_ranks_that_were_killed_and_resumed_end_as_ranks_left_alone(
-    killed: str, left_alone: Path, tmp_path: Path
-) -> None:
+def test_ranks_that_were_killed_and_resumed_end_as_ranks_left_alone(left_alone: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start("die" if killed == "one rank" else "plain", tmp_path / "out", f"{LONG} --run-dir run")
-    if killed == "all":
-        while not (run_dir / "checkpoint.pt").exists():
-            assert process.poll() is None
-        for pid in (process.pid, *children(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-    ended(process, status=1 if killed == "one rank" else -signal.SIGKILL)
+    process = start("plain", tmp_path / "out", f"{LONG} --run-dir run")
+    while not (run_dir / "checkpoint.pt").exists():
+        assert process.poll() is None
+    for pid in (process.pid, *children(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    ended(process, status=-signal.SIGKILL)
     ended(start("plain", tmp_path / "out", "--resume run --final-games 0 --device cpu"))
     assert_as_left_alone(run_dir, left_alone)
 
 
 @pytest.mark.slow
-def test_ranks_that_were_stopped_go_on_and_other_numbers_of_ranks_can(left_alone: Path, tmp_path: Path) -> None:
+def test_ranks_that_were_stopped_go_on_and_other_numbers_of_ranks_can(tmp_path: Path) -> None:
     said = ended(start("stop", tmp_path / "out", f"{LONG} --run-dir run"), status=1)
     assert "Traceback" not in "".join(by_ranks(said))
     saved = load_checkpoint(tmp_path / "run", "ppo")
     assert saved["global_step"] == 4 * 16 * NUM_ENVS, "all stop where one was asked to"
-    ended(start("plain", tmp_path / "out", "--resume run --final-games 0 --device cpu"))
-    assert_same(load_checkpoint(tmp_path / "run", "ppo"), load_checkpoint(left_alone, "ppo"))
     for ranks, before in ((0, 2), (4, 1)):
         flags = f"--resume run --total-timesteps {(15 + ranks) * 16 * NUM_ENVS} --final-games 0 --device cpu"
         said = ended(start("plain", tmp_path / "out", flags, ranks=ranks))
@@ -353,7 +347,9 @@ def children(pid: int) -> list[int]:
         ("hang", "error: another rank has not answered for 25 seconds; the last checkpoint is kept"),
     ],
 )
-def test_a_rank_that_fails_ends_all_within_a_minute_with_one_error(deed: str, line: str, tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_all_within_a_minute_with_one_error(
+    deed: str, line: str, left_alone: Path, tmp_path: Path
+) -> None:
     process = start(deed, tmp_path / "out", f"{LONG} --run-dir run")
     assert process.stderr is not None
     while (said := process.stderr.readline()) and f"rank 1 will {deed}" not in said:
@@ -367,6 +363,9 @@ def test_a_rank_that_fails_ends_all_within_a_minute_with_one_error(deed: str, li
     assert len([text for text in lines if "error: " in text]) == (deed != "raise"), lines
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 2 * 16 * NUM_ENVS
+    if deed == "die":
+        ended(start("plain", tmp_path / "out", "--resume run --final-games 0 --device cpu"))
+        assert_as_left_alone(tmp_path / "run", left_alone)
 
 
 @pytest.mark.slow
@@ -375,7 +374,6 @@ def test_a_mistake_is_one_line_of_one_rank(tmp_path: Path) -> None:
         CARTPOLE.replace("-envs 8", "-envs 7").replace(
             "-size 64", "-size 56"
         ): "--num-envs must divide into the 2 ranks of",
-        f"{CARTPOLE} --gamma 2": "--gamma must be a number from 0 to 1, not 2.0",
         f"{CARTPOLE} --seeds 0-1": "--seeds can't go with torchrun",
     }
     for flags, line in mistakes.items():

@@ -356,7 +356,11 @@ SHORT: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("algorithm", SHORT)
-def test_the_glossary_has_every_tag_and_no_other(algorithm: str, tmp_path: Path) -> None:
+def test_the_glossary_has_every_tag_and_no_other(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minirl.texts.REVIEWS", 100)
+    monkeypatch.setattr("minirl.rlhf.HELD_OUT", 16)
     train, config = SHORT[algorithm]
     train(config, run_dir=tmp_path / "run", device="cpu")
     events = EventAccumulator(str(tmp_path / "run"))

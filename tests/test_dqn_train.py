@@ -299,7 +299,7 @@ def test_evaluation_plays_the_best_network_unless_told_otherwise(tmp_path: Path)
 
 
 def test_judging_changes_nothing_of_the_training(tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, env_id="CartPole-v1", total_timesteps=200)
+    config = dataclasses.replace(TINY, env_id="CartPole-v1", total_timesteps=100)
     with_games = train(config, run_dir=tmp_path / "a", device="cpu")
     without = train(dataclasses.replace(config, eval_frequency=None), run_dir=tmp_path / "b", device="cpu")
     assert torch.equal(parameters(with_games), parameters(without))
@@ -308,7 +308,7 @@ def test_judging_changes_nothing_of_the_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "tests.fake_envs:Counter-v0", "Acrobot-v1"])
 def test_one_seed_gives_one_result(env_id: str, device: str) -> None:
-    config = dataclasses.replace(TINY, env_id=env_id, total_timesteps=200)
+    config = dataclasses.replace(TINY, env_id=env_id, total_timesteps=80)
     first, second = (parameters(train(config, device=device)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, parameters(train(dataclasses.replace(config, seed=43), device=device)))

@@ -9,22 +9,32 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from minirl.checks import ConfigError
 from minirl.runs.checkpoints import load_checkpoint
 from tests.test_resume import ROOT, assert_same
 
 EDITS = sorted(path.parent for path in ROOT.glob("edits/*/*.patch"))
 PATIENCE = 3_600  # seconds; each line of flags.args is compiled three times
-# Runs command lines in turn: to load PyTorch takes longer than most of them.
+SHORT = 600  # agent steps of a training that is not compiled: to see that it can be
+# Runs command lines in turn: to load PyTorch takes longer than most of them. The last is killed past an agent step, if
+# one is given: by itself, so that it is at no other moment on a busy machine.
 IN_TURN = """
-import runpy, sys
+import os, runpy, signal, sys
+from minirl.runs.run import Run
 
-for line in sys.argv[1:]:
+def killed(run, global_step, *arguments, **options):
+    if global_step > int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint(run, global_step, *arguments, **options)
+
+step, *lines = sys.argv[1:]
+checkpoint = Run.checkpoint
+for line in lines:
+    if step and line is lines[-1]:
+        Run.checkpoint = killed
     sys.argv = line.split()
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -36,11 +46,11 @@ def environment(copy: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(copy.parent)}
 
 
-def run(copy: Path, *command: str) -> str:
-    """Run a command in the copy, and return its output."""
+def run(copy: Path, *command: str, status: int = 0) -> str:
+    """Run a command in the copy, which ends with a status, and return its output."""
     result = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
     said = f"{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
-    assert result.returncode == 0, f"{shlex.join(command)}\nended with status {result.returncode}:\n{said}"
+    assert result.returncode == status, f"{shlex.join(command)}\nended with status {result.returncode}:\n{said}"
     return result.stdout
 
 
@@ -55,53 +65,33 @@ def added_lines(edit: Path) -> dict[str, int]:
 
 
 def step_of(run_dir: Path, algorithm: str) -> int:
-    """Return the agent step of the run's checkpoint, -1 while there is none."""
-    try:
-        return int(load_checkpoint(run_dir, algorithm)["global_step"])
-    except ConfigError:
-        return -1
-
-
-def kill_after(copy: Path, command: list[str], run_dir: Path, algorithm: str, step: int) -> None:
-    """Start a training, wait until its checkpoint is past an agent step, and kill it."""
-    with (copy / "killed.txt").open("w+") as output:
-        process = subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=output, stderr=subprocess.STDOUT)
-        try:
-            while step_of(run_dir, algorithm) <= step and process.poll() is None:
-                time.sleep(0.002)
-        finally:
-            process.kill()
-            status = process.wait()
-        said = (copy / "killed.txt").read_text()[-6000:]
-    assert status == -signal.SIGKILL, (
-        f"{shlex.join(command)}\nended with status {status} before it could be killed past agent step {step} "
-        f"(0: flags.args needs more --total-timesteps):\n{said}"
-    )
+    """Return the agent step of the run's checkpoint."""
+    return int(load_checkpoint(run_dir, algorithm)["global_step"])
 
 
 def train_kill_resume_evaluate(copy: Path, lines: list[str]) -> None:
-    """Do that with each line of `flags.args`: the trainings that are left alone in one process, and what follows."""
-    commands = [f"{line} --device cpu --final-games 0" for line in lines]
+    """Do that with each line of `flags.args`: the trainings up to the kill in one process, what follows in another."""
     algorithms = [line.split(" ")[0][len("train_") : -len(".py")] for line in lines]
-    python = [sys.executable, "-W", "error:compilation"]  # one that fails is an error here
-    alone = [
-        f"{command} {choice} --run-dir {number}-{name}"
-        for number, command in enumerate(commands)
-        for choice, name in (("--no-compile", "plain"), ("--compile", "alone"))
-    ]
-    run(copy, *python, "-c", IN_TURN, *alone)
-
-    for number, (command, algorithm) in enumerate(zip(commands, algorithms, strict=True)):
-        last_step, killed = step_of(copy / f"{number}-alone", algorithm), copy / f"{number}-killed"
-        start = [*python, *command.split(), "--compile", "--run-dir", killed.name]
-        kill_after(copy, start, killed, algorithm, last_step // 4)
-        assert step_of(killed, algorithm) < last_step, "it was killed too late: it needs more --total-timesteps"
-
+    python = [sys.executable, "-W", "error:compilation", "-c", IN_TURN]  # one that fails is an error here
     afterwards = []
-    for number, line in enumerate(lines):
+    for number, (line, algorithm) in enumerate(zip(lines, algorithms, strict=True)):
+        command = f"{line} --device cpu --final-games 0"
+        total = int(re.findall(r"--total-timesteps (\d+)", line)[0])
+        kill_past = total * 3 // 8
+        run(
+            copy,
+            *python,
+            str(kill_past),
+            f"{command} --no-compile --total-timesteps {min(total, SHORT)} --run-dir {number}-plain",
+            f"{command} --compile --run-dir {number}-alone",
+            f"{command} --compile --run-dir {number}-killed",
+            status=-signal.SIGKILL,
+        )
+        saved = step_of(copy / f"{number}-killed", algorithm)
+        assert 0 < saved <= kill_past, "flags.args needs a smaller --checkpoint-frequency"
         afterwards.append(f"{line.split()[0]} --resume {number}-killed --device cpu --final-games 0")
         afterwards.append(f"minirl/evaluate/__main__.py {number}-killed --episodes 2 --json --device cpu")
-    said = run(copy, *python, "-c", IN_TURN, *afterwards).splitlines()
+    said = run(copy, *python, "", *afterwards).splitlines()
     for number, algorithm in enumerate(algorithms):
         one, other = (load_checkpoint(copy / f"{number}-{name}", algorithm) for name in ("alone", "killed"))
         assert_same(one, other)

@@ -26,7 +26,7 @@ from tests.fake_envs import Counter
 @pytest.fixture(scope="module")
 def cartpole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("cartpole") / "run"
-    train(PPOConfig(env_id="CartPole-v1", num_steps=32, total_timesteps=2048), run_dir=run_dir, device="cpu")
+    train(PPOConfig(env_id="CartPole-v1", num_steps=32, total_timesteps=512), run_dir=run_dir, device="cpu")
     return run_dir
 
 
@@ -99,7 +99,7 @@ def test_evaluate_reports_the_statistics_of_its_games(cartpole_run: Path, device
 
 def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Path, device: str) -> None:
     def returns(**options: Any) -> list[float]:
-        result: list[float] = evaluate(cartpole_run, episodes=9, device=device, **options)["returns"]
+        result: list[float] = evaluate(cartpole_run, episodes=4, device=device, **options)["returns"]
         return result
 
     assert returns(seed=1) == returns(seed=1)
@@ -111,7 +111,13 @@ def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Pat
 
 def test_atari_scores_are_of_whole_games_and_unclipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PPOConfig(
-        env_id="SpaceInvadersNoFrameskip-v4", num_envs=1, num_steps=8, minibatch_size=8, total_timesteps=8
+        env_id="SpaceInvadersNoFrameskip-v4",
+        frame_size=42,
+        num_envs=1,
+        num_steps=8,
+        minibatch_size=8,
+        total_timesteps=8,
+        update_epochs=1,
     )
     train(config, run_dir=tmp_path / "run", device="cpu")
     seen: list[tuple[bool, float]] = []
@@ -155,6 +161,23 @@ def test_a_video_plays_in_colour(breakout_run: Path, tmp_path: Path) -> None:
     assert red > green + 50 > blue
 
 
+@pytest.fixture(scope="module")
+def mistaken(cartpole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with runs that can't be played, or not be drawn."""
+    parent = tmp_path_factory.mktemp("mistaken")
+    for name, algorithm, config in [
+        ("empty", "ppo", PPOConfig(env_id="CartPole-v1")),
+        ("other", "sarsa", PPOConfig(env_id="CartPole-v1")),
+        ("changed", "ppo", PPOConfig(env_id="Acrobot-v1")),
+    ]:
+        (parent / name).mkdir()
+        save_config(parent / name, algorithm, config)
+    shutil.copy(cartpole_run / "checkpoint.pt", parent / "changed")
+    config = PPOConfig(env_id="tests.fake_envs:Counter-v0", num_steps=8, minibatch_size=8, total_timesteps=64)
+    train(config, run_dir=parent / "drawless", device="cpu")
+    return parent
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -179,24 +202,11 @@ def test_mistakes(
     line: str,
     message: str,
     cartpole_run: Path,
-    tmp_path: Path,
+    mistaken: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, algorithm, config in [
-        ("empty", "ppo", PPOConfig(env_id="CartPole-v1")),
-        ("other", "sarsa", PPOConfig(env_id="CartPole-v1")),
-        ("changed", "ppo", PPOConfig(env_id="Acrobot-v1")),
-    ]:
-        (tmp_path / name).mkdir()
-        save_config(tmp_path / name, algorithm, config)
-    shutil.copy(cartpole_run / "checkpoint.pt", tmp_path / "changed")
-    train(
-        PPOConfig(env_id="tests.fake_envs:Counter-v0", num_steps=8, minibatch_size=8, total_timesteps=64),
-        run_dir=tmp_path / "drawless",
-        device="cpu",
-    )
+    monkeypatch.chdir(mistaken)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluation.main(line.format(run=cartpole_run).split())

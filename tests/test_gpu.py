@@ -254,7 +254,8 @@ TRAININGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param("ppo", marks=pytest.mark.slow), "dqn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", TRAININGS)
 def test_a_recorded_training_ends_in_the_weights_of_one_that_is_not(
     algorithm: str, device: str, recordings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,9 @@ PPO: dict[str, Any] = {
     "env_id": "tests.recorded:Vectors-v0",
     "num_envs": 4,
     "num_steps": 12,
-    "minibatch_size": 16,
+    "minibatch_size": 24,
     "update_epochs": 2,
-    "total_timesteps": 144,
+    "total_timesteps": 96,
     "checkpoint_frequency": 48,
     "learning_rate": 1e-3,
     "compile": False,
@@ -28,11 +28,11 @@ PPO: dict[str, Any] = {
 DQN: dict[str, Any] = {
     "env_id": "tests.recorded:Vectors-v0",
     "num_envs": 2,
-    "total_timesteps": 300,
+    "total_timesteps": 200,
     "learning_starts": 60,
-    "buffer_size": 120,
+    "buffer_size": 80,
     "batch_size": 16,
-    "train_frequency": 4,
+    "train_frequency": 5,
     "checkpoint_frequency": 70,
     "eval_frequency": None,
     "compile": False,
@@ -40,31 +40,29 @@ DQN: dict[str, Any] = {
     "num_workers": 1,
 }
 FRAMES = {"env_id": "frames"}
-FEW = {"total_timesteps": 200, "learning_starts": 100, "train_frequency": 10}  # updates, which take long on images
+FEW = {"train_frequency": 20}  # updates, which take long on images
 PUSHED: dict[str, Any] = {"env_id": "tests.recorded:Pushed-v0", "norm_obs": True, "norm_reward": True}
 COMPILED, ROUNDED = {"compile": True}, {"precision": "bfloat16"}
+LARGER = {"num_steps": 32, "minibatch_size": 64, "total_timesteps": 256}
+KILLED = {"total_timesteps": 144}  # one update more
 OFTEN = {"checkpoint_frequency": 50}  # in the middle of what is logged together, and of no size of the memory
 CASES = {
     "ppo": Case(ppo, PPOConfig(**PPO, anneal_lr=True, anneal_clip=True, value_clip_coef=0.2)),
     "ppo, two workers": Case(ppo, PPOConfig(**PPO | {"num_workers": 2})),
-    "ppo, killed": Case(ppo, PPOConfig(**PPO), kills=[2]),
+    "ppo, killed": Case(ppo, PPOConfig(**PPO | KILLED), kills=[2]),
     "ppo, one reward": Case(ppo, PPOConfig(**PPO | {"env_id": "tests.recorded:Constant-v0"})),
-    "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | {"num_steps": 32, "minibatch_size": 64})),
-    "ppo, normalised": Case(ppo, PPOConfig(**PPO | PUSHED, value_clip_coef=0.2), kills=[2]),
+    "ppo, compiled": Case(ppo, PPOConfig(**PPO | COMPILED | LARGER)),
+    "ppo, normalised": Case(ppo, PPOConfig(**PPO | PUSHED | KILLED, value_clip_coef=0.2), kills=[2]),
     "ppo, normalised, two workers": Case(ppo, PPOConfig(**PPO | PUSHED | {"num_workers": 2})),
-    "ppo, normalised, compiled": Case(
-        ppo, PPOConfig(**PPO | PUSHED | COMPILED | {"num_steps": 32, "minibatch_size": 64})
-    ),
-    "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES)),
-    "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"total_timesteps": 96})),
+    "ppo, normalised, compiled": Case(ppo, PPOConfig(**PPO | PUSHED | COMPILED | LARGER)),
+    "ppo, images": Case(ppo, PPOConfig(**PPO | FRAMES | {"update_epochs": 1})),
+    "ppo, bfloat16": Case(ppo, PPOConfig(**PPO | FRAMES | ROUNDED | {"update_epochs": 1})),
     "ppo, own network": Case(ppo, PPOConfig(**PPO | FRAMES), own=recorded.OwnActorCritic),
     "dqn": Case(dqn, DQNConfig(**DQN)),
-    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=3, max_grad_norm=1.0, huber=True), kills=[130]),
-    "dqn, images": Case(
-        dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[130]
-    ),
+    "dqn, killed": Case(dqn, DQNConfig(**DQN | OFTEN, gradient_steps=2, max_grad_norm=1.0, huber=True), kills=[85]),
+    "dqn, images": Case(dqn, DQNConfig(**DQN | FRAMES | FEW | OFTEN, tau=1.0, target_network_frequency=50), kills=[85]),
     "dqn, compiled": Case(dqn, DQNConfig(**DQN | COMPILED, tau=0.5)),
-    "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | ROUNDED)),
+    "dqn, bfloat16": Case(dqn, DQNConfig(**DQN | FEW | ROUNDED)),
     "dqn, judged": Case(dqn, DQNConfig(**DQN | {"eval_frequency": 100}, eval_episodes=3, confirm_episodes=4)),
     "dqn, own network": Case(dqn, DQNConfig(**DQN | FRAMES | FEW), own=recorded.OwnQNetwork),
     "dqn, own network, compiled": Case(dqn, DQNConfig(**DQN | FRAMES | COMPILED), own=recorded.OwnQNetwork),
@@ -84,7 +82,7 @@ CASES = {
 
 SLOW = {
     *(name for name in CASES if "compiled" in name),
-    *("ppo, vectors, bfloat16", "dqn, images, bfloat16", "dqn, two workers"),
+    *("ppo, vectors, bfloat16", "dqn, images, bfloat16", "dqn, two workers", "ppo, two workers"),
 }
 
 

@@ -113,7 +113,7 @@ def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_siz
         return ReplayBuffer(num_envs * length, PIXELS, num_envs, stacked=stacked, seed=seed)
 
     buffer, files = new(0), MemoryFiles(tmp_path)
-    for step in range(1, 5 * length + 2 * every):
+    for step in range(1, 3 * length + 2 * every):
         players.step(buffer)
         if step % every:
             continue

@@ -29,20 +29,21 @@ NOT_COMPARED = {"seconds", "memory", "path"}  # the clock, and which files these
 PPO_CARTPOLE = ppo.PPOConfig(
     env_id="CartPole-v1",
     num_steps=16,
-    total_timesteps=2048,
+    total_timesteps=1024,
     minibatch_size=64,
     anneal_lr=True,
-    checkpoint_frequency=128,
+    checkpoint_frequency=256,
 )
 PPO_PONG = ppo.PPOConfig(
     num_envs=3, num_steps=16, minibatch_size=48, update_epochs=1, total_timesteps=480, checkpoint_frequency=48
 )
 DQN_CARTPOLE = dqn.DQNConfig(
-    total_timesteps=1200,
-    buffer_size=300,
+    total_timesteps=600,
+    buffer_size=240,
     batch_size=16,
-    learning_starts=100,
-    eval_frequency=400,
+    learning_starts=60,
+    train_frequency=2,
+    eval_frequency=200,
     eval_episodes=2,
     confirm_episodes=4,
     checkpoint_frequency=100,
@@ -51,21 +52,24 @@ DQN_PONG = dataclasses.replace(
     DQN_CARTPOLE,
     env_id="PongNoFrameskip-v4",
     num_envs=2,
-    buffer_size=100,
+    num_workers=1,
+    buffer_size=60,
     batch_size=4,
     learning_starts=40,
     train_frequency=20,
-    total_timesteps=400,
+    total_timesteps=160,
     eval_frequency=None,
-    checkpoint_frequency=30,
+    checkpoint_frequency=50,
 )
-Q_GRID = q_learning.QLearningConfig(num_episodes=300, checkpoint_frequency=50)
+Q_GRID = q_learning.QLearningConfig(num_episodes=150, checkpoint_frequency=30)
 SMALL: dict[str, Any] = {"width": 8, "num_layers": 1, "num_heads": 2, "minibatch_size": 4, "kl_target": 5.0}
 BATCHES: dict[str, Any] = {"lm_batch_size": 8, "reward_batch_size": 8, "batch_size": 8, "reward_epochs": 2}
 RLHF = rlhf.RLHFConfig(lm_steps=12, num_pairs=48, num_episodes=96, checkpoint_frequency=16, **SMALL, **BATCHES)
 
-# Episodes of 200 steps, of 999, of some 20 and of 1,000: cut, cut, ended, cut.
-NORMALISED = dataclasses.replace(PPO_CARTPOLE, num_envs=2, norm_obs=True, norm_reward=True, num_steps=32)
+# In 256 steps: cut after 200, in the middle of the first, ended after some 20 each, in the middle of the first.
+NORMALISED = dataclasses.replace(
+    PPO_CARTPOLE, num_envs=2, norm_obs=True, norm_reward=True, num_steps=32, total_timesteps=512
+)
 CONTINUOUS = ("Pendulum-v1", "MountainCarContinuous-v0", "Hopper-v5", "HalfCheetah-v5")
 
 RUNS: list[Any] = [
@@ -90,7 +94,7 @@ RUNS: list[Any] = [
     pytest.param(
         "ppo",
         ppo.train,
-        dataclasses.replace(NORMALISED, env_id="HalfCheetah-v5", num_workers=2, total_timesteps=640),
+        dataclasses.replace(NORMALISED, env_id="HalfCheetah-v5", num_workers=2),
         marks=pytest.mark.slow,
     ),
     pytest.param(
@@ -152,6 +156,7 @@ def train_with_kills(
                 train(config, run_dir=run_dir, resume=number > 0, device=device)
             except Killed:
                 continue
+            assert number or left is None, "the first kill must fall into the run"
     assert left is None
 
 
@@ -161,12 +166,14 @@ def test_a_killed_run_ends_as_one_left_alone(
 ) -> None:
     train(config, run_dir=tmp_path / "alone", device=device)
     rng = np.random.default_rng(0)
-    num_envs = getattr(config, "num_envs", 1)
-    # The first kill must fall into the run: PPO on Pong has 10 updates; those of RLHF fall into its three stages.
-    calls = config.num_updates // 2 if algorithm == "ppo" else 280 if algorithm == "q_learning" else 350 // num_envs
-    times = 1 if getattr(config, "compile", None) else 3  # each of its sessions compiles anew
+    if algorithm == "ppo":
+        calls = config.num_updates // 2
+    else:
+        calls = (config.total_timesteps // config.num_envs if algorithm == "dqn" else config.num_episodes) // 3
+    # Each of its sessions compiles anew, or loads games.
+    times = 1 if getattr(config, "compile", None) or config is DQN_PONG else 2
     kills = [int(rng.integers(1, calls)) for _ in range(times)] + [0]  # the last one at once
-    kills = [5, 13, 13, 0] if algorithm == "rlhf" else kills
+    kills = [5, 13, 13, 0] if algorithm == "rlhf" else kills  # into each of its three stages
     train_with_kills(train, config, tmp_path / "killed", kills, monkeypatch, device)
     alone, killed = (load_checkpoint(tmp_path / name, algorithm) for name in ("alone", "killed"))
     assert_same(alone, killed)
@@ -215,17 +222,23 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
 )
 def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
     """The real thing, a process and SIGKILL: after any of them there is a checkpoint, and the end is the same."""
-    command = [sys.executable, f"train_{script}.py", "--device", "cpu"]
+    always = ["--device", "cpu", "--final-games", "0"]
+    command = [sys.executable, f"train_{script}.py", *always]
     settings = [*flags.split(), "--checkpoint-frequency", "200"]
-    subprocess.run([*command, *settings, "--run-dir", str(tmp_path / "alone")], cwd=ROOT, check=True)
+    module: Any = {"ppo": ppo, "dqn": dqn}[script]
+    config_class = {"ppo": ppo.PPOConfig, "dqn": dqn.DQNConfig}[script]
+    run_training(script, config_class, module.train, "", [*always, *settings, "--run-dir", str(tmp_path / "alone")])
     run_dir = tmp_path / "killed"
     arguments = [*settings, "--run-dir", str(run_dir)]
     rng = random.Random(0)
-    for _ in range(3):
+    for sessions in (1, 2):
         process = subprocess.Popen([*command, *arguments], cwd=ROOT)
-        while not (run_dir / "checkpoint.pt").exists() and process.poll() is None:
+        # Each session has a file of events, and the first one soon has a checkpoint.
+        while process.poll() is None and (
+            len([*run_dir.glob("events*[0-9]")]) < sessions or not (run_dir / "checkpoint.pt").exists()
+        ):
             time.sleep(0.01)
-        time.sleep(2.5 * bool("--resume" in arguments) + rng.random())
+        time.sleep(rng.random())
         process.kill()
         assert process.wait() in (-signal.SIGKILL, 0)
         load_checkpoint(run_dir, script)
@@ -268,7 +281,7 @@ def test_games_that_cannot_be_saved_are_said_so_once_and_start_anew(
         return reset(envs, seed)
 
     monkeypatch.setattr(VectorEnv, "reset", spy)
-    config = dataclasses.replace(PPO_PONG, env_id="ALE/Pong-v5", total_timesteps=96, checkpoint_frequency=48)
+    config = dataclasses.replace(PPO_PONG, env_id="ALE/Pong-v5", total_timesteps=96, num_workers=1)
     for total in (96, 144):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default", UserWarning)  # as outside of tests: once for each text
@@ -302,8 +315,8 @@ def test_a_memory_is_not_written_twice_and_old_files_go(tmp_path: Path) -> None:
     dqn.train(DQN_CARTPOLE, run_dir=tmp_path / "run", device="cpu")
     assert not list((tmp_path / "run").glob(".*"))
     names = sorted(path.name for path in (tmp_path / "run").glob("memory-*.npz"))
-    # Of 1,200 transitions, 300 are remembered; the file before them belonged to the checkpoint before.
-    assert names == ["memory-1000-1100.npz", "memory-1100-1200.npz", "memory-800-900.npz", "memory-900-1000.npz"]
+    # Of 600 transitions, 240 are remembered; the file before them belonged to the checkpoint before.
+    assert names == [f"memory-{start}-{start + 100}.npz" for start in (200, 300, 400, 500)]
 
 
 @pytest.mark.parametrize(

