@@ -300,6 +300,7 @@ def test_the_number_in_an_array_of_one_is_taken_with_a_warning(algorithm: str, n
     assert len([warning for warning in seen if "its one number is taken" in str(warning.message)]) == 1
 
 
+@pytest.mark.slow
 def test_gymnasiums_checker_warns_once_of_each_thing(tmp_path: Path) -> None:
     command = f"train_ppo.py --env-id {id_of('Doubles', 'ppo')} {ALGORITHMS['ppo'][2]} --num-workers 2 --run-dir"
     result = subprocess.run(
