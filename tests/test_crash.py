@@ -1,6 +1,7 @@
 """Kills in the middle of writing, disks that are full, directories that can't be written: no checkpoint is lost."""
 
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from minirl.checks import ConfigError
 from minirl.q_learning import QLearningConfig, train
+from minirl.runs import progress
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.run import Run
 from tests.test_resume import ROOT, assert_same
@@ -84,6 +86,29 @@ def test_streams_that_are_closed_or_full_end_in_no_traceback(streams: str, statu
         if status:
             error = result.stderr.splitlines()[-1]
             assert error.startswith("error: standard output must take the result, and can't be written: ")
+
+
+class Full(io.StringIO):
+    """A stream to a disk that is full."""
+
+    def fileno(self) -> int:
+        return 1
+
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_stream_that_is_closed_leads_nowhere_and_a_full_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same within this process, whose own streams are left alone."""
+    silenced: list[int] = []
+    monkeypatch.setattr(progress, "silence", silenced.append)
+    monkeypatch.setattr(sys, "stderr", None)
+    progress.open_streams()
+    assert sys.stderr is not None
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(ConfigError, match=r"^standard output must take the result, and can't be written: .*No space"):
+        progress.answer("21")
+    assert silenced == [2, 1]
 
 
 @pytest.mark.slow
