@@ -55,7 +55,7 @@ DISCRETE = {
     "dqn-mountaincar": Row(-100.8, 9.9, "120k"),
     "dqn-lunarlander": Row(154.4, 79.2, "100k"),
 }
-CONTINUOUS = {  # docs/continuous-control.md says which settings are not the Zoo's
+CONTINUOUS = {  # with the Zoo's settings only on Box2D; the others are ours, or the field's
     "ppo-pendulum": Row(-172.2, 104.2, "100k"),
     "ppo-mountaincar-continuous": Row(88.3, 2.6, "20k"),
     "ppo-lunarlander-continuous": Row(270.9, 32.1, "1M"),

@@ -57,7 +57,7 @@ from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses
 from minirl.runs.resume import env_state, start_envs
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_SEED, check_settings, setting
+from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
 
 STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
@@ -98,7 +98,9 @@ class PPOConfig:
     compile: bool | None = setting(None, "compile acting and the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
     num_workers: int | None = setting(None, "processes that play; none: one a core on Atari, otherwise 1", at_least=1)
-    num_threads: int | None = setting(None, "threads that compute; none: one for small networks, else all", at_least=1)
+    num_threads: int | None = setting(
+        None, "threads that compute; none: one for small networks, else all", at_least=1, at_most=MAX_THREADS
+    )
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 

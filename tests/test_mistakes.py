@@ -322,6 +322,7 @@ CASES: list[tuple[str, str, str]] = [
         "--env-id CartPole-v1 --log-std-init -2",
         "--log-std-init must be left out: only actions that are numbers have a Gaussian",
     ),
+    ("ppo", "--num-threads 1025", "--num-threads must be a whole number from 1 to 1024 or none, not 1025"),
     ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
     ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
     ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),

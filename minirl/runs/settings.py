@@ -20,6 +20,7 @@ from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 
 MAX_SEED = 2**31 - 1
+MAX_THREADS = 1_024  # far beyond it PyTorch ends in an error of its own
 MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
 NOUNS: dict[Any, str] = {
