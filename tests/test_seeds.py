@@ -15,6 +15,7 @@ import torch
 
 from minirl import ppo, q_learning
 from minirl.checks import ConfigError
+from minirl.dqn import DQNConfig
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.ppo import PPOConfig
 from minirl.q_learning import QLearningConfig
@@ -188,17 +189,29 @@ def test_a_signal_that_comes_between_two_starts_leaves_no_process_behind(tmp_pat
     assert processes.run({1: ["no-such-program"], 2: ["no-such-program"]}, 1) == {1: None, 2: None}
 
 
-def test_atari_is_trained_one_seed_after_the_other_and_others_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_seed_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    gigabyte = 1 << 30
     monkeypatch.setattr("minirl.runs.seeds.available_cores", lambda: 6)
+    monkeypatch.setattr("minirl.runs.seeds.memory", lambda: 100 * gigabyte)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cartpole = PPOConfig(env_id="CartPole-v1")
-    assert side_by_side(PPOConfig(), 9) == (1, None)
-    assert side_by_side(cartpole, 9) == (6, 1)
-    assert side_by_side(cartpole, 4) == (4, 1)
-    assert side_by_side(PPOConfig(env_id="CartPole-v1", num_workers=4), 9) == (1, 1)
-    assert side_by_side(QLearningConfig(), 9) == (6, 1)
+    alone, cartpole = {"OMP_NUM_THREADS": "1"}, PPOConfig(env_id="CartPole-v1")
+    pong, cheetah = PPOConfig(), PPOConfig(env_id="HalfCheetah-v5")
+    assert side_by_side(cartpole, 9) == (6, [], alone)
+    assert side_by_side(cartpole, 4) == (4, [], alone)
+    assert side_by_side(PPOConfig(env_id="CartPole-v1", num_workers=4), 9) == (1, [], {"OMP_NUM_THREADS": "6"})
+    assert side_by_side(QLearningConfig(), 9) == (6, [], alone)
+    assert side_by_side(cheetah, 9) == (6, ["--num-workers=1"], alone)
+    assert side_by_side(pong, 9) == (6, ["--num-workers=1", "--num-threads=1"], alone)
+    assert side_by_side(pong, 2) == (2, ["--num-workers=3", "--num-threads=3"], {"OMP_NUM_THREADS": "3"})
+    assert side_by_side(PPOConfig(num_workers=2, num_threads=1), 9) == (3, [], {"OMP_NUM_THREADS": "2"})
+    # A replay memory of 100,000 frames of 84 x 84 bytes is 0.66 GB.
+    atari = DQNConfig(env_id="PongNoFrameskip-v4", buffer_size=100_000)
+    for memory, at_once in ((100, 6), (5, 3), (1, 1)):
+        monkeypatch.setattr("minirl.runs.seeds.memory", lambda memory=memory: memory * gigabyte)
+        assert side_by_side(atari, 9)[0] == at_once
+        assert side_by_side(cartpole, 9)[0] == 6
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert side_by_side(cartpole, 9) == (6, None), "somebody has chosen"
+    assert side_by_side(pong, 1) == (1, ["--num-workers=6"], {}), "somebody has chosen the threads"
 
 
 def test_threads_are_set_in_the_processes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from minirl.checks import ConfigError
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari, making, registered_id
+from minirl.envs.ids import is_atari, is_slow, making, registered_id
 from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
@@ -87,13 +87,12 @@ def make_vector_env(
 
     Of environments that several processes share, a slice says which.
 
-    Without `num_workers`, Atari games are played by one process per core, and everything else by this one:
-    a step of CartPole takes 7 microseconds, a message to a worker 50.
+    Without `num_workers`, Atari and MuJoCo are played by one process per core, and everything else by this one.
 
     Raises:
         ConfigError, EnvError: see `make_env`.
     """
-    if num_workers is None and not is_atari(env_id):
+    if num_workers is None and not is_slow(env_id):
         num_workers = 1
     in_halves = in_halves and is_atari(env_id)
     make = functools.partial(make_env, env_id, **shown)

@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,17 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
     and the number of workers may change nothing but the speed.
     """
     return threads(1)
+
+
+def seconds_without_core() -> float:
+    """Return for how long this thread could have gone on, and had no core, since it began; 0.0 where nobody counts it.
+
+    Linux does. What waits for something else, a message say, is not counted, nor is what spins: it has a core.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def tuned(network: nn.Module, num_threads: int | None = None) -> contextlib.AbstractContextManager[None]:

@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 
 from minirl.checks import ConfigError
-from minirl.envs.ids import is_atari, making, registered_id
+from minirl.envs.ids import is_atari, is_slow, making, registered_id
 from minirl.envs.vector import available_cores
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import CONFIG_FILE
@@ -32,6 +32,7 @@ from minirl.runs.run import is_hangup, stop_signals
 from minirl.runs.settings import MAX_SEED
 
 MOST_SEEDS = 1_000
+ATARI_MEMORY = 1 << 30  # bytes that a run on Atari takes, without a replay memory
 
 Status = int | None  # of a process; None for one that was never started
 
@@ -80,13 +81,13 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
         if (run_dir / CONFIG_FILE).exists():
             go_on = shlex.join(["--resume", str(run_dir)])
             raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with {go_on}")
-    at_once, threads = side_by_side(config, len(run_dirs))
+    at_once, shares, environment = side_by_side(config, len(run_dirs))
     say(f"{len(run_dirs)} seeds, {at_once} at a time")
     commands = {
-        seed: [sys.executable, sys.argv[0], *flags, f"--seed={seed}", f"--run-dir={run_dir}"]
+        seed: [sys.executable, sys.argv[0], *flags, *shares, f"--seed={seed}", f"--run-dir={run_dir}"]
         for seed, run_dir in run_dirs.items()
     }
-    processes = Processes({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    processes = Processes(environment)
     statuses = processes.run(commands, at_once)
     done = [seed for seed, status in statuses.items() if status == 0]
     failed = [seed for seed, status in statuses.items() if status != 0]
@@ -101,17 +102,35 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
     return 0 if not failed else 2 if all(status == 2 for status in statuses.values()) else 1
 
 
-def side_by_side(config: Any, num_seeds: int) -> tuple[int, int | None]:
-    """Return how many seeds to train at once, and with how many threads each (None: PyTorch's own choice).
+def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str, str]]:
+    """Return how many seeds to train at once, and the flags and variables that keep each to its share of the cores.
 
-    A run on Atari keeps all cores busy by itself. Others are a process with a small network, and are fastest one on
-    each core: with PyTorch's usual threads, two of them side by side are several times as slow as one after the other.
+    Runs that have a core each make the most: two of Pong, with a thread and a process each, 1,416 agent steps a second
+    where one after the other, with both cores, made 1,247; two that have both cores each, 60.
     """
-    if hasattr(config, "env_id") and is_atari(config.env_id):
-        return 1, None
-    processes_each = getattr(config, "num_workers", None) or 1
-    at_once = max(1, min(num_seeds, available_cores() // processes_each))
-    return at_once, None if "OMP_NUM_THREADS" in os.environ else 1
+    cores, given = available_cores(), vars(config)
+    env_id = given.get("env_id")
+    atari = env_id is not None and is_atari(env_id)
+    at_once = min(num_seeds, cores // (given.get("num_workers") or 1))
+    if atari:
+        frames = given.get("buffer_size", 0) * config.frame_size**2  # remembered, a byte a pixel
+        at_once = min(at_once, memory() // (ATARI_MEMORY + frames))
+    at_once = max(1, at_once)
+    share, flags = cores // at_once, []
+    if env_id is not None and is_slow(env_id) and given.get("num_workers", 1) is None:
+        flags.append(f"--num-workers={share}")
+    if "OMP_NUM_THREADS" in os.environ:
+        return at_once, flags, {}
+    if atari and given.get("num_threads", 1) is None:
+        flags.append(f"--num-threads={share}")  # kept with the run: its bits may depend on it
+    return at_once, flags, {"OMP_NUM_THREADS": str(share)}
+
+
+def memory() -> int:
+    """Return how many bytes of memory this machine has."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Processes:
