@@ -50,18 +50,23 @@ class NatureCNN(nn.Module):
 
     Bytes are divided by 255 here, on the device; float observations are taken to be in [0, 1] already. Images and
     weights lie channels-last in memory, which convolves a quarter faster and changes no shape.
+
+    Args:
+        image_shape: (C, H, W).
+        channels: of the three convolutions.
     """
 
     num_features = 512
 
-    def __init__(self, image_shape: tuple[int, ...]) -> None:
+    def __init__(self, image_shape: tuple[int, ...], channels: tuple[int, ...] = (32, 64, 64)) -> None:
         super().__init__()
+        first, second, third = channels
         self.convolutions = nn.Sequential(
-            orthogonal(nn.Conv2d(image_shape[0], 32, kernel_size=8, stride=4)),
+            orthogonal(nn.Conv2d(image_shape[0], first, kernel_size=8, stride=4)),
             nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
+            orthogonal(nn.Conv2d(first, second, kernel_size=4, stride=2)),
             nn.ReLU(),
-            orthogonal(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
+            orthogonal(nn.Conv2d(second, third, kernel_size=3, stride=1)),
             nn.ReLU(),
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():

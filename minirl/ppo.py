@@ -78,6 +78,7 @@ class PPOConfig:
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
     activation: str = setting("tanh", "between them: tanh or relu")
+    cnn_channels: tuple[int, ...] = setting((32, 64, 64), "of the three convolutions on images", at_least=1)
     log_std_init: float = setting(0.0, "log standard deviation of a Gaussian policy at first", at_least=-20, at_most=2)
     norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
@@ -113,6 +114,8 @@ class PPOConfig:
             raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"--activation must be {' or '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if len(self.cnn_channels) != 3:
+            raise ConfigError(f"--cnn-channels must be three numbers, not {len(self.cnn_channels)}")
 
     @property
     def batch_size(self) -> int:
@@ -144,6 +147,7 @@ class ActorCritic(nn.Module):
         norm_obs: whether vectors are normalised first; who trains says what is taken in, and when.
         hidden_sizes: widths of the MLPs' layers.
         activation: between them, a name of `ACTIVATIONS`.
+        cnn_channels: of the CNN's three convolutions.
         log_std_init: of a Gaussian policy, at first.
 
     Raises:
@@ -158,6 +162,7 @@ class ActorCritic(nn.Module):
         norm_obs: bool = False,
         hidden_sizes: tuple[int, ...] = (64, 64),
         activation: str = "tanh",
+        cnn_channels: tuple[int, ...] = (32, 64, 64),
         log_std_init: float = 0.0,
     ) -> None:
         super().__init__()
@@ -169,7 +174,7 @@ class ActorCritic(nn.Module):
         if is_image(observation_space):
             if norm_obs:
                 raise ConfigError("--norm-obs must go with vectors as observations: images are divided by 255")
-            self.actor_body = NatureCNN(observation_space.shape)
+            self.actor_body = NatureCNN(observation_space.shape, cnn_channels)
             num_features = NatureCNN.num_features
         else:
             sizes = (*observation_space.shape, *hidden_sizes)
@@ -405,8 +410,11 @@ def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_spac
     Raises:
         ConfigError: if the spaces will not do, or are not those that a setting is for.
     """
-    if is_image(observation_space) and (config.hidden_sizes, config.activation) != ((64, 64), "tanh"):
+    images = is_image(observation_space)
+    if images and (config.hidden_sizes, config.activation) != (PPOConfig.hidden_sizes, PPOConfig.activation):
         raise ConfigError("--hidden-sizes and --activation must be left out: images go through the Nature CNN")
+    if not images and config.cnn_channels != PPOConfig.cnn_channels:
+        raise ConfigError("--cnn-channels must be left out: only images go through a CNN")
     if not isinstance(action_space, gym.spaces.Box) and config.log_std_init != 0:
         raise ConfigError("--log-std-init must be left out: only actions that are numbers have a Gaussian")
     return ActorCritic(
@@ -415,6 +423,7 @@ def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_spac
         norm_obs=config.norm_obs,
         hidden_sizes=config.hidden_sizes,
         activation=config.activation,
+        cnn_channels=config.cnn_channels,
         log_std_init=config.log_std_init,
     )
 

@@ -103,7 +103,14 @@ def test_every_field_is_a_flag_with_its_default_and_help(config_class: Any, caps
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(config_class):
-        words = {"None": "none", "(24, 24)": "24,24", "(64, 64)": "64,64", "True": "on", "False": "off"}
+        words = {
+            "None": "none",
+            "(24, 24)": "24,24",
+            "(64, 64)": "64,64",
+            "(32, 64, 64)": "32,64,64",
+            "True": "on",
+            "False": "off",
+        }
         default = words.get(str(field.default), str(field.default))
         assert f"{field.metadata['help']} (default: {default})" in text
         assert flag_name(field.name) in text
@@ -204,6 +211,7 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "frame_size": 84,
         "hidden_sizes": (64, 64),
         "activation": "tanh",
+        "cnn_channels": (32, 64, 64),
         "log_std_init": 0.0,
         "anneal_lr": False,
         "anneal_clip": False,

@@ -324,6 +324,12 @@ CASES: list[tuple[str, str, str]] = [
     ),
     ("ppo", "--num-threads 1025", "--num-threads must be a whole number from 1 to 1024 or none, not 1025"),
     ("ppo", "--activation gelu", "--activation must be tanh or relu, not 'gelu'"),
+    ("ppo", "--cnn-channels 16,32", "--cnn-channels must be three numbers, not 2"),
+    (
+        "ppo",
+        "--env-id CartPole-v1 --cnn-channels 16,32,32",
+        "--cnn-channels must be left out: only images go through a CNN",
+    ),
     ("ppo", "--frame-size 20", "--frame-size must be a whole number of at least 36, not 20"),
     ("dqn", "--gradient-steps 0", "--gradient-steps must be a whole number of at least 1, not 0"),
     ("dqn", "--target-network-frequency 0", "--target-network-frequency must be a whole number of at least 1, not 0"),

@@ -86,6 +86,14 @@ def test_layers_start_with_the_gains_of_the_paper() -> None:
     assert (other.actor.in_features, other.critic.in_features) == (7, 7)
 
 
+def test_the_cnn_has_the_channels_that_the_settings_say() -> None:
+    agent = make_agent(PPOConfig(cnn_channels=(16, 32, 8)), PIXELS, TWO)
+    shapes = [
+        (*layer.weight.shape,) for layer in agent.actor_body.modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    assert shapes == [(16, 4, 8, 8), (32, 16, 4, 4), (8, 32, 3, 3), (512, 8 * 7 * 7)]
+
+
 def test_standard_deviations_start_where_they_are_told_to() -> None:
     config = PPOConfig(env_id="Pendulum-v1", log_std_init=-2)
     agent = make_agent(config, VECTOR, gym.spaces.Box(-1, 1, (2, 3)))
