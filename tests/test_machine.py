@@ -31,10 +31,10 @@ def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with tuned(nn.Linear(100, 400)):
+        with tuned(nn.Linear(500, 300)):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
-        with tuned(nn.Linear(200, 400)):  # 80,400 weights
+        with tuned(nn.Linear(500, 400)):  # 200,400 weights
             assert torch.get_num_threads() == 3
             with one_thread():
                 assert torch.get_num_threads() == 1
