@@ -90,7 +90,7 @@ RUNS: list[Any] = [
         marks=pytest.mark.slow,
     ),
     ("q_learning", q_learning.train, Q_GRID),
-    *(("ppo", ppo.train, dataclasses.replace(NORMALISED, env_id=env_id)) for env_id in CONTINUOUS),
+    *(("ppo", ppo.train, dataclasses.replace(NORMALISED, env_id=env_id, num_workers=1)) for env_id in CONTINUOUS),
     pytest.param(
         "ppo",
         ppo.train,
@@ -194,7 +194,7 @@ def test_a_killed_run_ends_as_one_left_alone(
         RUNS[3],
         pytest.param(*RUNS[4], marks=pytest.mark.slow),
         RUNS[5],
-        RUNS[-1],
+        pytest.param(*RUNS[-1], marks=pytest.mark.slow),
     ],
 )
 def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp_path: Path) -> None:

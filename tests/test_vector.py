@@ -191,6 +191,15 @@ def test_one_environment_has_no_halves_and_only_atari_is_played_in_them() -> Non
         assert envs.halves == [slice(0, 4)]
 
 
+def test_what_takes_long_is_played_by_all_cores_where_nobody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int | None] = []
+    monkeypatch.setattr("minirl.envs.make.VectorEnv", lambda make, number, **how: made.append(how["num_workers"]))
+    for env_id in ("PongNoFrameskip-v4", "HalfCheetah-v5", "CartPole-v1", "Pendulum-v1", "LunarLander-v3"):
+        make_vector_env(env_id, 4)
+        make_vector_env(env_id, 4, num_workers=2)
+    assert made == [None, 2, None, 2, 1, 2, 1, 2, 1, 2]
+
+
 class OnlyInWorkers:
     """Makes a sound environment in this process, and another kind in others."""
 
