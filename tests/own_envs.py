@@ -169,6 +169,34 @@ class Samples(Walk):
         return 0.5 * float(self.action_space.sample())
 
 
+class World:
+    """Somebody's physics, which can't be read."""
+
+    def __init__(self) -> None:
+        self.position = 0.0
+
+
+class Falls(gym.Env[Any, Any]):
+    """Its state lies in its world, which each episode has anew, or none has."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, renewed: bool = True) -> None:
+        self.renewed, self.world = renewed, World()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if self.renewed:
+            self.world = World()
+        self.world.position = self.np_random.normal()
+        return np.array([self.world.position]), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.world.position += 0.3 * action[0] - self.world.position * action[1] + self.np_random.normal()
+        return np.array([self.world.position]), 0.0, False, False, {}
+
+
 class Nested(Samples):
     """Shows what it draws from a space of spaces."""
 

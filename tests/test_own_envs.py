@@ -17,6 +17,7 @@ import torch
 
 from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
+from minirl.envs.again import played_again
 from minirl.envs.make import make_env
 from minirl.envs.state import CantCapture, capture, decode, encode, restore
 from minirl.evaluate import evaluate
@@ -27,6 +28,7 @@ from tests.fake_envs import Faulty
 from tests.own_envs import (
     EXACT,
     KINDS,
+    Falls,
     GlobalNumpy,
     Hidden,
     Holds,
@@ -235,6 +237,44 @@ def test_physics_is_put_back_whole() -> None:
     env.step(np.ones(8, np.float32))
     restore(other, state)
     assert whole(other) == expected, "a copy, and no view of what plays on"
+
+
+def test_an_episode_whose_world_cannot_be_read_is_played_again() -> None:
+    def make(renewed: bool = True) -> gym.Env[Any, Any]:
+        return played_again(gym.wrappers.TimeLimit(gym.wrappers.OrderEnforcing(Falls(renewed)), 30))
+
+    assert how_a_copy_differs(make) == ""
+    env, other = make(), make()
+    actions = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    env.reset(seed=0)
+    for steps in (30, 7):  # an episode, and the beginning of the next, which follows from the generator alone
+        for action in actions[:steps]:
+            truncated = env.step(action)[3]
+        if truncated:
+            env.reset()
+    state = capture(env)
+    restore(other, state)
+    for _ in range(2):  # put back, it can be captured again
+        expected = [env.step(action)[0].item() for action in actions[:5]]
+        assert [other.step(action)[0].item() for action in actions[:5]] == expected
+        restore(other, capture(env))
+    assert [layer.step(actions[0])[3] for layer in [env, other] for _ in range(13)] == [*[False] * 12, True] * 2
+
+    kept = make(renewed=False)
+    kept.reset(seed=0)
+    with pytest.raises(CantCapture, match=r"Falls\.world is a World"):
+        capture(kept)
+
+
+@pytest.mark.parametrize("env_id", ["LunarLander-v3", "LunarLanderContinuous-v3"])
+def test_lunar_lander_resumes_within_an_episode(env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("Box2D")
+    train, config = config_of("ppo", "Plain", env_id=env_id, num_envs=2)
+    train(config, run_dir=tmp_path / "alone", device="cpu")
+    train_with_kills(train, config, tmp_path / "killed", [KILLS["ppo"]], monkeypatch)
+    alone, killed = (load_checkpoint(tmp_path / name, "ppo") for name in ("alone", "killed"))
+    assert alone["envs"] is not None
+    assert_same(alone, killed)
 
 
 def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> None:

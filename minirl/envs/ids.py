@@ -49,22 +49,28 @@ def is_atari(env_id: str) -> bool:
     """Whether `env_id` names a registered game of the Arcade Learning Environment.
 
     Raises:
-        ConfigError, EnvError: see `registered_id`.
+        ConfigError, EnvError: see `registered_id`; of the others, too.
     """
-    spec = gym.registry.get(registered_id(env_id))
-    return spec is not None and str(spec.entry_point).startswith("ale_py")
+    return lies_in(env_id, "ale_py")
+
+
+def is_box2d(env_id: str) -> bool:
+    """Whether it is one of Gymnasium's environments with Box2D's physics."""
+    return lies_in(env_id, "gymnasium.envs.box2d")
 
 
 def is_slow(env_id: str) -> bool:
     """Whether a step takes longer than to have another process make it: Atari's games, and MuJoCo's physics.
 
     A step of HalfCheetah takes 140 microseconds, one of CartPole 7, of LunarLander 30; a message to a worker 50.
-
-    Raises:
-        ConfigError, EnvError: see `registered_id`.
     """
+    return is_atari(env_id) or lies_in(env_id, "gymnasium.envs.mujoco")
+
+
+def lies_in(env_id: str, module: str) -> bool:
+    """Whether an environment is made by what lies in a module or package."""
     spec = gym.registry.get(registered_id(env_id))
-    return spec is not None and str(spec.entry_point).startswith(("ale_py", "gymnasium.envs.mujoco"))
+    return spec is not None and str(spec.entry_point).startswith(module)
 
 
 @contextlib.contextmanager

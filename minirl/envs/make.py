@@ -9,9 +9,10 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from minirl.checks import ConfigError
+from minirl.envs.again import played_again
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari, is_slow, making, registered_id
+from minirl.envs.ids import is_atari, is_box2d, is_slow, making, registered_id
 from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
@@ -45,7 +46,10 @@ def make_env(
         spec = gym.spec(registered_id(env_id))
         # Not every environment has the argument: pass it only where it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
-        env: gym.Env[Any, Any] = EpisodeStatistics(gym.make(spec, max_episode_steps=time_limit(spec), **options))
+        env: gym.Env[Any, Any] = gym.make(spec, max_episode_steps=time_limit(spec), **options)
+        if is_box2d(env_id):
+            env = played_again(env)
+        env = EpisodeStatistics(env)
         require_array(env.observation_space)
         if one_hot and isinstance(env.observation_space, CHOICES):
             env = OneHot(env)

@@ -7,8 +7,9 @@ environment was made with, and get back what may have changed in them: attribute
 from, the variables that a function has closed over.
 
 The emulator of an Atari game has a state of its own, which ALE can copy, random numbers included; and so has MuJoCo's
-physics, wherever it is held. An environment that keeps anything else (another physics engine, say) can't be captured,
-and says which attribute stands in the way.
+physics, wherever it is held. Of what lies below a `PlayedAgain` the episode so far is captured, and played again. An
+environment that keeps anything else (another physics engine, say) can't be captured, and says which attribute stands in
+the way.
 
 What is captured is plain data (numbers, text, lists, dictionaries, byte arrays), which a checkpoint can hold and read
 back without running anybody's code.
@@ -31,6 +32,8 @@ from ale_py.env import AtariEnv
 from gymnasium.envs.registration import EnvSpec
 from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
+
+from minirl.envs.again import PlayedAgain
 
 State = dict[str, Any]
 Layer = gym.Env[Any, Any]
@@ -330,6 +333,8 @@ def _put_back(state: State, seen: list[Any], old: Any) -> None:
             (old.__closure__ or ())[int(name)].cell_contents = made
         elif name not in parts or made is not parts[name]:
             setattr(old, name, made)
+    if isinstance(old, PlayedAgain):
+        old.play()
 
 
 def _parts(value: Any) -> dict[str, Any]:
@@ -342,6 +347,8 @@ def _parts(value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, AtariEnv):  # all else of it is set once
         return {name: getattr(value, name) for name in ("_np_random", "action_space", "observation_space")}
+    if isinstance(value, PlayedAgain):
+        return value.parts()
     made_with = {name for kind, names in MADE_WITH.items() if isinstance(value, kind) for name in names}
     return {name: part for name, part in vars(value).items() if not (name in made_with or is_constant(part))}
 
