@@ -55,7 +55,7 @@ DISCRETE = {
     "dqn-mountaincar": Row(-100.8, 9.9, "120k"),
     "dqn-lunarlander": Row(154.4, 79.2, "100k"),
 }
-CONTINUOUS = {  # with the Zoo's settings only on Box2D; the others are ours, or the field's
+CONTINUOUS = {  # with the Zoo's settings on Box2D, and where the name says so; the others are ours, or the field's
     "ppo-pendulum": Row(-172.2, 104.2, "100k"),
     "ppo-mountaincar-continuous": Row(88.3, 2.6, "20k"),
     "ppo-lunarlander-continuous": Row(270.9, 32.1, "1M"),
@@ -63,6 +63,9 @@ CONTINUOUS = {  # with the Zoo's settings only on Box2D; the others are ours, or
     "ppo-hopper": Row(2410.4, 10.0, "1M"),
     "ppo-halfcheetah": Row(5819.1, 663.5, "1M"),
     "ppo-walker2d": Row(3478.8, 821.7, "1M"),
+    "ppo-hopper-zoo": Row(2410.4, 10.0, "1M"),
+    "ppo-halfcheetah-zoo": Row(5819.1, 663.5, "1M"),
+    "ppo-walker2d-zoo": Row(3478.8, 821.7, "1M"),
 }
 ROWS = {**DISCRETE, **CONTINUOUS}
 
