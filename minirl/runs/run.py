@@ -303,13 +303,15 @@ class Run:
         Raises:
             KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
         """
-        stop = self.stop_signal if num_ranks() == 1 else self._agreed_stop()
+        several = num_ranks() > 1
+        stop = self._agreed_stop() if several else self.stop_signal
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or stop is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
-        wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
-        if num_ranks() == 1:
+        if several:
+            wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
+        else:
             stop = self.stop_signal  # it may have come since
         if stop is not None and not finished:
             raise stop_by(stop)
