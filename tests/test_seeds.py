@@ -204,6 +204,7 @@ def test_each_seed_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -
     assert side_by_side(pong, 9) == (6, ["--num-workers=1", "--num-threads=1"], alone)
     assert side_by_side(pong, 2) == (2, ["--num-workers=3", "--num-threads=3"], {"OMP_NUM_THREADS": "3"})
     assert side_by_side(PPOConfig(num_workers=2, num_threads=1), 9) == (3, [], {"OMP_NUM_THREADS": "2"})
+    assert side_by_side(PPOConfig(num_threads=3), 9) == (2, ["--num-workers=3"], {"OMP_NUM_THREADS": "3"})
     # A replay memory of 100,000 frames of 84 x 84 bytes is 0.66 GB.
     atari = DQNConfig(env_id="PongNoFrameskip-v4", buffer_size=100_000)
     for memory, at_once in ((100, 6), (5, 3), (1, 1)):

@@ -111,7 +111,8 @@ def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str,
     cores, given = available_cores(), vars(config)
     env_id = given.get("env_id")
     atari = env_id is not None and is_atari(env_id)
-    at_once = min(num_seeds, cores // (given.get("num_workers") or 1))
+    each = max(given.get("num_workers") or 1, given.get("num_threads") or 1)
+    at_once = min(num_seeds, cores // each)
     if atari:
         frames = given.get("buffer_size", 0) * config.frame_size**2  # remembered, a byte a pixel
         at_once = min(at_once, memory() // (ATARI_MEMORY + frames))
