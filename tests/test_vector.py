@@ -222,7 +222,7 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
     ("fault", "message"),
     [
         pytest.param("exit", "raised(.|\n)*SystemExit: 3", marks=pytest.mark.slow),
-        ("die", "environments 2 to 3.*died without a word, exit code -9"),
+        ("die", "environments 2 to 3.*died without an answer, exit code -9$"),
     ],
 )
 def test_a_worker_that_dies_ends_the_run(fault: str, message: str) -> None:
@@ -392,6 +392,17 @@ def test_a_script_from_standard_input_is_told_why_it_has_no_workers() -> None:
     result = subprocess.run([sys.executable], input=code, capture_output=True, text=True, cwd=ROOT)
     message = "--num-workers must be 1 for a script from standard input: workers load it from a file"
     assert result.stderr.splitlines()[-1] == f"minirl.checks.ConfigError: {message}"
+
+
+def test_a_script_that_trains_wherever_it_is_loaded_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import minirl.envs.make as m\nm.make_vector_env('CartPole-v1', 2, num_workers=2)"
+    )
+    command, env = [sys.executable, str(tmp_path / "script.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    lines = subprocess.run(command, env=env, capture_output=True, text=True).stderr.splitlines()
+    message = '--num-workers must be 1, or a script train below `if __name__ == "__main__":`: workers load it, too'
+    assert f"minirl.checks.ConfigError: {message}" in lines
+    assert lines[-1].endswith("died without an answer, exit code 1; its own error is above")
 
 
 @pytest.mark.slow

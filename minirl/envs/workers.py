@@ -226,7 +226,8 @@ class Worker:
     It is spawned: a fork would copy torch's locked threads, and a fork server is a process more, of 7 MB.
 
     Raises:
-        ConfigError: if the script comes from standard input: a spawned process loads it, too, from its file.
+        ConfigError: if the script comes from standard input, or trains wherever it is loaded: a spawned process loads
+            it, too, from its file.
     """
 
     def __init__(self, make_env: MakeEnv, parts: Sequence[range], first: int, arrays: SharedArrays) -> None:
@@ -240,7 +241,12 @@ class Worker:
         self.process = context.Process(
             target=_work, args=(theirs, make_env, parts, first, arrays), name=self.name, daemon=True
         )
-        self.process.start()
+        try:
+            self.process.start()
+        except RuntimeError:  # Python's, to a worker that trains, too
+            guard = 'if __name__ == "__main__":'
+            message = f"--num-workers must be 1, or a script train below `{guard}`: workers load it, too"
+            raise ConfigError(message) from None
         theirs.close()  # so that the death of the worker is an end of file here
 
     def send(self, message: tuple[str, Any]) -> None:
@@ -257,7 +263,8 @@ class Worker:
         except (EOFError, OSError) as error:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
-            raise WorkerError(f"the {self.name} died without a word, exit code {code}") from error
+            said = "; its own error is above" if code == 1 else ""  # Python's end by an exception
+            raise WorkerError(f"the {self.name} died without an answer, exit code {code}{said}") from error
         if isinstance(failure, EnvError):
             raise failure from (WorkerError(f"in the {self.name}:\n\n{failure.trace}") if failure.trace else None)
         if failure is not None:
