@@ -275,3 +275,4 @@ for kind_name, kind in KINDS.items():
 EXACT = (OwnGenerator, GlobalNumpy, GlobalPython, Counts, Holds, Names, Shared, Above, Samples, Closure)
 for make in (Walk, Hidden, *EXACT):
     register(make.__name__, make)
+gym.register("Falls-v0", "tests.own_envs:Falls", max_episode_steps=30)

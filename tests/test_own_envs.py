@@ -18,6 +18,7 @@ import torch
 from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
 from minirl.envs.again import played_again
+from minirl.envs.ids import is_box2d
 from minirl.envs.make import make_env
 from minirl.envs.state import CantCapture, capture, decode, encode, restore
 from minirl.evaluate import evaluate
@@ -266,10 +267,19 @@ def test_an_episode_whose_world_cannot_be_read_is_played_again() -> None:
         capture(kept)
 
 
-@pytest.mark.parametrize("env_id", ["LunarLander-v3", "LunarLanderContinuous-v3"])
-def test_lunar_lander_resumes_within_an_episode(env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("Box2D")
-    train, config = config_of("ppo", "Plain", env_id=env_id, num_envs=2)
+def test_box2d_is_known_by_where_it_lies() -> None:
+    assert [is_box2d(env_id) for env_id in ("LunarLander-v3", "BipedalWalker-v3", "CartPole-v1")] == [True, True, False]
+
+
+@pytest.mark.parametrize("env_id", ["tests.own_envs:Falls-v0", "LunarLander-v3", "LunarLanderContinuous-v3"])
+def test_a_run_is_resumed_within_an_episode_that_is_played_again(
+    env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "Falls" in env_id:
+        monkeypatch.setattr("minirl.envs.make.is_box2d", lambda env_id: True)
+    else:
+        pytest.importorskip("Box2D")
+    train, config = config_of("ppo", "", env_id=env_id, num_envs=2)
     train(config, run_dir=tmp_path / "alone", device="cpu")
     train_with_kills(train, config, tmp_path / "killed", [KILLS["ppo"]], monkeypatch)
     alone, killed = (load_checkpoint(tmp_path / name, "ppo") for name in ("alone", "killed"))
