@@ -3,8 +3,8 @@
     python benchmarks/sharing.py              one alone, two started by hand, two with --num-threads 1, two by --seeds
     python benchmarks/sharing.py dqn          one row of the table
 
-Each is trained for a while in processes of its own; speeds are taken from what they say on their way, once all of them
-compute. What is compiled is compiled before. Nothing else may run.
+Each is trained in processes of its own, without compiling. Speeds are taken from what they say on their way, from the
+time on when all of them compute, for a while and at least two lines. Nothing else may run.
 """
 
 import argparse
@@ -15,16 +15,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LINE = re.compile(r"(?:seed (\d+): )?([\d,]+) of [\d,]+ steps, .* a second")
 ROWS = {
-    "dqn": ("train_dqn.py @recipes/dqn-lunarlander.args --total-timesteps 10000000 --eval-frequency none", 15.0),
-    "ppo": ("train_ppo.py --env-id PongNoFrameskip-v4 --no-compile", 60.0),
-    "ppo, compiled": ("train_ppo.py --env-id PongNoFrameskip-v4", 60.0),
+    "dqn": "train_dqn.py @recipes/dqn-lunarlander.args --total-timesteps 10000000 --eval-frequency none --no-compile",
+    "ppo": "train_ppo.py --env-id PongNoFrameskip-v4 --no-compile",
 }
+WHILE = 20.0  # seconds
 WAYS = {  # flags, and how many processes are started
     "one alone": ("", 1),
     "one alone, one thread": ("--num-threads 1", 1),
@@ -41,7 +42,7 @@ class Said(NamedTuple):
     steps: int
 
 
-def speed(command: str, number: int, seconds: float) -> float:
+def speed(command: str, number: int) -> float:
     """Start so many of a command; return how many agent steps a second all its runs make together."""
     with tempfile.TemporaryDirectory() as parent:
         processes = [
@@ -68,14 +69,20 @@ def speed(command: str, number: int, seconds: float) -> float:
         for listener in listeners:
             listener.start()
         runs = 2 if "--seeds" in command else number
-        try:
-            while len(said) < runs or min(map(len, said.values())) < 4:  # the first ones begin, and compile
+
+        def wait_until(true: Callable[[], bool]) -> None:
+            while not true():
                 if any(process.poll() is not None for process in processes):
                     raise SystemExit(f"error: {command} has ended")
-                time.sleep(0.5)
+                time.sleep(0.2)
+
+        try:
+            wait_until(lambda: len(said) == runs and min(map(len, said.values())) >= 2)
+            before = {run: len(lines) for run, lines in said.items()}
             began = time.monotonic()
-            time.sleep(seconds)
-            ended = time.monotonic()
+            wait_until(
+                lambda: time.monotonic() - began > WHILE and all(len(said[run]) > before[run] + 1 for run in said)
+            )
         finally:
             for process in processes:
                 process.terminate()
@@ -83,11 +90,8 @@ def speed(command: str, number: int, seconds: float) -> float:
                 listener.join()
             for process in processes:
                 process.wait()
-    total = 0.0
-    for lines in said.values():
-        within = [line for line in lines if began - 10 <= line.seconds <= ended]
-        total += (within[-1].steps - within[0].steps) / max(within[-1].seconds - within[0].seconds, seconds / 2)
-    return total
+    spans = [(lines[before[run] - 1], lines[-1]) for run, lines in said.items()]
+    return sum((last.steps - first.steps) / (last.seconds - first.seconds) for first, last in spans)
 
 
 def main() -> None:
@@ -97,11 +101,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     for name in given.rows or ROWS:
-        command, seconds = ROWS[name]
         speeds: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(given.rounds):
             for way, (flags, number) in WAYS.items():
-                speeds[way].append(speed(f"{command} {flags}", number, seconds))
+                speeds[way].append(speed(f"{ROWS[name]} {flags}", number))
                 print(f"{name}: {way}: {speeds[way][-1]:,.0f} agent steps a second", flush=True)
         alone = statistics.median(speeds["one alone"])
         for way, measured in speeds.items():
