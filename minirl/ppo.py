@@ -78,7 +78,7 @@ class PPOConfig:
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
     activation: str = setting("tanh", "between them: tanh or relu")
-    cnn_channels: tuple[int, ...] = setting((32, 64, 64), "of the three convolutions on images", at_least=1)
+    cnn_channels: tuple[int, ...] = setting((32, 64, 64), "channels of the three convolutions on images", at_least=1)
     log_std_init: float = setting(0.0, "log standard deviation of a Gaussian policy at first", at_least=-20, at_most=2)
     norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
