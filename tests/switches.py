@@ -59,7 +59,7 @@ class _Writer:
 SWITCHES: dict[str, dict[str, Any]] = {
     "allocator": {"minirl.fast.machine.keep_freed_memory": lambda: None},
     "compiling": {"minirl.ppo.compiled": _plainly, "minirl.dqn.compiled": _plainly},
-    "conditions": {"minirl.fast.compiled.of_values": lambda conditions: [True] * len(conditions)},
+    "conditions": {"minirl.fast.compiled.that_can_change": lambda conditions: [True] * len(conditions)},
     "events": {"minirl.runs.run.Events": _Writer},
     "frames-once": {"minirl.envs.workers.shows_stacks": lambda env: False},
     "halves": {"minirl.ppo.make_vector_env": _not_in_halves},
