@@ -310,8 +310,8 @@ def gradient_step(
     rewards: Tensor,
     next_obs: Tensor,
     terminated: Tensor,
-) -> Tensor:
-    """Learn from a batch; return what is logged of it (3,): loss, mean of Q(s, a), the gradient's norm unclipped."""
+) -> dict[str, Tensor]:
+    """Learn from a batch; return the numbers of it that are logged, by name."""
     with products_in(precision, obs.device):
         with torch.no_grad():
             next_q_online, next_q_target = online(next_obs), target(next_obs)
@@ -322,7 +322,8 @@ def gradient_step(
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(online.parameters(), config.max_grad_norm or math.inf, foreach=False)
     optimizer.step()
-    return torch.stack([loss.detach(), q_values.detach().gather(-1, actions[:, None]).mean(), grad_norm])
+    chosen_q = q_values.detach().gather(-1, actions[:, None])
+    return {"td_loss": loss.detach(), "q_values": chosen_q.mean(), "grad_norm": grad_norm}  # before clipping
 
 
 class Target:
@@ -346,7 +347,12 @@ class Target:
             mine.copy_(other)
 
 
-def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
+def columns(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what `gradient_step` returned in n calls, number by number, (n,)."""
+    return {name: torch.stack([of_one[name] for of_one in losses]) for name in losses[0]} if losses else {}
+
+
+def means(losses: list[dict[str, Tensor]], last_update: int) -> dict[str, float]:
     """Return the mean of what `gradient_step` returned up to its call number `last_update`, by TensorBoard's tags.
 
     Raises:
@@ -354,7 +360,7 @@ def means(losses: list[Tensor], last_update: int) -> dict[str, float]:
     """
     if not losses:
         return {}
-    tags, stacked = ("losses/td_loss", "losses/q_values", "losses/grad_norm"), torch.stack(losses)
+    tags, stacked = [f"losses/{name}" for name in losses[0]], torch.stack([*columns(losses).values()], dim=1)
     if not stacked.isfinite().all():
         first = int(stacked.isfinite().all(dim=1).long().argmin())
         update = last_update - len(losses) + 1 + first
@@ -411,12 +417,13 @@ def train(
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
-        updates, losses = 0, list[Tensor]()  # of the updates since the last time that their means were logged
+        updates, losses = 0, list[dict[str, Tensor]]()  # of the updates since their means were last logged
         if saved is not None:
             with reading(saved):
                 memory_files.load(memory, saved["memory"])
                 rng.bit_generator.state = saved["rng"]
-                updates, losses = int(saved["updates"]), list(saved["unlogged"].to(torch_device))
+                rows = zip(*(column.to(torch_device) for column in saved["unlogged"].values()), strict=True)
+                updates, losses = saved["updates"], [dict(zip(saved["unlogged"], row, strict=True)) for row in rows]
             if saved["envs"] is None:  # these could not be saved, and new games have begun
                 memory.cut()
 
@@ -428,7 +435,7 @@ def train(
                 **networks(),
                 "episodes": now.episodes,
                 "updates": updates,
-                "unlogged": torch.stack(losses) if losses else torch.zeros(0, 3),
+                "unlogged": columns(losses),
                 "rng": rng.bit_generator.state,
                 "memory": memory_files.save(memory),
                 **env_state(envs, obs),

@@ -14,6 +14,7 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,6 @@ from minirl.runs.resume import env_state, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
 
-STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")  # of each minibatch
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -368,19 +368,28 @@ class Rollout:
 
     A column has its quantity's dtype and layout: pixels stay bytes, channels-last. Tensors are kept on the device; what
     environments give, in NumPy, goes there when it is read, all at once.
+
+    Raises:
+        ValueError: if a quantity has another shape or dtype than at first, or is missing at some of the steps.
     """
 
     def __init__(self, num_steps: int, num_envs: int, device: torch.device) -> None:
         self.shape = (num_steps, num_envs)
         self.device = device
         self.columns: dict[str, Any] = {}
+        self.filled: Counter[str] = Counter()  # how many of the T N places, since they were read
 
     def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
         """Store what step t gave in some of the environments: tensors and arrays (rows, ...) by name."""
         for name, values in quantities.items():
             if name not in self.columns:
                 self.columns[name] = self._column(values)
-            self.columns[name][t, rows] = values
+            place = self.columns[name][t, rows]
+            if (values.shape, values.dtype) != (place.shape, place.dtype):
+                wanted = f"{tuple(place.shape)} of {place.dtype}, as it was at first"
+                raise ValueError(f"{name} must be {wanted}, not {tuple(values.shape)} of {values.dtype}")
+            place[...] = values
+            self.filled[name] += len(place)
 
     def _column(self, values: Tensor | NDArray[Any]) -> Any:
         if isinstance(values, np.ndarray):
@@ -401,6 +410,12 @@ class Rollout:
 
     def samples(self, **more: Tensor) -> Columns:
         """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
+        for name, number in self.filled.items():
+            if number < math.prod(self.shape):
+                raise ValueError(
+                    f"{name} must be put at every step: {number} of {math.prod(self.shape)} places are new"
+                )
+        self.filled.clear()
         return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
 
 
@@ -433,7 +448,9 @@ def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, 
     with products_in(precision, obs.device):
         distribution, values = agent(obs)
     actions = distribution.sample()
-    return actions, distribution.log_prob(actions), values
+    log_probs = distribution.log_prob(actions)
+    require_same_shape(log_probs=log_probs, values=values)
+    return actions, log_probs, values
 
 
 @torch.no_grad()
@@ -487,7 +504,7 @@ def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False)
 def minibatch_loss(
     agent: nn.Module, config: PPOConfig, precision: torch.dtype, batch: Columns, clip_coef: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, columns (B, ...), and the numbers of `STATS`."""
+    """The loss of a minibatch, columns (B, ...), and the numbers of it that are logged."""
     with products_in(precision, clip_coef.device):
         distribution, values = agent(batch["observations"])
     return ppo_loss(
@@ -513,8 +530,8 @@ def gradient_step(
     samples: Columns,
     chosen: Tensor,
     clip_coef: Tensor,
-) -> Tensor:
-    """Learn from a minibatch: `chosen` (B,) of all samples. Return `STATS` and the gradient's norm before clipping.
+) -> dict[str, Tensor]:
+    """Learn from a minibatch: `chosen` (B,) of all samples. Return the numbers of it that are logged, by name.
 
     Of several ranks each has its part of the minibatch.
     """
@@ -525,27 +542,33 @@ def gradient_step(
     average_gradients(optimizer)  # over all ranks, where there are several
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
     optimizer.step()
-    return torch.stack([*(stats[name] for name in STATS), grad_norm])
+    return {**stats, "grad_norm": grad_norm}  # before clipping
 
 
 def update_policy(
-    step: Callable[[Columns, Tensor, Tensor], Tensor], samples: Columns, config: PPOConfig, clip_coef: float
+    step: Callable[[Columns, Tensor, Tensor], dict[str, Tensor]], samples: Columns, config: PPOConfig, clip_coef: float
 ) -> dict[str, float]:
-    """Go over the samples for some epochs in shuffled minibatches; return the mean of each loss over all of them.
+    """Go over the samples for some epochs in shuffled minibatches; return the mean of what is logged of them.
 
     Each rank shuffles its own samples, and has an equal part of every minibatch.
     """
     device, batch_size = samples["advantages"].device, len(samples["advantages"])
     clip = torch.full((), clip_coef, device=device)  # annealed: a tensor is no reason to compile again
-    history: list[Tensor] = []
+    history: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
         for chosen in torch.randperm(batch_size, device=device).split(config.minibatch_size // num_ranks()):
             history.append(step(samples, chosen, clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
-        if config.target_kl is not None and mean_over_ranks(history[-1])[STATS.index("approx_kl")] > config.target_kl:
+        if config.target_kl is not None and mean_over_ranks(history[-1]["approx_kl"]) > config.target_kl:
             break
-    means = mean_over_ranks(torch.stack(history).mean(dim=0)).tolist()
-    return {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
+    return mean_losses(history)
+
+
+def mean_losses(history: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the mean of each number of some minibatches, of all ranks, by TensorBoard's tags."""
+    numbers = [torch.stack([of_one[name] for of_one in history]).mean() for name in history[0]]
+    means = mean_over_ranks(torch.stack(numbers)).tolist()
+    return {f"losses/{name}": mean for name, mean in zip(history[0], means, strict=True)}
 
 
 @joined()

@@ -28,7 +28,7 @@ from minirl.distributed import require_one_process
 from minirl.envs.vector import Episode
 from minirl.fast.machine import Head, select_device, tuned
 from minirl.networks import Categorical
-from minirl.ppo import STATS, compute_gae, explained_variance, normalized, ppo_loss
+from minirl.ppo import compute_gae, explained_variance, mean_losses, normalized, ppo_loss
 from minirl.runs import checkpoints
 from minirl.runs.checkpoints import Part, State, require_finite_losses
 from minirl.runs.run import Run, derived_seed, seed_everything
@@ -316,8 +316,8 @@ def train_reward_model(
 
 def gradient_step(
     policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, chosen: Tensor
-) -> Tensor:
-    """Learn from a minibatch of texts: `chosen` (B,) of all. Return `STATS` and the gradient's norm before clipping."""
+) -> dict[str, Tensor]:
+    """Learn from a minibatch of texts: `chosen` (B,) of all. Return the numbers of it that are logged, by name."""
     batch = {name: column[chosen] for name, column in samples.items()}
     distribution, log_prob, values = said_of(policy, batch.pop("tokens"))
     written = batch.pop("written")
@@ -335,8 +335,7 @@ def gradient_step(
         old_values=batch["values"],
         value_clip_coef=config.value_clip_coef,
     )
-    grad_norm = learn(policy, optimizer, loss, config)
-    return torch.stack([*(stats[name] for name in STATS), grad_norm])
+    return {**stats, "grad_norm": learn(policy, optimizer, loss, config)}  # before clipping
 
 
 def train_policy(
@@ -371,8 +370,7 @@ def train_policy(
             for _ in range(config.update_epochs)
             for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size)
         ]
-        means = torch.stack(history).mean(dim=0).tolist()
-        losses = {f"losses/{name}": mean for name, mean in zip((*STATS, "grad_norm"), means, strict=True)}
+        losses = mean_losses(history)
         require_finite_losses(losses, "update", update + 1)
         losses["losses/explained_variance"] = explained_variance(values[written], returns[written])
         about = {**described(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}

@@ -445,7 +445,8 @@ class Scaled(nn.Module):
             nn.init.ones_(weight)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.scale * self.activation(self.layer(0 * obs)).mean() + getattr(self, "late", 0.0)
+        number: Tensor = self.scale * self.activation(self.layer(0 * obs)).mean() + getattr(self, "late", 0.0)
+        return number
 
 
 def one() -> float:
@@ -454,10 +455,6 @@ def one() -> float:
 
 def three() -> float:
     return 3.0
-
-
-def by_default(numbers: list[float] = [1.0], *, more: dict[str, float] = {"number": 0.0}) -> float:  # noqa: B006
-    return numbers[0] + more["number"]
 
 
 class Three(nn.Module):
@@ -469,17 +466,22 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
     """Places -> what reads a number, 1, from there, and what makes it 3."""
     thing, derived, local, numbers = Thing(1.0), Derived(None), 1.0, {"first": 1.0}
 
-    def more() -> None:
+    listed, more = [1.0], {"number": 0.0}
+
+    def becomes_3() -> None:
         nonlocal local
         local = 3.0
 
+    def by_default(listed: list[float] = listed, *, more: dict[str, float] = more) -> float:
+        return listed[0] + more["number"]
+
     setattr(thing, "function", one)  # noqa: B010
     return {
-        "closure": (lambda _: local, lambda _: more()),
+        "closure": (lambda _: local, lambda _: becomes_3()),
         "object in a closure": (lambda _: thing.number, lambda _: setattr(thing, "number", 3.0)),
         "dict in a closure": (lambda _: sum(numbers.values()), lambda _: numbers.update(second=2.0)),
-        "default": (lambda _: by_default(), lambda _: by_default.__defaults__[0].__setitem__(0, 3.0)),
-        "keyword default": (lambda _: by_default(), lambda _: by_default.__kwdefaults__["more"].update(number=2.0)),
+        "default": (lambda _: by_default(), lambda _: listed.__setitem__(0, 3.0)),
+        "keyword default": (lambda _: by_default(), lambda _: more.update(number=2.0)),
         "class above": (lambda _: derived.inherited, lambda _: setattr(Thing, "inherited", 3.0)),
         "None": (lambda _: derived.number or 1.0, lambda _: setattr(derived, "number", 3.0)),
         "attribute that was missing": (
@@ -514,18 +516,17 @@ def test_what_changes_is_seen_wherever_a_loss_reads_it(place: str, monkeypatch: 
 
     monkeypatch.setattr(torch, "compile", without_inductor)
     monkeypatch.setattr(Thing, "inherited", 1.0)
-    monkeypatch.setattr(by_default, "__defaults__", ([1.0],))
-    monkeypatch.setattr(by_default, "__kwdefaults__", {"more": {"number": 0.0}})
     read, change = late_numbers()[place]
     network = Scaled()
 
     def step(network: Scaled, optimizer: torch.optim.Optimizer, obs: Tensor) -> Tensor:
-        number = read(network)
+        number: Tensor | float = read(network)
         loss = 0 * network(obs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return number + loss.detach()
+        result: Tensor = number + loss.detach()
+        return result
 
     fast: Any = compiled(step, network, torch.optim.SGD(network.parameters(), lr=0.1))
     assert fast(torch.ones(1, 2)).item() == 1.0

@@ -132,7 +132,7 @@ class Calls:
             self.added += config.num_envs
             add(buffer, *arrays)
 
-        def spy_step(*arguments: Any) -> Tensor:
+        def spy_step(*arguments: Any) -> dict[str, Tensor]:
             assert len(arguments[-1]) == config.batch_size
             self.updates.append(self.added)
             self.rates.append(arguments[2].param_groups[0]["lr"])
@@ -212,15 +212,16 @@ def test_training_does_not_explore_with_the_random_numbers_of_its_environment(mo
 
 def test_logged_losses_are_the_means_since_the_last_time() -> None:
     assert means([], 0) == {}
-    losses = [torch.tensor([1.0, 20.0, 0.5]), torch.tensor([3.0, 60.0, 1.5])]
-    assert means(losses, 3) == {"losses/td_loss": 2.0, "losses/q_values": 40.0, "losses/grad_norm": 1.0}
+    losses = [{"td_loss": torch.tensor(1.0), "own": torch.tensor(20.0)}]
+    losses += [{"td_loss": torch.tensor(3.0), "own": torch.tensor(60.0)}]
+    assert means(losses, 3) == {"losses/td_loss": 2.0, "losses/own": 40.0}
 
 
 def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minirl.dqn.LOG_EVERY", 30)
     monkeypatch.setattr(
         "minirl.dqn.gradient_step",
-        lambda online, target, optimizer, *_: torch.tensor([optimizer.param_groups[0]["lr"], 0.0, 1.0]),
+        lambda online, target, optimizer, *_: {"td_loss": torch.tensor(optimizer.param_groups[0]["lr"])},
     )
     config = dataclasses.replace(TINY, anneal_lr=True, learning_rate=60.0, train_frequency=10, eval_frequency=None)
     train(config, run_dir=tmp_path / "run", device="cpu")

@@ -43,9 +43,9 @@ class Learner:
         self.step = compiled(gradient_step, *bound, enabled=config.compiles)
         self.target_step = Target(self.target, self.online, config.tau)
 
-    def update(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+    def update(self, batch: Batch, learning_rate: float) -> dict[str, torch.Tensor]:
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        logged: torch.Tensor = self.step(*(torch.from_numpy(column).to(self.device) for column in batch))
+        logged: dict[str, torch.Tensor] = self.step(*(torch.from_numpy(column).to(self.device) for column in batch))
         return logged
 
 
@@ -76,9 +76,9 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     torch.testing.assert_close(parameters(learner.online), parameters(reference))
     assert torch.equal(parameters(learner.target), target_before)
     gradient = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
-    expected = [loss.item(), q_values[range(16), actions].mean().item(), gradient.norm().item()]
-    assert logged.tolist() == pytest.approx(expected)
-    assert not logged.requires_grad
+    expected = {"td_loss": loss, "q_values": q_values[range(16), actions].mean(), "grad_norm": gradient.norm()}
+    torch.testing.assert_close(logged, expected)
+    assert not any(number.requires_grad for number in logged.values())
 
 
 @pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), pytest.param(0.25, True, marks=pytest.mark.slow)])
@@ -108,9 +108,9 @@ def test_what_an_update_returns_stays_what_it_was(enabled: bool) -> None:
     learner = cartpole_learner(compile=enabled)
     kept = [learner.update(random_batch(seed=i), 0.01) for i in range(6)]
     other = cartpole_learner(compile=enabled)
-    at_once = [other.update(random_batch(seed=i), 0.01).tolist() for i in range(6)]
-    assert [numbers.tolist() for numbers in kept] == at_once
-    assert len({numbers[0] for numbers in at_once}) == 6
+    at_once = [copy.deepcopy(other.update(random_batch(seed=i), 0.01)) for i in range(6)]
+    torch.testing.assert_close(kept, at_once, rtol=0, atol=0)
+    assert len({numbers["td_loss"].item() for numbers in at_once}) == 6
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:
     own, reference = (torch.optim.Adam(net.parameters(), lr=1e-3, fused=net is online) for net in (online, plain))
     for _ in range(30):
         bound = (online, target, own, DQNConfig(), torch.float32)
-        loss = gradient_step(*bound, obs.contiguous(memory_format=layout), *batch)[0]
+        loss = gradient_step(*bound, obs.contiguous(memory_format=layout), *batch)["td_loss"]
         targets = double_dqn_target(batch[1], batch[3], plain(next_obs), target(next_obs), DQNConfig().gamma)
         expected = dqn_loss(plain(obs), batch[0], targets)
         reference.zero_grad()
@@ -231,7 +231,8 @@ def test_in_bfloat16_the_values_that_are_logged_and_the_weights_stay_float32(dev
         online, target = QNetwork(space, 6).to(here), QNetwork(space, 6).to(here)
         optimizer = torch.optim.Adam(online.parameters(), lr=1e-3)
         columns = [column.to(here) for column in batch]
-        logged.append(gradient_step(online, target, optimizer, DQNConfig(), precision, *columns).cpu())
+        numbers = gradient_step(online, target, optimizer, DQNConfig(), precision, *columns)
+        logged.append(torch.stack([*numbers.values()]).cpu())
         gradients.append(torch.cat([p.grad.flatten() for p in online.parameters() if p.grad is not None]).cpu())
         assert {parameter.dtype for parameter in online.parameters()} == {torch.float32}
     assert_close_elsewhere_and_in_bfloat16(logged, gradients, rtol=0.03)

@@ -277,7 +277,8 @@ def test_in_bfloat16_the_loss_of_images_stays_close_and_float32(enabled: bool, d
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
         compile_it = enabled and precision == torch.bfloat16
         step: Any = compiled(gradient_step, agent, optimizer, config, precision, enabled=compile_it)
-        logged.append(step(columns, torch.arange(8, device=here), torch.tensor(0.1, device=here)).cpu())
+        numbers = step(columns, torch.arange(8, device=here), torch.tensor(0.1, device=here))
+        logged.append(torch.stack([*numbers.values()]).cpu())
         gradients.append(torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None]).cpu())
         assert {parameter.dtype for parameter in agent.parameters()} == {torch.float32}
         assert not compile_it or step.enabled

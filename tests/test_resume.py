@@ -336,16 +336,22 @@ def test_a_run_that_diverges_stops_and_keeps_a_good_checkpoint(
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+def logged(updates: list[list[float]]) -> list[dict[str, torch.Tensor]]:
+    """What `gradient_step` of Double DQN returns in some updates."""
+    names = ("td_loss", "q_values", "grad_norm")
+    return [dict(zip(names, torch.tensor(numbers), strict=True)) for numbers in updates]
+
+
 def test_the_update_is_named_at_which_the_loss_was_lost() -> None:
     good, bad, later = [1.0, 2.0, 3.0], [float("inf"), 2.0, 3.0], [1.0, float("nan"), 3.0]
-    losses = [torch.tensor(numbers) for numbers in [good] * 5 + [bad, later]]
+    losses = logged([good] * 5 + [bad, later])
     with pytest.raises(DivergedError, match=r"diverged: losses/td_loss is inf in update 99;"):
         dqn.means(losses, 100)
     assert dqn.means(losses[:5], 98)["losses/td_loss"] == 1.0
 
 
 def test_a_gradient_that_is_not_finite_is_named_though_the_loss_is() -> None:
-    losses = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, float("inf")])]
+    losses = logged([[1.0, 2.0, 3.0], [1.0, 2.0, float("inf")]])
     with pytest.raises(DivergedError, match=r"diverged: losses/grad_norm is inf in update 7;"):
         dqn.means(losses, 7)
 

@@ -158,8 +158,7 @@ def check_dqn(config: Any, recording: Recording, report: Report, log_every: int)
                     functools.partial(dqn_numbers, config, update, recording.trained, batch), products(config)
                 )
                 learned = {name: update.before.networks[0][name] for name in recording.trained}
-                tags = ("td_loss", "q_values", "grad_norm")
-                check_step(report, update, learned, config.learning_rate * remaining, 1e-8, numbers, tags)
+                check_step(report, update, learned, config.learning_rate * remaining, 1e-8, numbers)
                 unlogged.append(numbers)
                 done += 1
         online = updates[done - 1].after.networks[0] if done else online

@@ -137,7 +137,7 @@ def check_ppo(config: Any, recording: Recording, report: Report) -> None:
                     share, bound = numbers["clipfrac"]
                     numbers["clipfrac"] = share, bound + 1 / len(chosen)
                 learned = {name: update.before.networks[0][name] for name in recording.trained}
-                check_step(report, update, learned, learning_rate, 1e-5, numbers, STATS)
+                check_step(report, update, learned, learning_rate, 1e-5, numbers)
                 steps.append(numbers)
                 seen += chosen.tolist()
                 position += 1

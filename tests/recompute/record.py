@@ -36,7 +36,7 @@ class Update:
 
     before: State
     arguments: tuple[Any, ...]
-    result: Tensor
+    result: dict[str, Tensor]
     after: State
 
 

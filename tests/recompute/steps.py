@@ -1,6 +1,5 @@
 """What the algorithms have in common: columns of raw steps, episodes, one step of Adam."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,16 +67,15 @@ def check_step(
     learning_rate: float,
     eps: float,
     numbers: Any,
-    tags: Sequence[str],
 ) -> None:
-    """Compare what one gradient step returned (`tags`), its moments, weights and buffers with what it should have.
+    """Compare what one gradient step returned, its moments, weights and buffers with what it should have.
 
     Args:
         learned: weights that are not frozen, before.
         numbers: `with_bounds` of all these.
     """
-    for number, tag in enumerate(tags):
-        report.compare(f"returned {tag}", update.result[number], *numbers[tag])
+    for tag, result in update.result.items():
+        report.compare(f"returned {tag}", result, *numbers[tag])
     after = update.after.networks[0]
     for name, weight in update.before.networks[0].items():
         if name in learned:
