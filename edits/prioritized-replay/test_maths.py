@@ -85,7 +85,7 @@ def test_a_gradient_step_gives_the_td_errors_of_before() -> None:
         online, target, adam, config, torch.float32, obs, actions, rewards, next_obs, terminated, weights
     )
     torch.testing.assert_close(errors, torch.stack(expected))
-    torch.testing.assert_close(logged[0], errors.square().mean())
+    torch.testing.assert_close(logged["td_loss"], errors.square().mean())
 
 
 def test_what_is_saved_and_put_back_has_the_same_priorities() -> None:
