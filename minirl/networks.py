@@ -193,7 +193,7 @@ class Gaussian:
 
         log pi(a|s) = sum_i -(a_i - mu_i)^2 / (2 sigma_i^2) - log sigma_i - log(2 pi) / 2
 
-    The standard deviations are the same in all states, as in CleanRL and Stable-Baselines3.
+    The standard deviations of `ActorCritic` are the same in all states, as in CleanRL and Stable-Baselines3.
 
     Draws go beyond the bounds of a Box. What is stored and judged is the draw, and the environment takes the nearest
     action within (`minirl.envs.guard.as_taken`). Why not SAC's squashed Gaussian, tanh of a draw, which never goes
@@ -202,12 +202,13 @@ class Gaussian:
 
     Args:
         mean: (B, n), n the numbers of an action.
-        log_std: (...), in the actions' shape.
+        log_std: n numbers in any shape, or (B, n) where they differ from state to state.
+        shape: of an action.
     """
 
-    def __init__(self, mean: Tensor, log_std: Tensor) -> None:
-        self.mean = mean.reshape(-1, *log_std.shape)
-        self.log_std = log_std.expand_as(self.mean)
+    def __init__(self, mean: Tensor, log_std: Tensor, shape: tuple[int, ...]) -> None:
+        self.mean = mean.reshape(-1, *shape)
+        self.log_std = log_std.reshape(-1, *shape).expand_as(self.mean)
 
     @property
     def mode(self) -> Tensor:
@@ -253,7 +254,7 @@ def policy_over(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]
         return int(space.nvec.sum()), functools.partial(Categoricals, sizes=space.nvec)
     if isinstance(space, gym.spaces.MultiBinary):
         return math.prod(shape), functools.partial(Bernoullis, shape=shape)
-    return math.prod(shape), Gaussian
+    return math.prod(shape), functools.partial(Gaussian, shape=shape)
 
 
 class RunningMoments(nn.Module):

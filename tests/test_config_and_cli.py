@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import gymnasium as gym
 import pytest
@@ -91,6 +91,27 @@ def test_a_config_refuses_what_it_cannot_use(settings: dict[str, Any], message: 
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "default", "message"),
+    [
+        ("own", dict[str, int], setting(None, "x"), r"Own.own must be of type int, .* and None, not dict\[str, int\]"),
+        ("own", tuple[float, ...], setting((0.1,), "x"), r"Own.own must be of type int, .*, not tuple\[float, ...\]"),
+        ("own", float | int, setting(0.1, "x"), r"Own.own must be of type int, .*, not float \| int"),
+        ("own", float, 0.1, r'Own.own must be declared as setting\(0.1, "what it is"\)'),
+        ("device", str, setting("x", "x"), "Own.device must have another name: all scripts have a flag --device"),
+    ],
+)
+def test_a_field_that_can_be_no_flag_is_named(name: str, kind: Any, default: Any, message: str) -> None:
+    own = dataclasses.make_dataclass("Own", [(name, kind, default)])
+    with pytest.raises(TypeError, match=message):
+        make_parser(own, "", {})
+
+
+def test_optional_is_another_word_for_or_none() -> None:
+    own = dataclasses.make_dataclass("Own", [("own", Optional[float], setting(0.1, "x", at_least=0))])  # noqa: UP045
+    assert vars(make_parser(own, "", {}).parse_args(["--own", "none"]))["own"] is None
+
+
 @pytest.mark.parametrize("settings", [{"count": 1}, {"count": 9}, {"rate": 1}, {"limit": 0}])
 def test_a_config_takes_the_ends_of_its_ranges(settings: dict[str, Any]) -> None:
     Example(**settings)
@@ -130,7 +151,7 @@ def run_here(command: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_is_grouped_and_fits_on_two_screens(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for columns, most_lines in [(100, 80), (80, 100)]:
+    for columns, most_lines in [(100, 100), (80, 120)]:
         monkeypatch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as stop:
             run_here(command, "--help", monkeypatch)
@@ -192,7 +213,7 @@ def test_a_negative_number_may_have_an_exponent() -> None:
 
 def test_the_defaults_are_the_source_notebooks() -> None:
     config = PPOConfig()
-    assert dataclasses.asdict(config) == {
+    defaults = {
         "env_id": "PongNoFrameskip-v4",
         "num_envs": 8,
         "num_steps": 128,
@@ -228,6 +249,8 @@ def test_the_defaults_are_the_source_notebooks() -> None:
         "checkpoint_frequency": 100_000,
         "video_frequency": None,
     }
+    # A new setting, of an edit say, is not among them.
+    assert {name: value for name, value in dataclasses.asdict(config).items() if name in defaults} == defaults
     assert config.batch_size == 1024
     assert config.num_updates == 9766
 
@@ -352,6 +375,14 @@ def test_a_fault_in_a_recipe_is_named_with_its_line(
         run_training("ppo", PPOConfig, ppo.train, "", ["@a.args", *later])
     assert stop.value.code == 2
     assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
+def test_a_recipe_that_is_not_there_is_one_that_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ppo-pendulum.args").touch()
+    for name, hint in (("ppo-pendulm.args", f"; did you mean @{tmp_path / 'ppo-pendulum.args'}?"), ("other.args", "")):
+        with pytest.raises(SystemExit):
+            parsed("train_ppo.py", f"@{tmp_path / name}")
+        assert capsys.readouterr().err.endswith(f"No such file or directory: '{tmp_path / name}'{hint}\n")
 
 
 def test_a_longer_run_of_double_dqn_says_what_epsilon_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ LOG_2_PI = math.log(2 * math.pi)
 def test_a_gaussian_by_hand() -> None:
     mean = torch.tensor([[0.5, -1.0]], dtype=torch.float64, requires_grad=True)
     log_std = torch.tensor([0.0, math.log(2)], dtype=torch.float64, requires_grad=True)
-    policy = Gaussian(mean, log_std)
+    policy = Gaussian(mean, log_std, (2,))
     # (2.5 - 0.5) / 1 = 2 and (1 + 1) / 2 = 1 standard deviations from the means
     log_prob = policy.log_prob(torch.tensor([[2.5, 1.0]], dtype=torch.float64))
     assert log_prob.tolist() == pytest.approx([-4 / 2 - 1 / 2 - math.log(2) - LOG_2_PI])
@@ -63,7 +63,8 @@ def test_a_gaussian_by_hand() -> None:
 
 def test_a_gaussian_is_a_density_whose_entropy_is_that_of_the_integral() -> None:
     grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)[:, None]
-    policy = Gaussian(torch.full((len(grid), 1), 0.3, dtype=torch.float64), torch.tensor([0.4], dtype=torch.float64))
+    mean, log_std = torch.full((len(grid), 1), 0.3, dtype=torch.float64), torch.tensor([0.4], dtype=torch.float64)
+    policy = Gaussian(mean, log_std, (1,))
     log_density = policy.log_prob(grid)
     density, width = log_density.exp(), float(grid[1] - grid[0])
     assert float(density.sum() * width) == pytest.approx(1, abs=1e-9)
@@ -71,16 +72,18 @@ def test_a_gaussian_is_a_density_whose_entropy_is_that_of_the_integral() -> None
     assert float((density * grid[:, 0]).sum() * width) == pytest.approx(0.3, abs=1e-9)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("of_states", [False, True])
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3)])
-def test_a_gaussian_of_any_shape_is_pytorchs(shape: tuple[int, ...]) -> None:
-    mean, log_std = torch.randn(5, *shape), torch.randn(shape)
-    policy = Gaussian(mean.reshape(5, -1), log_std)
+def test_a_gaussian_of_any_shape_is_pytorchs(shape: tuple[int, ...], of_states: bool, batch: int) -> None:
+    mean, log_std = torch.randn(batch, *shape), torch.randn(batch, *shape) if of_states else torch.randn(shape)
+    policy = Gaussian(mean.reshape(batch, -1), log_std.reshape(batch, -1) if of_states else log_std, shape)
     theirs = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), len(shape))
     actions = policy.sample()
-    assert actions.shape == policy.mode.shape == (5, *shape)
+    assert actions.shape == policy.mode.shape == (batch, *shape)
     torch.testing.assert_close(policy.log_prob(actions), theirs.log_prob(actions))
     torch.testing.assert_close(policy.entropy(), theirs.entropy())
-    assert policy.log_prob(actions).shape == policy.entropy().shape == (5,)
+    assert policy.log_prob(actions).shape == policy.entropy().shape == (batch,)
 
 
 def joint(kind: str, numbers: Tensor) -> tuple[Any, Tensor, Tensor]:

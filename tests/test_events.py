@@ -4,7 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -65,6 +67,12 @@ def test_what_was_flushed_is_there_while_the_run_goes_on(tmp_path: Path, monkeyp
     events.add(scalar(3), 3)
     assert seen(tmp_path) == [(1, 1), (2, 2), (3, 3)]
     events.close()
+
+
+@pytest.mark.parametrize("value", [None, np.ones(2), torch.ones(2), "high"])
+def test_what_is_no_number_is_named_by_its_tag(value: Any, tmp_path: Path) -> None:
+    with Run("ppo", CONFIG, tmp_path / "run", total=100) as run, pytest.raises(TypeError, match="charts/own must be a"):
+        run.log(1, {"charts/own": value})
 
 
 def test_a_run_that_cant_log_any_more_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,7 +355,7 @@ CASES: list[tuple[str, str, str]] = [
     ("evaluate", "ppo-run --seed 2147483648", "--seed must be a whole number from 0 to 2147483647, not 2147483648"),
     # Switches and words
     ("ppo", "--anneal-lr 1", "unrecognized arguments: 1; .*switches take no value"),
-    ("ppo", "--no-compile=1", "--compile/--no-compile: ignored explicit argument '1'"),
+    ("ppo", "--no-compile=1", "--compile/--no-compile: takes no value, so not '1'"),
     ("ppo", "--no-gamma", "unrecognized arguments: --no-gamma; did you mean --gamma."),
     ("ppo", "stray", "unrecognized arguments: stray; names of flags start with --.*"),
     ("ppo", "--env-id CartPole-v1 --precision half", "--precision must be auto, float32 or bfloat16, not 'half'"),
@@ -364,7 +364,7 @@ CASES: list[tuple[str, str, str]] = [
     ("q", "--device cuda:0", "--device must be auto, cpu or cuda, not 'cuda:0'"),
     ("evaluate", "ppo-run --device tpu", "--device must be auto, cpu or cuda, not 'tpu'"),
     ("evaluate", "dqn-run --stochastic", "--stochastic must go with a run of ppo: dqn has no probabilities .*"),
-    ("evaluate", "ppo-run --json=1", "--json: ignored explicit argument '1'"),
+    ("evaluate", "ppo-run --json=1", "--json: takes no value, so not '1'"),
     ("evaluate", "", "the following arguments are required: RUN_DIR"),
     ("plots", "", "the following arguments are required: RUN_DIR"),
     # Settings that do not go together

@@ -120,6 +120,34 @@ def test_a_column_is_made_as_its_quantity_first_comes() -> None:
     assert samples["more"].shape == (6,)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.tensor(1.0), r"mine must be \(2,\) of torch.float32, as it was at first, not \(\) of torch.float32"),
+        (torch.ones(1), r"mine must be \(2,\) of torch.float32, as it was at first, not \(1,\) of torch.float32"),
+        (torch.ones(2, 1), r"mine must be \(2,\) of torch.float32, .* not \(2, 1\) of torch.float32"),
+        (torch.ones(2).long(), r"mine must be \(2,\) of torch.float32, .* not \(2,\) of torch.int64"),
+        (np.ones(2, np.float32), r"mine must be \(2,\) of torch.float32, .* not \(2,\) of float32"),
+    ],
+)
+def test_a_column_keeps_its_shape_and_dtype(values: Any, message: str) -> None:
+    rollout = Rollout(3, 2, CPU)
+    rollout.put(0, slice(None), mine=torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        rollout.put(1, slice(None), mine=values)
+
+
+def test_a_column_is_whole_before_it_is_learned_from() -> None:
+    rollout = Rollout(2, 2, CPU)
+    for t in range(2):
+        rollout.put(t, slice(None), mine=torch.ones(2))
+    rollout.samples()
+    rollout.put(0, slice(None), mine=torch.ones(2))
+    rollout.put(1, slice(0, 1), mine=torch.ones(1))  # what the other has is of the rollout before
+    with pytest.raises(ValueError, match="mine must be put at every step: 3 of 4 places are new"):
+        rollout.samples()
+
+
 def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
     """Played in halves, with actions that are drawn in halves: each environment must get its own."""
     with make_vector_env("PongNoFrameskip-v4", 3, in_halves=True) as envs, Run("ppo", TINY, None, total=64) as run:

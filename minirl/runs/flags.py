@@ -57,7 +57,12 @@ class Parser(argparse.ArgumentParser):
         hint = "" if unknown == message else self._hint(unknown.split(" ")[0])
         about = re.search(r"--[a-z][a-z-]*", message)
         origin = self._origin(about[0] if about else unknown.split(" ")[0])
-        fail(message.removeprefix("argument ") + hint + origin)
+        for path in [Path(given[1:]) for given in self.given if given.startswith("@")]:
+            if "No such file" in message and not path.exists():
+                near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.args")], n=1)
+                hint = "".join(f"; did you mean @{path.with_name(name)}?" for name in near)
+        message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, so not")
+        fail(message + hint + origin)
 
     def _origin(self, word: str) -> str:
         if any(given.split("=")[0] == word for given in self.given):

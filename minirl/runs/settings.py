@@ -23,6 +23,7 @@ MAX_SEED = 2**31 - 1
 MAX_THREADS = 1_024  # far beyond it PyTorch ends in an error of its own
 MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
+OTHER_FLAGS = ("run_dir", "resume", "seeds", "device", "final_games", "help")  # of all scripts, settings of none
 NOUNS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -55,14 +56,25 @@ def flag_name(field_name: str) -> str:
 
 
 def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
-    """Map each field's name to its plain type and whether None is allowed (`float | None` -> float, True)."""
+    """Map each field's name to its plain type and whether None is allowed (`float | None` -> float, True).
+
+    Raises:
+        TypeError: naming a field that is not declared by `setting`, or whose type no flag has.
+    """
     result = {}
-    for name, hint in typing.get_type_hints(config_class).items():
-        if isinstance(hint, types.UnionType):
-            (plain,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-            result[name] = (plain, True)
-        else:
-            result[name] = (hint, False)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, where = hints[field.name], f"{config_class.__name__}.{field.name}"
+        parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        plain = [part for part in parts if part is not type(None)]
+        if len(plain) != 1 or plain[0] not in NOUNS:
+            allowed = "int, float, bool, str or tuple[int, ...], or one of these and None"
+            raise TypeError(f"{where} must be of type {allowed}, not {hint}")
+        if "limits" not in field.metadata:
+            raise TypeError(f'{where} must be declared as setting({field.default!r}, "what it is")')
+        if field.name in OTHER_FLAGS:
+            raise TypeError(f"{where} must have another name: all scripts have a flag {flag_name(field.name)}")
+        result[field.name] = (plain[0], len(plain) < len(parts))
     return result
 
 
