@@ -1,14 +1,17 @@
-# `make pong` trains, `make test` checks in minutes, `make test-all` checks all. They make .venv first, once;
-# `make install` does only that.
+# `make pong-quick` and `make pong` train, `make test` checks in minutes, `make test-all` checks all. They make .venv
+# first, once; `make install` does only that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: pong test test-slow test-all quick-1 quick-2 slow-edits slow-ranks slow-1 slow-2 slow-3 types install clean
+.PHONY: pong pong-quick test test-slow test-all quick-1 quick-2 slow-edits slow-ranks slow-1 slow-2 slow-3 types install clean
 
 pong: $(INSTALLED)
 	$(BIN)/python train_ppo.py $(ARGS)
+
+pong-quick: $(INSTALLED)
+	$(BIN)/python train_ppo.py @recipes/ppo-pong-quick.args $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -410,11 +410,10 @@ class Rollout:
 
     def samples(self, **more: Tensor) -> Columns:
         """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
+        whole = math.prod(self.shape)
         for name, number in self.filled.items():
-            if number < math.prod(self.shape):
-                raise ValueError(
-                    f"{name} must be put at every step: {number} of {math.prod(self.shape)} places are new"
-                )
+            if number < whole:
+                raise ValueError(f"{name} must be put at every step: {number} of {whole} places are new")
         self.filled.clear()
         return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
 

@@ -54,7 +54,7 @@ LOOK = 20.0  # seconds over which a run looks whether it has its cores
 WAITED = 0.25  # the share of them without a core that is worth a line
 
 
-def number(tag: str, value: Any) -> float:
+def as_number(tag: str, value: Any) -> float:
     """Return a value as TensorBoard takes it, which leaves out a None without a word.
 
     Raises:
@@ -291,7 +291,7 @@ class Run:
         if self.events is None:
             return
         # In one record: each has a checksum, in Python. `add_scalar` writes one for each value.
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=number(tag, scalars[tag])) for tag in scalars])
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=as_number(tag, scalars[tag])) for tag in scalars])
         try:
             self.events.add(summary, global_step)
         except OSError as error:
