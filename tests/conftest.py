@@ -36,6 +36,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the last part of compiling, the C++: what is traced, and under which conditions, stays."""
+    import torch  # not before it is needed: it takes seconds
+
+    torch_compile = torch.compile
+
+    def traced(function: Any, *, fullgraph: bool, options: dict[str, Any]) -> Any:
+        conditions = {"guard_filter_fn": options["guard_filter_fn"]}
+        return torch_compile(function, backend="eager", fullgraph=fullgraph, options=conditions)
+
+    monkeypatch.setattr(torch, "compile", traced)
+
+
 @pytest.fixture(autouse=True)
 def _no_test_hangs() -> Iterator[None]:
     if sys.platform == "win32":  # it has no such clock

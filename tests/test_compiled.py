@@ -505,16 +505,9 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
     }
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("place", late_numbers())
 def test_what_changes_is_seen_wherever_a_loss_reads_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only that is looked at which conditions are looked at again: the compiler's own part is left out."""
-    torch_compile = torch.compile
-
-    def without_inductor(function: Any, *, fullgraph: bool, options: dict[str, Any]) -> Any:
-        conditions = {"guard_filter_fn": options["guard_filter_fn"]}
-        return torch_compile(function, backend="eager", fullgraph=fullgraph, options=conditions)
-
-    monkeypatch.setattr(torch, "compile", without_inductor)
     monkeypatch.setattr(Thing, "inherited", 1.0)
     read, change = late_numbers()[place]
     network = Scaled()

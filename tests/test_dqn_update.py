@@ -81,8 +81,18 @@ def test_an_update_is_one_step_of_adam_on_the_loss(huber: bool) -> None:
     assert not any(number.requires_grad for number in logged.values())
 
 
-@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), pytest.param(0.25, True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("without_inductor")
+def test_traced_updates_are_the_eager_ones(device: str) -> None:
+    check_compiled_updates(None, False, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("max_grad_norm", "huber"), [(None, False), (0.25, True)])
 def test_compiled_updates_are_the_eager_ones_to_rounding(max_grad_norm: float | None, huber: bool, device: str) -> None:
+    check_compiled_updates(max_grad_norm, huber, device)
+
+
+def check_compiled_updates(max_grad_norm: float | None, huber: bool, device: str) -> None:
     eager, fast = (
         cartpole_learner(device, max_grad_norm=max_grad_norm, huber=huber, compile=choice) for choice in (False, True)
     )

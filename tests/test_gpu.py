@@ -189,6 +189,7 @@ def never_waiting(enabled: bool) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 def test_a_compiled_step_that_is_replayed_is_the_plain_one(device: str, recordings: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(recording|compilation) failed")
