@@ -377,19 +377,20 @@ class Rollout:
         self.shape = (num_steps, num_envs)
         self.device = device
         self.columns: dict[str, Any] = {}
+        self.kinds: dict[str, tuple[int, tuple[int, ...], Any]] = {}  # dimensions, shape but for the rows, dtype
         self.filled: Counter[str] = Counter()  # how many of the T N places, since they were read
 
     def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
         """Store what step t gave in some of the environments: tensors and arrays (rows, ...) by name."""
         for name, values in quantities.items():
+            kind = values.ndim, values.shape[1:], values.dtype
             if name not in self.columns:
-                self.columns[name] = self._column(values)
-            place = self.columns[name][t, rows]
-            if (values.shape, values.dtype) != (place.shape, place.dtype):
-                wanted = f"{tuple(place.shape)} of {place.dtype}, as it was at first"
-                raise ValueError(f"{name} must be {wanted}, not {tuple(values.shape)} of {values.dtype}")
-            place[...] = values
-            self.filled[name] += len(place)
+                self.columns[name], self.kinds[name] = self._column(values), kind
+            if kind != self.kinds[name]:
+                wanted = f"rows of shape {tuple(self.kinds[name][1])} and {self.kinds[name][2]}, as at first"
+                raise ValueError(f"{name} must be {wanted}, not {tuple(values.shape)} and {values.dtype}")
+            self.columns[name][t, rows] = values
+            self.filled[name] += len(values)
 
     def _column(self, values: Tensor | NDArray[Any]) -> Any:
         if isinstance(values, np.ndarray):

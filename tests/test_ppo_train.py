@@ -123,11 +123,13 @@ def test_a_column_is_made_as_its_quantity_first_comes() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.tensor(1.0), r"mine must be \(2,\) of torch.float32, as it was at first, not \(\) of torch.float32"),
-        (torch.ones(1), r"mine must be \(2,\) of torch.float32, as it was at first, not \(1,\) of torch.float32"),
-        (torch.ones(2, 1), r"mine must be \(2,\) of torch.float32, .* not \(2, 1\) of torch.float32"),
-        (torch.ones(2).long(), r"mine must be \(2,\) of torch.float32, .* not \(2,\) of torch.int64"),
-        (np.ones(2, np.float32), r"mine must be \(2,\) of torch.float32, .* not \(2,\) of float32"),
+        (
+            torch.tensor(1.0),
+            r"^mine must be rows of shape \(\) and torch.float32, as at first, not \(\) and",
+        ),
+        (torch.ones(2, 1), r"not \(2, 1\) and torch.float32"),
+        (torch.ones(2).long(), r"not \(2,\) and torch.int64"),
+        (np.ones(2, np.float32), r"not \(2,\) and float32"),
     ],
 )
 def test_a_column_keeps_its_shape_and_dtype(values: Any, message: str) -> None:
@@ -143,7 +145,7 @@ def test_a_column_is_whole_before_it_is_learned_from() -> None:
         rollout.put(t, slice(None), mine=torch.ones(2))
     rollout.samples()
     rollout.put(0, slice(None), mine=torch.ones(2))
-    rollout.put(1, slice(0, 1), mine=torch.ones(1))  # what the other has is of the rollout before
+    rollout.put(1, slice(0, 2), mine=torch.ones(1))  # what the other has is of the rollout before, or the same
     with pytest.raises(ValueError, match="mine must be put at every step: 3 of 4 places are new"):
         rollout.samples()
 
