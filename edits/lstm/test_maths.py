@@ -79,13 +79,13 @@ def test_what_was_played_is_learned_from_as_it_was_played() -> None:
     config = PPOConfig(num_envs=N, num_steps=T, minibatch_size=T, update_epochs=2)
     seen: list[list[int]] = []
 
-    def step(columns: dict[str, Tensor], chosen: Tensor, clip_coef: Tensor) -> Tensor:
+    def step(columns: dict[str, Tensor], chosen: Tensor, clip_coef: Tensor) -> dict[str, Tensor]:
         seen.append(chosen.tolist())
         batch = {name: column[chosen] for name, column in columns.items()}
         _, stats = minibatch_loss(agent, config, torch.float32, batch, clip_coef)
         assert stats["approx_kl"] < 1e-10  # the same policy, with the same state
         torch.testing.assert_close(stats["value_loss"], torch.tensor(4.0))
-        return torch.zeros(6)
+        return stats
 
     update_policy(step, samples, config, 0.1)
     sequences = [[t * N + env for t in range(T)] for env in range(N)]
