@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_a_column_is_made_as_its_quantity_first_comes() -> None:
     assert samples["observations"].is_contiguous(memory_format=torch.channels_last)
     assert samples["mine"].tolist() == [0, 1, 10, 11, 20, 21]
     assert samples["more"].shape == (6,)
+
+
+def test_values_that_are_not_one_a_sample_are_named_where_the_policy_acts() -> None:
+    agent = ActorCritic(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2))
+    plain = agent.forward
+
+    def without_squeeze(obs: Tensor) -> Any:
+        distribution, values = plain(obs)
+        return distribution, values[:, None]
+
+    agent.forward = without_squeeze  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"log_probs \(4,\), values \(4, 1\)"):
+        act(agent, torch.float32, torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize(
