@@ -442,10 +442,11 @@ def train(
             }
 
         run = Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved)
-        with run, tuned(online, config.num_threads):
+        with run, tuned(online, config.num_threads) as turns:
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
+                turns.pass_on()
                 epsilon = epsilon_at(config, now)
                 remaining = 1 - now.steps / config.last_step if config.anneal_lr else 1.0
                 if config.anneal_lr:

@@ -628,9 +628,10 @@ def train(
             return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
 
         run = Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved)
-        with run, tuned(agent, config.num_threads):
+        with run, tuned(agent, config.num_threads) as turns:
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
+                turns.pass_on()
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)

@@ -32,7 +32,7 @@ from minirl.ppo import compute_gae, explained_variance, mean_losses, normalized,
 from minirl.runs import checkpoints
 from minirl.runs.checkpoints import Part, State, require_finite_losses
 from minirl.runs.run import Run, derived_seed, seed_everything
-from minirl.runs.settings import MAX_SEED, check_settings, setting
+from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
 from minirl.texts import END, Pairs, Texts, Vocabulary, described, load_texts, rated_pairs
 from minirl.transformer import Cache, Transformer
 
@@ -85,7 +85,14 @@ class RLHFConfig:
     vf_coef: float = setting(0.1, "weight of the value loss, which has no factor 1/2", at_least=0)
     value_clip_coef: float | None = setting(0.2, "clip the change of the values to this; none: no clipping", above=0)
     ent_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
-    checkpoint_frequency: int = setting(8_192, "texts between checkpoints", at_least=1, group="machine and files")
+    num_threads: int | None = setting(
+        None,
+        "threads that compute; none: one for small networks, else all",
+        at_least=1,
+        at_most=MAX_THREADS,
+        group="machine and files",
+    )
+    checkpoint_frequency: int = setting(8_192, "texts between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -422,7 +429,8 @@ def train(
         kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens}
         return {**{name: part.state_dict() for name, part in learned.items()}, **kept}
 
-    with Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved) as run, tuned(model):
+    run = Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved)
+    with run, tuned(model, config.num_threads) as turns:
         run.checkpoint(done, state)
         before = 0  # texts of the stages before
         for (stage, (size, num_steps)), optimizer in zip(plan.items(), optimizers, strict=False):
@@ -441,6 +449,7 @@ def train(
                     reference.load_state_dict(model.state_dict())
                 steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
             for scalars, episodes in steps:
+                turns.pass_on()
                 done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)

@@ -72,6 +72,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "products": {"minirl.fast.spelling.FEW": 0},
     "rounded-weights": {"minirl.ppo.rounded_weights": lambda network, precision: contextlib.nullcontext()},
     "skip-and-shrink": {"minirl.envs.atari.why_not_faster": lambda layers: "it is switched off"},
+    "turns": {"minirl.fast.turns.available_cores": lambda: 1_000_000},
 }
 
 

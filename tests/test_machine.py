@@ -1,10 +1,8 @@
 """Where the arithmetic runs: threads, memory, precision."""
 
-import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from minirl.fast.machine import (
     one_thread,
     products_in,
     rounded_weights,
-    seconds_without_core,
     tuned,
 )
 
@@ -35,39 +32,6 @@ before = resident_pages()
 np.ones(40_000_000, np.uint8)  # more than the C library ever keeps by itself
 print((resident_pages() - before) * resource.getpagesize())
 """
-
-
-def test_time_without_a_core_is_the_second_number_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda path: "7000000000 2000000000 3\n")
-    assert seconds_without_core() == 2.0
-    monkeypatch.setattr(Path, "read_text", lambda path: "")
-    assert seconds_without_core() == 0.0
-
-    def missing(path: Path) -> str:
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert seconds_without_core() == 0.0
-
-
-@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="only Linux counts it")
-def test_time_without_a_core_is_that_of_others_on_it() -> None:
-    cores = os.sched_getaffinity(0)
-    command = [sys.executable, "-c", "print(flush=True)\nwhile 1: 1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout is not None
-            other.stdout.readline()
-            for process in (0, other.pid):
-                os.sched_setaffinity(process, {min(cores)})
-            before, clock, used = seconds_without_core(), time.monotonic(), time.thread_time()
-            while time.monotonic() - clock < 0.3:
-                pass
-            away = time.monotonic() - clock - (time.thread_time() - used)
-            assert 0.05 <= seconds_without_core() - before <= away + 0.05
-        finally:
-            other.kill()
-            os.sched_setaffinity(0, cores)
 
 
 def test_small_networks_keep_to_one_thread_and_give_the_others_back() -> None:

@@ -20,9 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minirl.checks import ConfigError
 from minirl.envs.vector import Episode
-from minirl.fast.machine import threads
 from minirl.ppo import PPOConfig
-from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import (
     DivergedError,
     atomic_file,
@@ -274,31 +272,6 @@ def test_speed_and_minutes_are_logged_and_pauses_left_out(tmp_path: Path, monkey
     events.Reload()
     assert [event.value for event in events.Scalars("charts/SPS")] == [0.5, 2.0]
     assert [event.value for event in events.Scalars("charts/minutes")] == pytest.approx([2.0, 140 / 60])
-
-
-def test_a_run_that_waits_for_cores_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now, waited = [0.0], [0.0]
-    monkeypatch.setattr("minirl.runs.run.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("minirl.runs.run.seconds_without_core", lambda: waited[0])
-
-    def said(config: Any, waits: list[float]) -> list[str]:
-        with Run("ppo", config, None, total=100) as run:
-            for each in waits:
-                now[0] += 20.0
-                run.log(1, {})
-                waited[0] += each
-        return [line for line in capsys.readouterr().err.splitlines() if "cores" in line]
-
-    line = "others have this run's cores 30% of the time, and its 2 threads wait for each other; "
-    line += "--num-threads 1 may be faster, at --resume, too"
-    with threads(2):
-        assert said(CONFIG, [5.0, 5.0, 5.0]) == [], "a quarter"
-        assert said(CONFIG, [0.0, 6.0, 9.0, 0.0]) == [line]
-        assert said(QLearningConfig(), [9.0, 9.0, 9.0]) == [], "which has no threads to choose"
-    with threads(1):
-        assert said(CONFIG, [9.0, 9.0, 9.0]) == []
 
 
 def test_one_directory_is_one_runs(tmp_path: Path) -> None:

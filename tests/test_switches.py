@@ -30,6 +30,7 @@ SAME = [
     ("numbers-once", "dqn, compiled"),
     ("rounded-weights", "ppo, bfloat16"),
     ("skip-and-shrink", "ppo, images"),
+    ("turns", "dqn, images"),
 ]
 TO_ROUNDING = [  # other sums, and other orders of the same
     ("compiling", "dqn, compiled"),

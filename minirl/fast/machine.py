@@ -5,7 +5,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError
 from minirl.distributed import launched
+from minirl.fast.turns import Turns
 
 GIGABYTE = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
@@ -107,26 +107,20 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
     return threads(1)
 
 
-def seconds_without_core() -> float:
-    """Return for how long this thread could have gone on, and had no core, since it began; 0.0 where nobody counts it.
-
-    Linux does. What waits for something else, a message say, is not counted, nor is what spins: it has a core.
-    """
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
-
-
-def tuned(network: nn.Module, num_threads: int | None = None) -> contextlib.AbstractContextManager[None]:
-    """Keep freed memory from here on, and within the block compute by so many threads.
+@contextlib.contextmanager
+def tuned(network: nn.Module, num_threads: int | None = None) -> Iterator[Turns]:
+    """Keep freed memory from here on, and within the block compute by so many threads, and in turns with other runs.
 
     None: a small network by one, others by PyTorch's. A second thread gives 256 x 256 units on batches of 128 a tenth,
     and takes nine tenths from two runs that share two cores: their threads wait for each other at every layer.
     """
     keep_freed_memory()
-    weights = sum(parameter.numel() for parameter in network.parameters())
-    return threads(num_threads or (1 if weights < SMALL else torch.get_num_threads()))
+    parameters = list(network.parameters())
+    weights = sum(parameter.numel() for parameter in parameters)
+    number = num_threads or (1 if weights < SMALL else torch.get_num_threads())
+    on_a_gpu = any(parameter.is_cuda for parameter in parameters)
+    with threads(number), Turns(1 if on_a_gpu else number) as turns:
+        yield turns
 
 
 def products_in(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:

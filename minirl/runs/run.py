@@ -35,7 +35,6 @@ from minirl.distributed import (
     wait_at_most,
 )
 from minirl.envs.vector import Episode
-from minirl.fast.machine import seconds_without_core
 from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
@@ -50,8 +49,6 @@ from minirl.runs.progress import Progress, say, silence
 from minirl.runs.settings import MAX_SEED, new_schedules, recipe_note
 
 BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
-LOOK = 20.0  # seconds over which a run looks whether it has its cores
-WAITED = 0.25  # the share of them without a core that is worth a line
 
 
 def as_number(tag: str, value: Any) -> float:
@@ -154,8 +151,6 @@ class Run:
         from_rank_0(lambda: self._open(resumed, done / total))
         self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
         self.unlogged: list[tuple[int, Episode]] = []  # by one of several ranks
-        self.looked: tuple[float, float] | None = None  # at the clock, and at how long there was no core
-        self.told_of_cores = rank() > 0 or not hasattr(config, "num_threads")
 
     def _open(self, resumed: State | None, done: float) -> None:
         """Make the run directory this run's own, and begin to write there."""
@@ -252,27 +247,12 @@ class Run:
         except OSError:
             silence(sys.stderr.fileno())
             self.stop_signal = self.stop_signal or BROKEN_PIPE
-        self._look_at_cores()
         seconds = time.monotonic() - self.started
         speed = {
             "charts/SPS": (global_step - self.first_step) / seconds,
             "charts/minutes": (self.seconds_before + seconds) / 60,  # of training: pauses left out
         }
         self._write({**scalars, **speed}, global_step)
-
-    def _look_at_cores(self) -> None:
-        """Say once if others have the cores of this run's threads, which wait for each other at each layer."""
-        threads = torch.get_num_threads()
-        if threads == 1 or self.told_of_cores:
-            return
-        now = time.monotonic(), seconds_without_core()
-        clock, waited = (after - before for after, before in zip(now, self.looked or now, strict=True))
-        if self.looked is None or clock >= LOOK:
-            self.looked = now
-        if clock >= LOOK and waited > WAITED * clock:
-            self.told_of_cores = True
-            advice = f"its {threads} threads wait for each other; --num-threads 1 may be faster, at --resume, too"
-            say(f"others have this run's cores {waited / clock:.0%} of the time, and {advice}")
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
         """Write the return and the length of finished episodes; of several ranks, when `log` is called."""

@@ -1,0 +1,123 @@
+"""Trainings that share a machine take turns at its cores, where each computes with more than half of them.
+
+The threads of a layer wait for each other at its end. Where two trainings have a thread for each core, one of each
+mostly waits, and both together make a tenth of what one alone makes. In turns they make as much.
+"""
+
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from minirl.distributed import num_ranks, rank
+from minirl.envs.vector import available_cores
+
+if sys.platform != "win32":
+    import fcntl
+
+TURN = 0.1  # seconds of a turn at the least: to change takes one or two thousandths
+NAP = 1e-3  # seconds between two looks whether it is one's turn
+PATIENCE = 60.0  # seconds; who has its turn for longer may have been stopped, by Ctrl-Z say
+LOOK = 20.0  # seconds over which a training looks whether it has its cores
+WAITED = 0.25  # the share of them without a core that is worth a line
+
+
+class Turns:
+    """A training's turns at the cores; within the block it has one, and `pass_on` gives it to whoever waits.
+
+    Only where `threads` are more than half of the cores: others have room beside each other. The trainings of one user
+    on the same cores take turns, by two files in the directory for temporary ones: who computes has locked one, who is
+    next the other. (Without that, who has just computed would be back before the one that waits wakes up.) The system
+    unlocks what a process had that ends. What is computed does not depend on it.
+
+    It warns once where others have the cores for much of the time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.turn = self.next = -1  # file descriptors
+        self.began = 0.0  # this turn
+        self.waited = 0.0  # seconds, for all turns so far
+        self.look = 0.0  # when to look at the cores again
+        self.seen = 0.0  # seconds without a core, until then
+        self.told = threads == 1 or rank() > 0
+
+    def __enter__(self) -> "Turns":
+        if available_cores() // 2 < self.threads > 1 and num_ranks() == 1 and sys.platform != "win32":
+            try:
+                self.turn = os.open(place("turn"), os.O_RDWR | os.O_CREAT, 0o600)
+                self.next = os.open(place("next"), os.O_RDWR | os.O_CREAT, 0o600)
+            except OSError:  # no such directory, or somebody else's file: then nobody waits
+                self._leave()
+        self._wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def pass_on(self) -> None:
+        """Let others compute who wait for it, if the turn was long enough, and wait for the next one."""
+        if time.monotonic() - self.began >= TURN:
+            if self.turn >= 0:
+                fcntl.flock(self.turn, fcntl.LOCK_UN)
+            self._wait()
+        self._look_at_cores()
+
+    def _leave(self) -> None:
+        for file in (self.turn, self.next):
+            if file >= 0:
+                os.close(file)
+        self.turn = self.next = -1
+
+    def _wait(self) -> None:
+        """Wait until it is this training's turn."""
+        asked = time.monotonic()
+        if self.turn >= 0:
+            mine = self._lock(self.next) and self._lock(self.turn)
+            fcntl.flock(self.next, fcntl.LOCK_UN)
+            if mine:
+                os.utime(self.turn)  # the turn begins
+        self.began = time.monotonic()
+        self.waited += self.began - asked
+
+    def _lock(self, file: int) -> bool:
+        """Lock a file, or give up where one training has its turn for too long; return whether it is locked."""
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.time() - os.fstat(self.turn).st_mtime > PATIENCE:
+                    return False
+            time.sleep(NAP)
+
+    def _look_at_cores(self) -> None:
+        if self.told or time.monotonic() < self.look:
+            return
+        before, self.seen = self.seen, self.waited + seconds_without_core()
+        self.look, first = time.monotonic() + LOOK, self.look == 0
+        waited = (self.seen - before) / LOOK
+        if waited > WAITED and not first:
+            self.told = True
+            why = f"its {self.threads} threads go on together or not at all"
+            advice = "--num-threads 1 may be faster, at --resume, too"
+            warnings.warn(f"others have this run's cores {waited:.0%} of the time, and {why}; {advice}", stacklevel=1)
+
+
+def place(name: str) -> Path:
+    """Return the file of this user and these cores."""
+    cores = sum(1 << core for core in os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return Path(tempfile.gettempdir()) / f"minirl-{os.getuid()}-{cores:x}.{name}"
+
+
+def seconds_without_core() -> float:
+    """Return for how long this thread could have gone on, and had no core, since it began; 0.0 where nobody counts it.
+
+    Linux does. What waits for something else, a message say, is not counted, nor is what spins: it has a core.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
