@@ -446,7 +446,7 @@ def train(
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
-                turns.pass_on()
+                turns.pass_on()  # to another training on these cores
                 epsilon = epsilon_at(config, now)
                 remaining = 1 - now.steps / config.last_step if config.anneal_lr else 1.0
                 if config.anneal_lr:

@@ -631,7 +631,7 @@ def train(
         with run, tuned(agent, config.num_threads) as turns:
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
-                turns.pass_on()
+                turns.pass_on()  # to another training on these cores
                 remaining = 1 - update / config.num_updates
                 learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)

@@ -449,7 +449,7 @@ def train(
                     reference.load_state_dict(model.state_dict())
                 steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
             for scalars, episodes in steps:
-                turns.pass_on()
+                turns.pass_on()  # to another training on these cores
                 done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)

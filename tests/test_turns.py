@@ -111,9 +111,9 @@ def test_what_stands_still_is_waited_for_a_while_and_no_longer(tmp_path: Path) -
 
 def test_what_is_killed_holds_nobody_up(tmp_path: Path) -> None:
     code = f"""
-import time
 import tempfile
-from minirl.fast import machine, turns
+import time
+from minirl.fast import turns
 turns.available_cores, tempfile.tempdir = lambda: 2, {str(tmp_path)!r}
 with turns.Turns(2):
     print(flush=True)
@@ -133,7 +133,16 @@ with turns.Turns(2):
 def test_where_no_file_can_be_locked_nobody_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("minirl.fast.turns.tempfile.gettempdir", lambda: str(tmp_path / "missing"))
     with Turns(2) as one, Turns(2):
-        one.began = 0
+        one.began = -math.inf
+        one.pass_on()
+
+    def no_locks(file: int, operation: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("minirl.fast.turns.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("minirl.fast.turns.fcntl.flock", no_locks)
+    with Turns(2) as one, Turns(2):
+        one.began = -math.inf
         one.pass_on()
 
 
@@ -165,7 +174,7 @@ def test_a_run_that_waits_for_cores_says_so_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("minirl.fast.turns.time.monotonic", lambda: now[0])
     monkeypatch.setattr(turns, "seconds_without_core", lambda: no_core[0])
 
-    def said(threads: int, waits: list[float], turns_of_others: float = 0.0) -> list[str]:
+    def said(threads: int, waits: list[float], turns_of_others: float = 0.0, each_update: float = 10.0) -> list[str]:
         with warnings.catch_warnings(record=True) as caught, Turns(threads) as mine:
             warnings.simplefilter("always")
             mine.waited = 50.0  # for the first turn: it had not begun
@@ -173,7 +182,7 @@ def test_a_run_that_waits_for_cores_says_so_once(monkeypatch: pytest.MonkeyPatch
                 no_core[0] += each
                 mine.waited += turns_of_others
                 for _ in range(2):
-                    now[0] += 10.0
+                    now[0] += each_update
                     mine.pass_on()
         return [str(warning.message) for warning in caught]
 
@@ -182,6 +191,7 @@ def test_a_run_that_waits_for_cores_says_so_once(monkeypatch: pytest.MonkeyPatch
     assert said(2, [5.0, 5.0, 5.0]) == [], "a quarter"
     assert said(2, [0.0, 6.0, 9.0, 0.0]) == [line]
     assert said(2, [0.0, 0.0, 0.0], turns_of_others=6.0) == [line]
+    assert said(2, [7.0, 7.0, 7.0], each_update=30.0) == [], "of the time that it was, not of 20 seconds"
     assert said(1, [9.0, 9.0, 9.0]) == []
 
 

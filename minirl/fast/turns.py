@@ -40,8 +40,7 @@ class Turns:
         self.turn = self.next = -1  # file descriptors
         self.began = 0.0  # this turn
         self.waited = 0.0  # seconds, for all turns so far
-        self.look = 0.0  # when to look at the cores again
-        self.seen = 0.0  # seconds without a core, until then
+        self.looked: tuple[float, float] | None = None  # at the clock, and at the seconds without a core
         self.told = threads == 1 or rank() > 0
 
     def __enter__(self) -> "Turns":
@@ -49,9 +48,9 @@ class Turns:
             try:
                 self.turn = os.open(place("turn"), os.O_RDWR | os.O_CREAT, 0o600)
                 self.next = os.open(place("next"), os.O_RDWR | os.O_CREAT, 0o600)
-            except OSError:  # no such directory, or somebody else's file: then nobody waits
+                self._wait()
+            except OSError:  # no such directory, somebody else's file, no such locks there: then nobody waits
                 self._leave()
-        self._wait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,16 +93,18 @@ class Turns:
             time.sleep(NAP)
 
     def _look_at_cores(self) -> None:
-        if self.told or time.monotonic() < self.look:
+        if self.told or (self.looked is not None and time.monotonic() - self.looked[0] < LOOK):
             return
-        before, self.seen = self.seen, self.waited + seconds_without_core()
-        self.look, first = time.monotonic() + LOOK, self.look == 0
-        waited = (self.seen - before) / LOOK
-        if waited > WAITED and not first:
+        before, self.looked = self.looked, (time.monotonic(), self.waited + seconds_without_core())
+        if before is None:
+            return
+        clock, waited = (now - then for now, then in zip(self.looked, before, strict=True))
+        if waited > WAITED * clock:
             self.told = True
             why = f"its {self.threads} threads go on together or not at all"
             advice = "--num-threads 1 may be faster, at --resume, too"
-            warnings.warn(f"others have this run's cores {waited:.0%} of the time, and {why}; {advice}", stacklevel=1)
+            share = f"{waited / clock:.0%}"
+            warnings.warn(f"others have this run's cores {share} of the time, and {why}; {advice}", stacklevel=1)
 
 
 def place(name: str) -> Path:
