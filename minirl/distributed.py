@@ -9,6 +9,7 @@ Without torchrun a process is rank 0 of 1, and every function here returns what 
 """
 
 import contextlib
+import importlib
 import os
 import pickle
 import time
@@ -72,6 +73,9 @@ def joined() -> Iterator[None]:
         return
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which is what torchrun sets if nobody has
         torch.set_num_threads(available_cores())
+    # The first optimiser imports this module, whose functions have the group of that moment for a default. A group that
+    # outlives the block has threads, and where one of them is busy at Python's end, that is a SIGABRT.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, number, ranks = next(rendezvous("env://", timeout=PATIENT))
     # torchrun keeps the store when it starts ranks again, and these would look for those before them.

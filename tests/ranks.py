@@ -7,9 +7,11 @@ It may be started by torchrun or alone. DEED is one of
 - `die`, `raise`, `hang`, `stop`: rank 1 does it in its 4th rollout, or is asked to stop by SIGTERM, if torchrun has not
   started it anew. Where torchrun did so, before the first one.
 
-What each process has learned goes to OUT, with its rank behind.
+What each process has learned goes to OUT, with its rank behind. It says so if threads of
+the group outlive the training.
 """
 
+import atexit
 import itertools
 import os
 import signal
@@ -27,6 +29,14 @@ from minirl.envs.make import make_vector_env
 from minirl.scripts.train import run_training
 
 NUM_ENVS, MINIBATCH, RANKS = 8, 64, 2
+
+
+@atexit.register
+def say_what_outlives() -> None:
+    """Python ends such threads at its own end, wherever they are, and sometimes all with them (SIGABRT)."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    if outlive := [name for name in names if "gloo" in name]:
+        print(f"outlive the training: {outlive}", file=sys.stderr, flush=True)
 
 
 def seeded(number: int) -> torch.Generator:

@@ -208,6 +208,7 @@ def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
     """Wait for it; return what it and its ranks have said."""
     _, said = process.communicate(timeout=400)
     assert process.returncode == status, said
+    assert "outlive the training" not in said
     return said
 
 
