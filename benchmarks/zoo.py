@@ -161,8 +161,8 @@ def clock_of(config: Any) -> tuple[int, int]:
     return 4_000, 20_000
 
 
-def train_minirl(name: str) -> Timing:
-    """Train a row with this project, without greedy games beside it."""
+def train_minirl(name: str, num_threads: int | None) -> Timing:
+    """Train a row with this project, without greedy games beside it, by so many threads; None: as many as it takes."""
     import dataclasses
     import importlib
 
@@ -170,7 +170,9 @@ def train_minirl(name: str) -> Timing:
     first, last = clock_of(config)
     alone = {"eval_frequency": None} if name.startswith("dqn") else {}
     # Compiled as the whole run is, which this is too short for.
-    config = dataclasses.replace(config, total_timesteps=last, compile=True, checkpoint_frequency=last, **alone)
+    config = dataclasses.replace(
+        config, total_timesteps=last, compile=True, num_threads=num_threads, checkpoint_frequency=last, **alone
+    )
     with tempfile.TemporaryDirectory() as parent:
         importlib.import_module(f"minirl.{name.split('-')[0]}").train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started
@@ -178,12 +180,15 @@ def train_minirl(name: str) -> Timing:
     return Timing(seconds, total - seconds)
 
 
-def train_sb3(name: str) -> Timing:
-    """Train a row with Stable-Baselines3 and the same settings."""
+def train_sb3(name: str, num_threads: int | None) -> Timing:
+    """Train a row with Stable-Baselines3 and the same settings, by so many threads; None: as many as PyTorch takes."""
+    import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
     config, started = settings_of(name), time.perf_counter()
     first, last = clock_of(config)
+    if num_threads:
+        torch.set_num_threads(num_threads)
     model = sb3_model(name, config, seed=0)
     times: dict[int, float] = {}
 
@@ -234,6 +239,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="train Stable-Baselines3 instead")
     parser.add_argument("--speed", action="store_true", help="measure the speed instead")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--num-threads", type=int, help="of both sides, when speed is measured; by default its own")
     parser.add_argument("--side", choices=[*SIDES, "peer"], help="measure one side here, or train the peer")
     given = parser.parse_args()
     names = given.rows or list(DISCRETE)
@@ -244,12 +250,13 @@ def main() -> None:
         print(json.dumps(train_peer(names[0], seeds[0])))
     elif given.side:
         first, last = clock_of(settings_of(names[0]))
-        report(SIDES[given.side](names[0]), last - first)
+        report(SIDES[given.side](names[0], given.num_threads), last - first)
     elif given.speed:
         for name in names:
 
             def arguments(side: str, name: str = name) -> list[str]:
-                return [name, "--side", side]
+                threads = [f"--num-threads={given.num_threads}"] if given.num_threads else []
+                return [name, "--side", side, *threads]
 
             compare(f"zoo-{name}", __file__, "stable-baselines3", GOAL, given.pairs, arguments)
     else:

@@ -296,7 +296,7 @@ def ppo_terms(
     """The loss of PPO and what is logged of it, of columns (B,).
 
     r - 1 - log r of nearly equal policies is the square of a difference that is all rounding, and e^x - 1 is good to
-    some 8 units where it is computed by way of tanh (`minirl.fast.spelling.DigitsNear0`).
+    some 8 units where it is computed by way of tanh (`minirl.fast.passes.digits_near_0`).
     """
     count = len(values)
     policy_term = surrogate_loss(log_prob, old_log_prob, advantages, clip_coef, r)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from minirl.fast import passes
 from minirl.fast.compiled import Compiled, compiled, is_whole, that_can_change
+from minirl.fast.passes import products_by_onednn
 from minirl.fast.spelling import FEW, StandIn, Steppable, Traceable
 from tests.weights import parameters
 
@@ -218,6 +221,58 @@ def test_a_power_less_1_is_exact_everywhere() -> None:
     power: Any = compiled(torch.expm1)
     torch.testing.assert_close(power(x), x.double().expm1().float(), rtol=1e-6, atol=0, equal_nan=True)
     assert power.enabled, "it fell back"
+
+
+@pytest.mark.parametrize(("number", "bias"), [(92, 0), (92, 1), (91, 0)])
+def test_large_products_of_float32_go_to_onednn(number: int, bias: int) -> None:
+    """92 x 128 x 128 multiplications are large, 91 x 128 x 128 are not."""
+
+    def products(x: Tensor, weight: Tensor, terms: Tensor) -> tuple[Tensor, ...]:
+        every = (
+            torch.addmm(terms, x, weight, beta=2),
+            torch.addmm(terms[None], x, weight),
+            x.double() @ weight.double(),
+        )
+        return torch.addmm(terms, x, weight) if bias else x @ weight, *every
+
+    x, weight, terms = torch.randn(number, 128), torch.randn(128, 128), torch.randn(128)
+    graph = make_fx(products, tracing_mode="fake")(x, weight, terms).graph
+    products_by_onednn(graph)
+    calls = [node for node in graph.nodes if node.op == "call_function" and "permute" not in str(node.target)]
+    large = [node for node in calls if node.target == torch.ops.minirl_fast.linear.default]
+    assert len(large) == (number == 92)
+    assert sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in calls) == (
+        4 - len(large)
+    )
+    for node in large:
+        rows, columns, term = node.args
+        assert (rows.name, columns.args[0].name, term and term.name) == ("x_1", "weight_1", "terms_1" if bias else None)
+
+
+@pytest.mark.slow
+def test_products_by_onednn_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "onednn_is_faster", lambda: True)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128, bias=False), nn.Tanh(), nn.Linear(128, 1)
+    )
+    obs = torch.randn(128, 128)
+
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer, obs: Tensor) -> Tensor:
+        loss: Tensor = network(obs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    plain = copy.deepcopy(network).double()
+    plain(obs.double()).square().mean().backward()
+    fast: Any = compiled(step, network, torch.optim.SGD(network.parameters(), lr=0.1))
+    _, (code,) = run_and_get_code(fast, obs)
+    assert code.count("linear_pointwise(") >= 5, "two forwards, three backwards"
+    for mine, other in zip(network.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert (mine.grad - other.grad).norm() <= 1e-6 * other.grad.norm()
 
 
 @pytest.mark.parametrize("at", ["once", "the first call"])

@@ -147,9 +147,9 @@ class Compiled:
         if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
         else:
-            from minirl.fast.digits import DigitsNear0
+            from minirl.fast.passes import Passes
 
-            choices["options"] |= {**INDUCTOR["cpu"], "post_grad_custom_post_pass": DigitsNear0()}
+            choices["options"] |= {**INDUCTOR["cpu"], "post_grad_custom_post_pass": Passes()}
         # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work. And a
         # name of its own, by which PyTorch remembers which sizes have changed from call to call.
         code = types.FunctionType(Compiled._traced.__code__.replace(co_name=f"_traced_{id(self)}"), globals())
