@@ -90,7 +90,7 @@ def train_seed(name: str, seed: int, peer: bool) -> dict[str, Any]:
     else:
         script = ROOT / f"train_{name.split('-')[0]}.py"
         begun = (run_dir / "checkpoint.pt").exists()
-        new = [f"@{ROOT / 'recipes' / name}.args", "--seed", seed, "--run-dir", run_dir]
+        new = [f"@{ROOT / 'recipes' / name}.args", "--seed", seed, "--run-dir", run_dir, "--num-workers", 1]
         run([script, *(["--resume", run_dir] if begun else new)], log)
         played = run(["-m", "minirl.evaluate", run_dir, "--episodes", GAMES, "--json"])
         result = {**json.loads(played), "minutes": minutes_of(run_dir)}

@@ -98,7 +98,9 @@ class PPOConfig:
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     compile: bool | None = setting(None, "compile acting and the update; none: if that pays", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
-    num_workers: int | None = setting(None, "processes; none: one a core on Atari and MuJoCo, else 1", at_least=1)
+    num_workers: int | None = setting(
+        None, "processes that play; none: one a core where games are slow, else 1", at_least=1
+    )
     num_threads: int | None = setting(
         None, "threads that compute; none: one for small networks, else all", at_least=1, at_most=MAX_THREADS
     )

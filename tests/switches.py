@@ -69,6 +69,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one-call-target": {"minirl.dqn.Target": _MovedOneByOne},
     "one-thread-beside": {"minirl.ppo.one_thread": contextlib.nullcontext},
     "one-thread-small": {"minirl.fast.machine.SMALL": 0},
+    "onednn": {"minirl.fast.passes.onednn_is_faster": lambda: False},
     "products": {"minirl.fast.spelling.FEW": 0},
     "rounded-weights": {"minirl.ppo.rounded_weights": lambda network, precision: contextlib.nullcontext()},
     "skip-and-shrink": {"minirl.envs.atari.why_not_faster": lambda layers: "it is switched off"},

@@ -20,6 +20,14 @@ WORKS: dict[str, PPOConfig | DQNConfig] = {
     "ppo, images": PPOConfig(**SMALL_PPO, precision="float32"),
     "ppo, bfloat16": PPOConfig(**SMALL_PPO, precision="bfloat16"),
     "dqn, compiled": DQNConfig(total_timesteps=400, learning_starts=100, eval_frequency=None, compile=True),
+    "dqn, wide": DQNConfig(
+        total_timesteps=400,
+        learning_starts=200,
+        batch_size=128,
+        hidden_sizes=(256, 256),
+        eval_frequency=None,
+        compile=True,
+    ),
     "dqn, images": DQNConfig(**SMALL_DQN, train_frequency=4, precision="float32"),
 }
 SAME = [
@@ -39,6 +47,7 @@ TO_ROUNDING = [  # other sums, and other orders of the same
     ("one-call-target", "dqn, compiled"),
     ("one-thread-beside", "ppo, images"),
     ("one-thread-small", "ppo, vectors"),
+    ("onednn", "dqn, wide"),
     ("products", "dqn, compiled"),
 ]
 

@@ -91,12 +91,13 @@ def make_vector_env(
 
     Of environments that several processes share, a slice says which.
 
-    Without `num_workers`, Atari and MuJoCo are played by one process per core, and everything else by this one.
+    Without `num_workers`, what is slow (`is_slow`) is played by one process per core, and everything else by this one.
 
     Raises:
         ConfigError, EnvError: see `make_env`.
     """
-    if num_workers is None and not is_slow(env_id):
+    count = num_envs if isinstance(num_envs, int) else num_envs.stop - num_envs.start
+    if num_workers is None and not is_slow(env_id, count):
         num_workers = 1
     in_halves = in_halves and is_atari(env_id)
     make = functools.partial(make_env, env_id, **shown)

@@ -118,7 +118,7 @@ def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str,
         at_once = min(at_once, memory() // (ATARI_MEMORY + frames))
     at_once = max(1, at_once)
     share, flags = cores // at_once, []
-    if env_id is not None and is_slow(env_id) and given.get("num_workers", 1) is None:
+    if given.get("num_workers", 1) is None and is_slow(config.env_id, config.num_envs):
         flags.append(f"--num-workers={share}")
     if "OMP_NUM_THREADS" in os.environ:
         return at_once, flags, {}
