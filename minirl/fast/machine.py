@@ -111,8 +111,8 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
 def tuned(network: nn.Module, num_threads: int | None = None) -> Iterator[Turns]:
     """Keep freed memory from here on, and within the block compute by so many threads, and in turns with other runs.
 
-    None: a small network by one, others by PyTorch's. A second thread gives 256 x 256 units on batches of 128 a tenth;
-    without it two runs have two cores at the same time, and make twice as much.
+    None: a small network by one, others by PyTorch's. A second thread gives 256 x 256 units on batches of 128 a tenth,
+    compiled up to a third; without it two runs have two cores at the same time, and make twice as much.
     """
     keep_freed_memory()
     parameters = list(network.parameters())
