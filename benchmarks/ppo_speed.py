@@ -140,6 +140,7 @@ def sb3_ppo(config: "PPOConfig", envs: "VecEnv", seed: int) -> "PPO":
     networks = {
         "net_arch": list(config.hidden_sizes),
         "activation_fn": {"tanh": nn.Tanh, "relu": nn.ReLU}[config.activation],
+        "log_std_init": config.log_std_init,
     }
     pixels = len(envs.observation_space.shape or ()) == 3
     return PPO(
