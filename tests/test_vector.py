@@ -110,9 +110,8 @@ def test_the_number_of_workers_follows_the_machine(monkeypatch: pytest.MonkeyPat
     with make_vector_env("PongNoFrameskip-v4", 4) as envs:
         assert envs.num_workers == 3
         assert envs.reset().shape == (4, 4, 84, 84)
-    for env_id, num_envs, processes in (("CartPole-v1", 8, 1), ("Acrobot-v1", 3, 1), ("Acrobot-v1", 4, 3)):
-        with make_vector_env(env_id, num_envs) as envs:
-            assert envs.num_workers == processes, "a message costs more than a step of CartPole, or of few others"
+    with make_vector_env("CartPole-v1", 8) as envs:
+        assert envs.num_workers == 1, "a message costs more than a step"
     monkeypatch.setattr(vector, "available_cores", lambda: 1)
     with make_vector_env("PongNoFrameskip-v4", 2) as envs:
         assert envs.num_workers == 1
@@ -195,10 +194,11 @@ def test_one_environment_has_no_halves_and_only_atari_is_played_in_them() -> Non
 def test_what_takes_long_is_played_by_all_cores_where_nobody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int | None] = []
     monkeypatch.setattr("minirl.envs.make.VectorEnv", lambda make, number, **how: made.append(how["num_workers"]))
-    for env_id in ("PongNoFrameskip-v4", "HalfCheetah-v5", "CartPole-v1", "Pendulum-v1", "LunarLander-v3"):
-        make_vector_env(env_id, 4)
-        make_vector_env(env_id, 4, num_workers=2)
-    assert made == [None, 2, None, 2, 1, 2, 1, 2, 1, 2]
+    slow = ("PongNoFrameskip-v4", 1), ("HalfCheetah-v5", 1), ("LunarLander-v3", slice(4, 8)), ("Acrobot-v1", 4)
+    for env_id, number in (*slow, ("CartPole-v1", 8), ("Pendulum-v1", 8), ("LunarLander-v3", 3), ("Acrobot-v1", 3)):
+        make_vector_env(env_id, number)
+        make_vector_env(env_id, number, num_workers=2)
+    assert made == [*[None, 2] * 4, *[1, 2] * 4]
 
 
 class OnlyInWorkers:
