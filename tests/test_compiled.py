@@ -2,7 +2,7 @@
 
 import copy
 import shlex
-import shutil
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,9 +337,10 @@ def test_a_compilation_that_was_stopped_in_its_last_link_is_done_once_more(
 
 def test_a_library_that_was_cut_is_not_whole(tmp_path: Path) -> None:
     library = tmp_path / "a.so"
-    shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch.so", library)
+    header = b"\x7fELF".ljust(40, b"\0") + struct.pack("Q10xHH", 5_900, 64, 3)  # 3 sections, as a linker leaves them
+    library.write_bytes(header.ljust(5_900 + 3 * 64, b"\0"))
     assert is_whole(library)
-    for size in (library.stat().st_size - 1, 5_000, 64, 20, 0):
+    for size in (5_900 + 3 * 64 - 1, 5_000, 64, 20, 0):
         with library.open("rb+") as file:
             file.truncate(size)
         assert not is_whole(library), size
