@@ -12,26 +12,29 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 CODE_LINK = re.compile(r"\[`(?P<code>[^`]+)`\]\((?P<file>[^)#]+)#L\d+\)")
 
 
-def relink(document: Path) -> str:
-    """Return a document's text with each link to code at the line that it quotes.
+def relink(document: Path) -> tuple[str, list[str]]:
+    """Return a document's text with each link to code at the line that it quotes, and a line for each that has none.
 
-    Raises:
-        ValueError: if a quoted piece of code stands on no line of its file, or on several.
+    A quoted piece of code may stand on no line of its file any more, or on several: its link stays as it is.
     """
+    wrong: list[str] = []
 
     def mended(link: re.Match[str]) -> str:
         code = link["code"].replace("\\|", "|")  # in a table
         lines = (document.parent / link["file"]).read_text().splitlines()
         found = [number for number, line in enumerate(lines, 1) if code in line]
         if len(found) != 1:
-            raise ValueError(
-                f"{document.name}: {link['file']} must have `{code}` on one line, not on {found or 'none'}"
-            )
+            wrong.append(f"{document.name}: {link['file']} must have `{code}` on one line, not on {found or 'none'}")
+            return link[0]
         return f"[`{link['code']}`]({link['file']}#L{found[0]})"
 
-    return CODE_LINK.sub(mended, document.read_text())
+    return CODE_LINK.sub(mended, document.read_text()), wrong
 
 
 if __name__ == "__main__":
+    complaints: list[str] = []
     for path in DOCUMENTS:
-        path.write_text(relink(path))
+        text, wrong = relink(path)
+        path.write_text(text)
+        complaints += wrong
+    raise SystemExit("\n".join(complaints) or 0)

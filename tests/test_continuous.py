@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -330,15 +331,18 @@ def test_the_mean_plays_and_stochastic_games_draw() -> None:
     assert draws.std() == pytest.approx(1, abs=0.03)
 
 
-def test_without_mujoco_a_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
+@pytest.mark.parametrize(
+    ("module", "env_id", "extra"), [("mujoco", "Hopper-v5", "mujoco"), ("Box2D", "LunarLander-v3", "box2d")]
+)
+def test_where_physics_is_missing_a_line_says_how_to_install_it(
+    module: str, env_id: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"gymnasium.envs.{extra}")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(
-        ConfigError, match=r'--env-id must be .* MuJoCo is not installed.* "gymnasium\[mujoco\]"'
-    ) as error:
-        make_env("Hopper-v5")
-    assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, module, None)
+    wanted = f"--env-id must be an environment whose packages are installed: {env_id} needs the extra {extra}, "
+    with pytest.raises(ConfigError, match=f"^{re.escape(wanted)}pip install -e '.\\[{extra}\\]'$"):
+        make_env(env_id)
 
 
 def test_pictures_that_do_not_fit_a_gaussian_are_refused_in_one_line(tmp_path: Path) -> None:

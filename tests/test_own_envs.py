@@ -240,9 +240,13 @@ def test_physics_is_put_back_whole() -> None:
     assert whole(other) == expected, "a copy, and no view of what plays on"
 
 
-def test_an_episode_whose_world_cannot_be_read_is_played_again() -> None:
+@pytest.mark.parametrize("draws", [False, True])
+def test_an_episode_whose_world_cannot_be_read_is_played_again(draws: bool) -> None:
+    """With the random numbers that a wrapper draws from the core's generator."""
+
     def make(renewed: bool = True) -> gym.Env[Any, Any]:
-        return played_again(gym.wrappers.TimeLimit(gym.wrappers.OrderEnforcing(Falls(renewed)), 30))
+        env = gym.wrappers.TimeLimit(gym.wrappers.OrderEnforcing(Falls(renewed)), 30)
+        return played_again(gym.wrappers.StickyAction(env, 0.5) if draws else env)
 
     assert how_a_copy_differs(make) == ""
     env, other = make(), make()

@@ -59,13 +59,18 @@ def is_box2d(env_id: str) -> bool:
     return lies_in(env_id, "gymnasium.envs.box2d")
 
 
+def extra_of(env_id: str) -> str | None:
+    """Return the extra of setup.cfg that an environment's physics comes with."""
+    return "box2d" if is_box2d(env_id) else "mujoco" if lies_in(env_id, "gymnasium.envs.mujoco") else None
+
+
 def is_slow(env_id: str, num_envs: int) -> bool:
     """Whether to have other processes make a part of a step is faster: Atari, MuJoCo; of four on, Box2D and Acrobot.
 
     A step of HalfCheetah takes 140 microseconds, one of CartPole 7, of LunarLander 30, of Acrobot 35; a message to a
     worker 50.
     """
-    if is_atari(env_id) or lies_in(env_id, "gymnasium.envs.mujoco"):
+    if is_atari(env_id) or extra_of(env_id) == "mujoco":
         return True
     return num_envs >= 4 and (is_box2d(env_id) or lies_in(env_id, "gymnasium.envs.classic_control.acrobot"))
 
@@ -89,6 +94,9 @@ def making(env_id: str) -> Iterator[None]:
     except (ConfigError, EnvError):
         raise
     except Exception as error:
+        if isinstance(error, gym.error.DependencyNotInstalled) and (extra := extra_of(env_id)):
+            missing = f"{env_id} needs the extra {extra}, pip install -e '.[{extra}]'"
+            raise ConfigError(f"--env-id must be an environment whose packages are installed: {missing}") from error
         culprit, trace = culprit_of(error)
         if trace and not isinstance(culprit, gym.error.Error):
             message = f"environment {env_id} can't be made: it raised {described(culprit)}"

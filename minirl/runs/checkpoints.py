@@ -177,6 +177,8 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
     """
     if saved is None:
         return
+    if missing := [name for name in parts if name not in saved]:
+        raise ConfigError(f"{saved['path']} must be of a run as this one, and has no {', '.join(missing)}")
     with reading(saved):
         for name, part in parts.items():
             groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
