@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from minirl import dqn, ppo, q_learning, rlhf
 from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
-from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint
+from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint, load_parts
 from minirl.runs.run import Run
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
@@ -317,6 +318,14 @@ def test_a_memory_is_not_written_twice_and_old_files_go(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "run").glob("memory-*.npz"))
     # Of 600 transitions, 240 are remembered; the file before them belonged to the checkpoint before.
     assert names == [f"memory-{start}-{start + 100}.npz" for start in (200, 300, 400, 500)]
+
+
+def test_what_a_checkpoint_lacks_is_named() -> None:
+    """As one lacks a second network from before the edit that brought it."""
+    parts = {"model": nn.Linear(1, 1), "predictor": nn.Linear(1, 1)}
+    line = "^there/checkpoint.pt must be of a run as this one, and has no predictor$"
+    with pytest.raises(ConfigError, match=line):
+        load_parts(parts, {"model": parts["model"].state_dict(), "path": "there/checkpoint.pt"})
 
 
 @pytest.mark.parametrize(
