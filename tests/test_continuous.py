@@ -316,7 +316,7 @@ def test_all_kinds_of_actions_train_evaluate_and_resume_exactly(
     assert_same(load_checkpoint(tmp_path / "alone", "ppo"), load_checkpoint(tmp_path / "killed", "ppo"))
     greedy = evaluate(tmp_path / "alone", episodes=3, device="cpu")["returns"]
     drawn = [evaluate(tmp_path / "alone", episodes=3, seed=s, stochastic=True, device="cpu")["returns"] for s in (1, 2)]
-    assert len(set(greedy)) == 1, "its games are all alike"
+    assert greedy == pytest.approx([greedy[0]] * 3, rel=1e-6), "its games are all alike; sums may round by the row"
     assert drawn[0] != drawn[1] or name == "Single"
 
 
