@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -223,9 +223,11 @@ def test_a_power_less_1_is_exact_everywhere() -> None:
     assert power.enabled, "it fell back"
 
 
-@pytest.mark.parametrize(("number", "bias"), [(92, 0), (92, 1), (91, 0)])
-def test_large_products_of_float32_go_to_onednn(number: int, bias: int) -> None:
-    """92 x 128 x 128 multiplications are large, 91 x 128 x 128 are not."""
+@pytest.mark.parametrize(
+    ("number", "bias", "sizes"), [(92, 0, "fake"), (92, 1, "fake"), (91, 0, "fake"), (92, 0, "symbolic")]
+)
+def test_large_products_of_float32_go_to_onednn(number: int, bias: int, sizes: Literal["fake", "symbolic"]) -> None:
+    """92 x 128 x 128 multiplications are large, 91 x 128 x 128 are not; of any number of rows nobody knows."""
 
     def products(x: Tensor, weight: Tensor, terms: Tensor) -> tuple[Tensor, ...]:
         every = (
@@ -236,11 +238,11 @@ def test_large_products_of_float32_go_to_onednn(number: int, bias: int) -> None:
         return torch.addmm(terms, x, weight) if bias else x @ weight, *every
 
     x, weight, terms = torch.randn(number, 128), torch.randn(128, 128), torch.randn(128)
-    graph = make_fx(products, tracing_mode="fake")(x, weight, terms).graph
+    graph = make_fx(products, tracing_mode=sizes)(x, weight, terms).graph
     products_by_onednn(graph)
     calls = [node for node in graph.nodes if node.op == "call_function" and "permute" not in str(node.target)]
     large = [node for node in calls if node.target == torch.ops.minirl_fast.linear.default]
-    assert len(large) == (number == 92)
+    assert len(large) == (number == 92 and sizes == "fake")
     assert sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in calls) == (
         4 - len(large)
     )
