@@ -39,7 +39,6 @@ from minirl.ppo import (
     train,
     update_policy,
 )
-from minirl.runs.run import Run
 
 CONFIG = PPOConfig()
 CPU = torch.device("cpu")
@@ -98,8 +97,7 @@ def env_speed(num_envs: int, num_workers: int) -> float:
 @contextlib.contextmanager
 def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
     """What a training does for the steps of an update, in turn: each can be called alone, any number of times."""
-    envs = make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True)
-    with envs, Run("ppo", CONFIG, None, total=1) as run:
+    with make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
         precision = select_precision(CONFIG.precision, device, images=True)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, eps=1e-5, fused=True)
@@ -123,7 +121,7 @@ def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
 
         def collect() -> None:
             with one_thread(), rounded_weights(agent, precision):
-                collect_rollout(agent, precision, policy, envs, obs, rollout, run, 0)
+                collect_rollout(agent, precision, policy, envs, obs, rollout)
 
         def advantages() -> dict[str, Tensor]:
             names = ("rewards", "values", "next_values", "terminated", "truncated")

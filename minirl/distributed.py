@@ -220,14 +220,13 @@ def average_gradients(optimizer: Optimizer) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def gathered(values: Tensor, dim: int = 0) -> Tensor:
-    """Return the tensors of all ranks side by side: (..., B, ...) -> (..., ranks x B, ...), those of rank 0 first."""
+def gathered(values: Tensor) -> Tensor:
+    """Return the tensors of all ranks one after the other: (B, ...) -> (ranks x B, ...), those of rank 0 first."""
     if not together():
         return values
-    rows = values.movedim(dim, 0)
-    everything = rows.new_zeros((num_ranks(), *rows.shape))
-    everything[rank()] = rows
-    return sum_over_ranks(everything).flatten(0, 1).movedim(0, dim)
+    everything = values.new_zeros((num_ranks(), *values.shape))
+    everything[rank()] = values
+    return sum_over_ranks(everything).flatten(0, 1)
 
 
 def largest(number: int) -> int:

@@ -14,8 +14,8 @@ Nothing follows a terminal state, so y = r there; a cut episode goes on in princ
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,15 +40,16 @@ from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthog
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, reading, require_finite_losses
-from minirl.runs.resume import MemoryFiles, env_state, start_envs
+from minirl.runs.checkpoints import Part, State, load_parts, reading
+from minirl.runs.losses import RecentLosses
+from minirl.runs.resume import MemoryFiles, env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
+from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.streams import MAX_SEED, Stream
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
 LEARNS_FROM = ("learning_starts", "batch_size", "train_frequency")  # the settings that say when
-CHECKPOINT_KEYS = ("model", "target", "optimizer", "episodes", "updates", "unlogged", "rng", "memory", "envs", "obs")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,10 @@ class QNetwork(SmallSequential):
     """
 
     def __init__(
-        self, observation_space: gym.Space[Any], num_actions: int, hidden_sizes: tuple[int, ...] = (24, 24)
+        self,
+        observation_space: gym.Space[Any],
+        num_actions: int,
+        hidden_sizes: tuple[int, ...] = DQNConfig.hidden_sizes,
     ) -> None:
         super().__init__()
         images = is_image(observation_space)
@@ -248,35 +252,31 @@ def expected_steps(config: DQNConfig, now: Clock) -> int:
     return min(config.last_step, now.steps * config.num_episodes // now.episodes)
 
 
-def make_q_network(config: DQNConfig, envs: VectorEnv, device: torch.device) -> QNetwork:
-    """Make a network for these environments.
+def make_q_network(config: DQNConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> QNetwork:
+    """Make the network that the settings ask for.
 
     Raises:
         ConfigError: if the actions are not Discrete, the observations no vectors or images, or the hidden layers chosen
             for images.
     """
-    if is_image(envs.observation_space) and config.hidden_sizes != (24, 24):
+    if is_image(observation_space) and config.hidden_sizes != DQNConfig.hidden_sizes:
         raise ConfigError("--hidden-sizes must be left out: images go through the Nature CNN")
-    if not isinstance(envs.action_space, gym.spaces.Discrete):
-        raise ConfigError(f"--env-id must have Discrete actions for DQN, not {envs.action_space}")
-    return QNetwork(envs.observation_space, int(envs.action_space.n), config.hidden_sizes).to(device)
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise ConfigError(f"--env-id must have Discrete actions for DQN, not {action_space}")
+    return QNetwork(observation_space, int(action_space.n), config.hidden_sizes)
 
 
-def q_function(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """Return Q(s, .) as a function of what environments show, (N, ...) -> (N, A). It follows the weights."""
-
-    @torch.no_grad()
-    def q_values(obs: NDArray[Any]) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
-        return values
-
-    return q_values
+@torch.no_grad()
+def action_values(network: nn.Module, device: torch.device, obs: NDArray[Any]) -> NDArray[np.float32]:
+    """Return Q(s, .) of what environments show: (N, ...) -> (N, A)."""
+    values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
+    return values
 
 
-def greedy_policy(network: nn.Module, device: torch.device) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
-    """Return the first of the best actions as a function of observations: (N, ...) -> (N,). It follows the weights."""
-    q_values = q_function(network, device)
-    return lambda obs: q_values(obs).argmax(axis=-1)
+def greedy_actions(network: nn.Module, device: torch.device, obs: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the first of the best actions: observations (N, ...) -> (N,)."""
+    actions: NDArray[np.int64] = action_values(network, device, obs).argmax(axis=-1)
+    return actions
 
 
 def epsilon_greedy(q_values: NDArray[np.float32], epsilon: float, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -349,27 +349,6 @@ class Target:
             mine.copy_(other)
 
 
-def columns(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what `gradient_step` returned in n calls, number by number, (n,)."""
-    return {name: torch.stack([of_one[name] for of_one in losses]) for name in losses[0]} if losses else {}
-
-
-def means(losses: list[dict[str, Tensor]], last_update: int) -> dict[str, float]:
-    """Return the mean of what `gradient_step` returned up to its call number `last_update`, by TensorBoard's tags.
-
-    Raises:
-        DivergedError: naming the first of these updates whose numbers are not finite.
-    """
-    if not losses:
-        return {}
-    tags, stacked = [f"losses/{name}" for name in losses[0]], torch.stack([*columns(losses).values()], dim=1)
-    if not stacked.isfinite().all():
-        first = int(stacked.isfinite().all(dim=1).long().argmin())
-        update = last_update - len(losses) + 1 + first
-        require_finite_losses(dict(zip(tags, stacked[first].tolist(), strict=True)), "update", update)
-    return dict(zip(tags, stacked.mean(dim=0).tolist(), strict=True))
-
-
 def train(
     config: DQNConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> QNetwork:
@@ -388,26 +367,28 @@ def train(
     """
     require_one_process("Double DQN")
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir).absolute()
-    saved = load_checkpoint(run_dir, "dqn", *CHECKPOINT_KEYS) if resume else None
+    run_dir, saved = saved_run("dqn", run_dir, resume, "episodes", "rng", "memory", "envs", "obs")
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
-    # Explores and samples. The plain seed is the first environment's: exploration would follow its noise.
-    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, 0)))
+    # For exploration and replay. Not the seed itself, which is environment 0's: actions would follow its noise.
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(Stream.EXPLORATION, 0)))
     with (
         make_vector_env(
             config.env_id, config.num_envs, num_workers=config.num_workers, frame_size=config.frame_size
         ) as envs,
         Judge(config, run_dir) as judge,
     ):
-        online, target = (make_q_network(config, envs, torch_device).eval() for _ in range(2))
+        spaces = envs.observation_space, envs.action_space
+        online, target = (make_q_network(config, *spaces).to(torch_device).eval() for _ in range(2))
         target.load_state_dict(online.state_dict())
         optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer}  # saved and loaded
+        losses = RecentLosses(torch_device)
+        # What a checkpoint holds: anything with `state_dict` and `load_state_dict` is saved and loaded by a line here.
+        learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer, "losses": losses}
         target_step = Target(target, online, config.tau)
         memory = make_memory(config, envs, rng)
         memory_files = MemoryFiles(run_dir)
@@ -415,17 +396,15 @@ def train(
         precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
         step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
         in_training = InTraining(online)  # batch norm learns, and dropout is on, in gradient steps only
-        q_values, greedy = q_function(online, torch_device), greedy_policy(online, torch_device)
+        q_values = functools.partial(action_values, online, torch_device)
+        greedy = functools.partial(greedy_actions, online, torch_device)
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
-        updates, losses = 0, list[dict[str, Tensor]]()  # of the updates since their means were last logged
         if saved is not None:
             with reading(saved):
                 memory_files.load(memory, saved["memory"])
                 rng.bit_generator.state = saved["rng"]
-                rows = zip(*(column.to(torch_device) for column in saved["unlogged"].values()), strict=True)
-                updates, losses = saved["updates"], [dict(zip(saved["unlogged"], row, strict=True)) for row in rows]
             if saved["envs"] is None:  # these could not be saved, and new games have begun
                 memory.cut()
 
@@ -436,8 +415,6 @@ def train(
             return {
                 **networks(),
                 "episodes": now.episodes,
-                "updates": updates,
-                "unlogged": columns(losses),
                 "rng": rng.bit_generator.state,
                 "memory": memory_files.save(memory),
                 **env_state(envs, obs),
@@ -450,10 +427,9 @@ def train(
             while not finished:
                 turns.pass_on()  # to another training on these cores
                 epsilon = epsilon_at(config, now)
-                remaining = 1 - now.steps / config.last_step if config.anneal_lr else 1.0
                 if config.anneal_lr:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * remaining
+                        group["lr"] = rate * (1 - now.steps / config.last_step)
 
                 actions = epsilon_greedy(q_values(obs), epsilon, rng)
                 played = envs.step(actions)
@@ -468,7 +444,6 @@ def train(
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
                         with in_training:
                             losses.append(step(*(send(column, torch_device) for column in batch)))
-                        updates += 1
                 for _ in range(target_updates_due(config, before, now)):
                     target_step.update()
 
@@ -476,9 +451,9 @@ def train(
                 run.log_episodes(now.steps, played.episodes)
                 judged = judge.is_due(before.steps, now.steps, finished=finished)
                 if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
-                    schedules = {"charts/epsilon": epsilon, "charts/learning_rate": config.learning_rate * remaining}
-                    run.log(now.steps, {**schedules, **means(losses, updates)}, total=expected_steps(config, now))
-                    losses.clear()
+                    rate = float(optimizer.param_groups[0]["lr"])
+                    scalars = {"charts/epsilon": epsilon, "charts/learning_rate": rate, **losses.means()}
+                    run.log(now.steps, scalars, total=expected_steps(config, now))
                 if judged:
                     mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)
                     run.keep_best(now.steps, mean_return, networks)

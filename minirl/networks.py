@@ -330,7 +330,7 @@ class NormalizeReward(RunningMoments):
             ended: (T, N), where an episode was over.
         """
         mine = my_share(len(self.discounted))
-        rewards, ended = (gathered(torch.from_numpy(column), dim=1).numpy() for column in (rewards, ended))
+        rewards, ended = (gathered(torch.from_numpy(column.T)).numpy().T for column in (rewards, ended))
         discounted: NDArray[Any] = self.discounted.numpy()
         history: NDArray[Any] = np.empty(rewards.shape)
         for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import (
     average_gradients,
-    from_rank_0,
     gathered,
     joined,
     mean_over_ranks,
@@ -39,10 +38,11 @@ from minirl.distributed import (
 )
 from minirl.envs.make import make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
-from minirl.envs.vector import VectorEnv
+from minirl.envs.vector import Episode, VectorEnv
 from minirl.fast.compiled import compiled
 from minirl.fast.gpu import fetch, replayed
 from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
+from minirl.fast.small import InTraining
 from minirl.networks import (
     Distribution,
     NatureCNN,
@@ -55,10 +55,11 @@ from minirl.networks import (
     policy_over,
 )
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import Part, State, load_checkpoint, load_parts, require_finite_losses
-from minirl.runs.resume import env_state, start_envs
+from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses
+from minirl.runs.resume import env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
+from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.streams import MAX_SEED
 
 COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -77,7 +78,7 @@ class PPOConfig:
     num_envs: int = setting(8, "environments played side by side (N)", at_least=1, group="rollouts")
     num_steps: int = setting(128, "agent steps in each environment between updates (T)", at_least=1)
     hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
-    activation: str = setting("tanh", "between them: tanh or relu")
+    activation: str = setting("tanh", "of the hidden layers: tanh or relu", choices=tuple(ACTIVATIONS))
     cnn_channels: tuple[int, ...] = setting((32, 64, 64), "channels of the three convolutions on images", at_least=1)
     log_std_init: float = setting(0.0, "log standard deviation of a Gaussian policy at first", at_least=-20, at_most=2)
     norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
@@ -114,8 +115,6 @@ class PPOConfig:
             raise ConfigError(f"--minibatch-size must divide {sizes}")
         if self.norm_adv and self.minibatch_size == 1:
             raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"--activation must be {' or '.join(ACTIVATIONS)}, not {self.activation!r}")
         if len(self.cnn_channels) != 3:
             raise ConfigError(f"--cnn-channels must be three numbers, not {len(self.cnn_channels)}")
 
@@ -161,11 +160,11 @@ class ActorCritic(nn.Module):
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         *,
-        norm_obs: bool = False,
-        hidden_sizes: tuple[int, ...] = (64, 64),
-        activation: str = "tanh",
-        cnn_channels: tuple[int, ...] = (32, 64, 64),
-        log_std_init: float = 0.0,
+        norm_obs: bool = PPOConfig.norm_obs,
+        hidden_sizes: tuple[int, ...] = PPOConfig.hidden_sizes,
+        activation: str = PPOConfig.activation,
+        cnn_channels: tuple[int, ...] = PPOConfig.cnn_channels,
+        log_std_init: float = PPOConfig.log_std_init,
     ) -> None:
         super().__init__()
         num_outputs, self.policy = policy_over(action_space)
@@ -463,11 +462,13 @@ def collect_rollout(
     envs: VectorEnv,
     obs: NDArray[Any],
     rollout: Rollout,
-    run: Run,
-    global_step: int,
-) -> NDArray[Any]:
-    """Play T steps with the agent's policy (`act`) from `obs` (N, ...) on, into `rollout`; return the next `obs`."""
-    obs, device, (num_steps, num_envs) = obs.copy(), rollout.device, rollout.shape
+) -> tuple[NDArray[Any], list[tuple[int, Episode]]]:
+    """Play T steps with the agent's policy (`act`) from `obs` (N, ...) on, into `rollout`.
+
+    Returns:
+        The next `obs`, and each finished episode with the step t that it ended in.
+    """
+    obs, device, episodes = obs.copy(), rollout.device, list[tuple[int, Episode]]()
     final_values = torch.zeros(rollout.shape, device=device)  # of the last observations of episodes that were cut
 
     def value(observations: NDArray[Any]) -> Tensor:
@@ -482,17 +483,17 @@ def collect_rollout(
         rollout.put(t, rows, observations=observations, actions=actions, log_probs=log_probs, values=values)
         return chosen()
 
-    for t, rows, step in envs.play(num_steps, choose):
+    for t, rows, step in envs.play(rollout.shape[0], choose):  # calls choose(t, rows) for the actions of step t
         obs[rows] = step.observations
         rollout.put(t, rows, rewards=step.rewards, terminated=step.terminated, truncated=step.truncated)
         if step.truncated.any():
             cut = rows.start + np.flatnonzero(step.truncated)
             final_values[t, cut] = value(step.final_observations[step.truncated])
-        run.log_episodes(global_step + (t + 1) * num_envs * num_ranks(), step.episodes)
+        episodes += [(t, episode) for episode in step.episodes]
     following = torch.cat([rollout["values"][1:], value(obs)[None]])
-    # V of the true successors.
+    # V(s'), of the final observation where an episode was cut; where one has terminated, `compute_gae` ignores it.
     rollout.columns["next_values"] = torch.where(rollout["truncated"], final_values, following)
-    return obs
+    return obs, episodes
 
 
 @torch.no_grad()
@@ -593,11 +594,9 @@ def train(
         KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
     """
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir).absolute()
     require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
     mine = my_share(config.num_envs)
-    keys = ("model", "optimizer", "envs", "obs")
-    saved = from_rank_0(lambda: load_checkpoint(run_dir, "ppo", *keys)) if resume else None
+    run_dir, saved = saved_run("ppo", run_dir, resume, "envs", "obs")
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
     if first_step > last_step:
@@ -607,10 +606,10 @@ def train(
     with make_vector_env(
         config.env_id, mine, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
     ) as envs:
-        agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device)
+        agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device).eval()
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        # What a checkpoint holds: whatever has `state_dict` and `load_state_dict` is saved and loaded by a line here.
+        # What a checkpoint holds: anything with `state_dict` and `load_state_dict` is saved and loaded by a line here.
         learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
         if config.norm_reward:
             learned["norm_reward"] = norm_reward = NormalizeReward(config.num_envs, config.gamma)
@@ -621,6 +620,7 @@ def train(
         policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
         gae = replayed(compute_gae, torch_device)
+        in_training = InTraining(agent)  # batch norm learns, and dropout is on, in updates only, as Stable-Baselines3's
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
@@ -635,15 +635,15 @@ def train(
             for update in range(first_step // config.batch_size, config.num_updates):
                 turns.pass_on()  # to another training on these cores
                 remaining = 1 - update / config.num_updates
-                learning_rate = config.learning_rate * (remaining if config.anneal_lr else 1)
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
                 if config.anneal_lr:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * remaining
 
-                agent.eval()  # as Stable-Baselines3: dropout is off, and batch norm learns nothing, while it plays
                 with one_thread(), rounded_weights(agent, precision):
-                    obs = collect_rollout(agent, precision, policy, envs, obs, rollout, run, update * config.batch_size)
+                    obs, episodes = collect_rollout(agent, precision, policy, envs, obs, rollout)
+                for t, episode in episodes:
+                    run.log_episodes(update * config.batch_size + (t + 1) * config.num_envs, [episode])
                 if config.norm_reward:
                     rollout.normalize_rewards(norm_reward)
                 advantages, returns = gae(
@@ -655,19 +655,17 @@ def train(
                     config.gamma,
                     config.gae_lambda,
                 )
-                agent.train()
                 samples = rollout.samples(advantages=advantages, returns=returns)
-                losses = update_policy(step, samples, config, clip_coef)
+                with in_training:
+                    losses = update_policy(step, samples, config, clip_coef)
                 require_finite_losses(losses, "update", update + 1)
                 if config.norm_obs and agent.normalize is not None:
                     # Only now, or the policy that learns would not be the one that has played.
                     agent.normalize.take_in(samples["observations"])
 
                 global_step = (update + 1) * config.batch_size
-                values, returns = gathered(rollout["values"], dim=1), gathered(returns, dim=1)
-                losses["losses/explained_variance"] = explained_variance(values, returns)
-                run.log(global_step, {"charts/learning_rate": learning_rate, **losses})
-                agent.eval()
+                losses["losses/explained_variance"] = explained_variance(gathered(rollout["values"]), gathered(returns))
+                run.log(global_step, {"charts/learning_rate": float(optimizer.param_groups[0]["lr"]), **losses})
                 videos.record(run, global_step, lambda obs: choose_actions(agent, obs))
                 run.checkpoint(global_step, state, finished=global_step == last_step)
     return agent

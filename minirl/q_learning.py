@@ -30,15 +30,14 @@ from minirl.envs.make import make_bare_env, time_limit
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import State, load_checkpoint, reading, require_finite_losses
-from minirl.runs.resume import env_state, start_envs
-from minirl.runs.run import Run, derived_seed, seed_everything
-from minirl.runs.settings import MAX_SEED, check_settings, setting
+from minirl.runs.checkpoints import State, reading, require_finite_losses
+from minirl.runs.resume import env_state, saved_run, start_envs
+from minirl.runs.run import Run, seed_everything
+from minirl.runs.settings import check_settings, setting
+from minirl.streams import MAX_SEED, Stream, derived_seed
 
 QTable = NDArray[np.float64]  # (S, A)
 LOG_EVERY = 100  # episodes, and as many are in each mean: they are too short to log each
-EXPLORATION = 1  # sets the seed of the actions apart from all others
-CHECKPOINT_KEYS = ("q_table", "episode", "recent", "rng", "envs", "obs")
 MAX_SWEEPS = 1_000_000  # of value iteration
 
 
@@ -150,7 +149,8 @@ def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-
 
 def greedy_actions(q_table: QTable, states: NDArray[Any]) -> NDArray[np.int64]:
     """The first of the best actions: states (N,) -> (N,)."""
-    return np.array([np.argmax(q_table[state]) for state in states])
+    actions: NDArray[np.int64] = q_table[states].argmax(axis=1)
+    return actions
 
 
 class Played(NamedTuple):
@@ -204,15 +204,15 @@ def train(
     """
     require_one_process("Q-learning")
     select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir).absolute()
-    saved = load_checkpoint(run_dir, "q_learning", *CHECKPOINT_KEYS) if resume else None
+    run_dir, saved = saved_run("q_learning", run_dir, resume, "q_table", "episode", "recent", "rng", "envs", "obs")
     seed_everything(config.seed)
+    # One environment, for what a checkpoint needs of it; the loop steps what is inside directly, which is faster.
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
     guard, max_steps = envs.here[0], time_limit(gym.spec(registered_id(config.env_id)))
     env = guard.env
     q_table = new_table(env, config.initial_value)
-    # Not the stream that others make of the same seed: exploration would follow the environment's noise.
-    rng = random.Random(derived_seed(config.seed, EXPLORATION))
+    # Not the seed itself, which is the environment's: exploration would follow its noise.
+    rng = random.Random(derived_seed(config.seed, Stream.EXPLORATION))
     episode = global_step = 0
     recent: deque[Played] = deque(maxlen=LOG_EVERY)
     if saved is not None:

@@ -29,19 +29,17 @@ from minirl.envs.vector import Episode
 from minirl.fast.machine import Head, select_device, tuned
 from minirl.networks import Categorical
 from minirl.ppo import compute_gae, explained_variance, mean_losses, normalized, ppo_loss
-from minirl.runs import checkpoints
-from minirl.runs.checkpoints import Part, State, require_finite_losses
-from minirl.runs.run import Run, derived_seed, seed_everything
-from minirl.runs.settings import MAX_SEED, MAX_THREADS, check_settings, setting
-from minirl.texts import END, Pairs, Texts, Vocabulary, described, load_texts, rated_pairs
+from minirl.runs.checkpoints import Part, State, load_parts, reading, require_finite_losses, set_random_state
+from minirl.runs.resume import saved_run
+from minirl.runs.run import Run, seed_everything
+from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.streams import MAX_SEED, Stream, derived_seed
+from minirl.texts import END, Pairs, Texts, Vocabulary, checksum, described, load_texts, rated_pairs
 from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
-LEARNED = ("model", "reference", "reward", "lm_optimizer", "reward_optimizer", "ppo_optimizer")
-CHECKPOINT_KEYS = (*LEARNED, "kl_coef", "pairs", "vocabulary")
 HELD_OUT, AT_ONCE = 2_000, 512  # pairs that the reward model is judged by; texts written or judged at once
 WARMUP, JUDGE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps until it is judged
-ORDER = 7  # sets the seeds of the order of pairs apart from all others
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
 Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
@@ -51,11 +49,11 @@ Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
 class RLHFConfig:
     """The settings of a run; the defaults are for the reviews of `minirl.texts`."""
 
-    stage: str = setting("ppo", "up to which stage: lm, reward or ppo", group="task")
+    stage: str = setting("ppo", "the last one to train: lm, reward or ppo", choices=STAGES, group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
     num_episodes: int = setting(7_680, "texts that PPO writes", at_least=1)
     text: str | None = setting(None, "file of texts to learn from, one a line; none: reviews by a grammar")
-    tokens: str = setting("characters", "of that file: characters or bytes")
+    tokens: str = setting("characters", "tokens of --text: characters or bytes", choices=("characters", "bytes"))
     preferences: str | None = setting(None, "file of pairs in JSON; none: a hidden rule chooses, and errs")
     context: int = setting(28, "tokens of a text at most (L)", at_least=4, group="language model")
     width: int = setting(64, "numbers that stand for a token", at_least=1)
@@ -96,9 +94,9 @@ class RLHFConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name, choices in (("stage", STAGES), ("tokens", ("characters", "bytes"))):
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"--{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+        for name in ("text", "preferences"):  # absolute: a run may be resumed from another directory
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(Path(path).absolute()))
         if self.width % self.num_heads != 0:
             raise ConfigError(f"--num-heads must divide width = {self.width}, and {self.num_heads} does not")
         if self.batch_size % self.minibatch_size != 0:
@@ -266,7 +264,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, conf
     """Take a step down the gradient; return the gradient's norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, foreach=False)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     return grad_norm
 
@@ -303,7 +301,8 @@ def train_reward_model(
     for step in range(first, last):
         rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
         epoch, number = divmod(step, steps_each)
-        generator = torch.Generator().manual_seed(derived_seed(config.seed, ORDER, epoch))
+        # An epoch's order comes from a seed of its own, so that a resumed run finds its place in it.
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, Stream.PAIR_ORDER, epoch))
         order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
         batch = order.split(config.reward_batch_size)[number]
         loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
@@ -312,7 +311,8 @@ def train_reward_model(
         require_finite_losses(losses, "gradient step of the reward model", step + 1)
         if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
-            losses |= {} if math.isnan(pairs.best_accuracy) else {"reward/best_accuracy": pairs.best_accuracy}
+            if not math.isnan(pairs.best_accuracy):
+                losses["reward/best_accuracy"] = pairs.best_accuracy
         if step + 1 == last:
             with torch.no_grad():  # scores of what the language model writes are to have mean 0 and deviation 1
                 scores = torch.cat([judged(reward, texts) for texts in (chosen, rejected)])
@@ -325,21 +325,20 @@ def gradient_step(
     policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, chosen: Tensor
 ) -> dict[str, Tensor]:
     """Learn from a minibatch of texts: `chosen` (B,) of all. Return the numbers of it that are logged, by name."""
-    batch = {name: column[chosen] for name, column in samples.items()}
-    distribution, log_prob, values = said_of(policy, batch.pop("tokens"))
-    written = batch.pop("written")
-    batch = {name: column[written] for name, column in batch.items()}  # from here on token by token
+    tokens, written = samples["tokens"][chosen], samples["written"][chosen]
+    old = {name: samples[name][chosen][written] for name in ("log_probs", "values", "advantages", "returns")}
+    distribution, log_prob, values = said_of(policy, tokens)
     loss, stats = ppo_loss(
         log_prob[written],
-        batch["log_probs"],
-        normalized(batch["advantages"]) if config.norm_adv else batch["advantages"],
+        old["log_probs"],
+        normalized(old["advantages"]) if config.norm_adv else old["advantages"],
         values[written],
-        batch["returns"],
+        old["returns"],
         distribution.entropy()[written],
         clip_coef=config.clip_coef,
         vf_coef=config.vf_coef,
         ent_coef=config.ent_coef,
-        old_values=batch["values"],
+        old_values=old["values"],
         value_clip_coef=config.value_clip_coef,
     )
     return {**stats, "grad_norm": learn(policy, optimizer, loss, config)}  # before clipping
@@ -404,9 +403,11 @@ def train(
     """
     require_one_process("RLHF")
     torch_device = select_device(device)
-    run_dir = None if run_dir is None else Path(run_dir).absolute()
-    saved = checkpoints.load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS) if resume else None
+    run_dir, saved = saved_run("rlhf", run_dir, resume, "kl_coef", "pairs", "vocabulary", "texts")
     vocabulary, corpus, pairs = load_texts(config, torch_device)
+    texts = checksum(corpus, *(pairs[:2] if pairs else ()))
+    if saved is not None and saved["texts"] != texts:
+        raise ConfigError("--text and --preferences must be the files that the run began with, and they have changed")
     prompts = corpus if pairs is None else pairs.learned()[0]
     plan = config.plan(config.num_pairs if pairs is None else len(prompts.tokens))
     total = sum(size * steps for size, steps in plan.values())
@@ -415,25 +416,30 @@ def train(
         raise ConfigError(f"--stage and --num-episodes must go as far as the {done} texts that are done")
     seed_everything(config.seed)
     model, reference, reward = (LanguageModel(len(vocabulary), config).to(torch_device) for _ in range(3))
-    optimizers = [torch.optim.Adam(network.parameters(), eps=1e-5, fused=True) for network in (model, reward, model)]
-    learned: dict[str, Part] = dict(zip(LEARNED, [model, reference, reward, *optimizers], strict=True))
+    optimizers = {
+        stage: torch.optim.Adam(network.parameters(), eps=1e-5, fused=True)
+        for stage, network in (("lm", model), ("reward", reward), ("ppo", model))
+    }
+    learned: dict[str, Part] = {"model": model, "reference": reference, "reward": reward}
+    learned |= {f"{stage}_optimizer": optimizer for stage, optimizer in optimizers.items()}
     kl_coef = torch.tensor(config.kl_coef)
-    checkpoints.load_parts(learned, saved)
+    load_parts(learned, saved)
     if saved is not None:
-        with checkpoints.reading(saved):
+        with reading(saved):
             kl_coef.copy_(saved["kl_coef"])
             pairs = Pairs.restored(saved["pairs"], torch_device) if saved["pairs"] else pairs
-        checkpoints.set_random_state(saved)
+        set_random_state(saved)
 
     def state() -> State:
-        kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens}
+        kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens, "texts": texts}
         return {**{name: part.state_dict() for name, part in learned.items()}, **kept}
 
     run = Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved)
     with run, tuned(model, config.num_threads) as turns:
         run.checkpoint(done, state)
         before = 0  # texts of the stages before
-        for (stage, (size, num_steps)), optimizer in zip(plan.items(), optimizers, strict=False):
+        for stage, (size, num_steps) in plan.items():
+            optimizer = optimizers[stage]
             first, before = (done - before) // size, before + size * num_steps
             if done >= before:
                 continue

@@ -15,6 +15,7 @@ import math
 import random
 import re
 import statistics
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor
 
 from minirl.checks import ConfigError
-from minirl.runs.run import derived_seed
+from minirl.streams import Stream, derived_seed
 
-TEXTS = 8  # sets the seed of the reviews apart from all others
 END = 0  # the token before a text, behind it, and in what is left of its row
 KINDS = ("FOOD", "STAFF", "PLACE")  # each review has an opinion of each
 REVIEWS, LONGEST = 20_000, 26  # how many are learned from, and the tokens of a long one
@@ -160,6 +160,15 @@ class Texts(NamedTuple):
     def to(self, device: torch.device) -> "Texts":
         """Return them on a device."""
         return Texts(*(column.to(device) for column in self))
+
+
+def checksum(*texts: Texts) -> int:
+    """Return a number that changes with any token of any of the texts."""
+    number = 0
+    for part in texts:
+        for column in part:
+            number = zlib.crc32(column.cpu().numpy().tobytes(), number)
+    return number
 
 
 class Pairs(NamedTuple):
@@ -371,5 +380,5 @@ def load_texts(config: Any, device: torch.device) -> tuple[Vocabulary, Texts, Pa
         pairs = read_pairs(Path(config.preferences), vocabulary, config.context, config.seed)
         pairs = Pairs.restored(pairs.plain(), device)
     if corpus is None:
-        corpus = reviews(REVIEWS, config.context, derived_seed(config.seed, TEXTS))
+        corpus = reviews(REVIEWS, config.context, derived_seed(config.seed, Stream.TEXTS))
     return vocabulary, corpus.to(device), pairs

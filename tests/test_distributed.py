@@ -110,7 +110,7 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_of_one")
 def test_what_goes_through_a_group_comes_back_in_its_shape() -> None:
     values = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(gathered(values, dim=1), values)
+    assert torch.equal(gathered(values), values)
     assert torch.equal(gathered(values > 3), values > 3)
     weights = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4,))]
     weights[0].grad, weights[2].grad = torch.arange(6.0).reshape(2, 3), torch.full((4,), 7.0)

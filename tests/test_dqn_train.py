@@ -25,7 +25,6 @@ from minirl.dqn import (
     expected_steps,
     gradient_step,
     make_memory,
-    means,
     train,
 )
 from minirl.envs.make import make_vector_env
@@ -35,6 +34,7 @@ from minirl.evaluate import main as evaluate_main
 from minirl.replay import ReplayBuffer
 from minirl.results.play import Judge
 from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
+from minirl.runs.losses import RecentLosses
 from minirl.runs.run import Run
 from minirl.scripts.train import run_training
 from tests.fake_envs import counter
@@ -211,10 +211,12 @@ def test_training_does_not_explore_with_the_random_numbers_of_its_environment(mo
 
 
 def test_logged_losses_are_the_means_since_the_last_time() -> None:
-    assert means([], 0) == {}
-    losses = [{"td_loss": torch.tensor(1.0), "own": torch.tensor(20.0)}]
-    losses += [{"td_loss": torch.tensor(3.0), "own": torch.tensor(60.0)}]
-    assert means(losses, 3) == {"losses/td_loss": 2.0, "losses/own": 40.0}
+    losses = RecentLosses(torch.device("cpu"))
+    assert losses.means() == {}
+    for td_loss, own in ((1.0, 20.0), (3.0, 60.0)):
+        losses.append({"td_loss": torch.tensor(td_loss), "own": torch.tensor(own)})
+    assert losses.means() == {"losses/td_loss": 2.0, "losses/own": 40.0}
+    assert losses.means() == {}
 
 
 def test_each_log_point_has_its_own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ class Learner:
     def __init__(self, device: str, config: DQNConfig) -> None:
         torch.manual_seed(0)
         with make_vector_env("CartPole-v1", 1) as envs:
-            self.online, self.target = (make_q_network(config, envs, torch.device(device)) for _ in range(2))
+            spaces = envs.observation_space, envs.action_space
+            self.online, self.target = (make_q_network(config, *spaces).to(device) for _ in range(2))
         self.target.load_state_dict(self.online.state_dict())
         self.device = device
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.learning_rate, fused=True)

@@ -1,13 +1,16 @@
 """Playing games with a saved network, and recording one."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from minirl import evaluate as evaluation
@@ -107,6 +110,12 @@ def test_a_seed_gives_the_same_games_and_greedy_is_not_sampled(cartpole_run: Pat
     assert returns(seed=1) != returns(seed=1, stochastic=True)
     assert returns(seed=1) != returns(seed=2)
     assert returns() == returns(seed=42 + 10_000), "by default other games than those of the training"
+
+
+def test_what_plays_does_not_learn(cartpole_run: Path, device: str) -> None:
+    with contextlib.closing(gym.make("CartPole-v1")) as env:
+        agent = evaluation.ppo_agent(cartpole_run, env.observation_space, env.action_space, torch.device(device))
+    assert not agent.training, "or dropout would be on, and batch norm would learn"
 
 
 def test_atari_scores_are_of_whole_games_and_unclipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

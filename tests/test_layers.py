@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; each is a room, of modules or packages, whose files may import each other.
 FLOORS = [
     ("minirl",),  # the package's own __init__, not all that is in it
-    ("minirl.checks",),
+    ("minirl.checks", "minirl.streams"),
     ("minirl.envs",),
     ("minirl.distributed",),
     ("minirl.fast",),

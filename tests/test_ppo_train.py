@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -30,7 +31,6 @@ from minirl.ppo import (
     update_policy,
 )
 from minirl.runs.checkpoints import load_checkpoint
-from minirl.runs.run import Run
 from tests.fake_envs import counter
 from tests.scalars import read_scalars
 from tests.weights import parameters
@@ -38,11 +38,11 @@ from tests.weights import parameters
 CPU = torch.device("cpu")
 
 
-def collect(agent: ActorCritic, envs: VectorEnv, num_steps: int, run: Run) -> tuple[Rollout, NDArray[Any]]:
-    """Play as `train` does; return the rollout and the next observations."""
+def collect(agent: ActorCritic, envs: VectorEnv, num_steps: int) -> tuple[Rollout, NDArray[Any], list[tuple[int, Any]]]:
+    """Play as `train` does; return the rollout, the next observations and the finished episodes."""
     rollout = Rollout(num_steps, envs.num_envs, CPU)
     policy = functools.partial(act, agent, torch.float32)
-    return rollout, collect_rollout(agent, torch.float32, policy, envs, envs.reset(seed=0), rollout, run, 0)
+    return rollout, *collect_rollout(agent, torch.float32, policy, envs, envs.reset(seed=0), rollout)
 
 
 CARTPOLE = PPOConfig(
@@ -70,9 +70,8 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(num_workers: int, in_halves
     make = functools.partial(counter, 3)  # episodes of 3 steps
     with VectorEnv(make, 2, num_workers=num_workers, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        with Run("ppo", TINY, None, total=64) as run:
-            rollout, obs = collect(agent, envs, 5, run)
-            assert list(run.returns) == [6.0, 6.0]
+        rollout, obs, episodes = collect(agent, envs, 5)
+    assert [(t, episode.episodic_return, episode.length) for t, episode in episodes] == [(2, 6.0, 3)] * 2
     # (episode, step, seed, last action): the last action at t is the one that was chosen at t - 1
     assert rollout["observations"][:, 0, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert rollout["observations"][:, 1, 2].tolist() == [1] * 5
@@ -95,8 +94,7 @@ def test_a_rollout_holds_what_was_seen_done_and_paid(num_workers: int, in_halves
 def test_a_cut_bootstraps_from_the_last_observation_and_not_from_the_next_episode(in_halves: bool) -> None:
     with VectorEnv(functools.partial(counter, None, 3), 2, num_workers=1, in_halves=in_halves) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        with Run("ppo", TINY, None, total=64) as run:
-            rollout, _ = collect(agent, envs, 4, run)
+        rollout, _, _ = collect(agent, envs, 4)
     assert rollout["truncated"][:, 0].tolist() == [False, False, True, False]
     final_obs = torch.stack(
         [torch.tensor([0.0, 3.0, seed, action]) for seed, action in enumerate(rollout["actions"][2].tolist())]
@@ -166,10 +164,10 @@ def test_a_column_is_whole_before_it_is_learned_from() -> None:
 
 def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
     """Played in halves, with actions that are drawn in halves: each environment must get its own."""
-    with make_vector_env("PongNoFrameskip-v4", 3, in_halves=True) as envs, Run("ppo", TINY, None, total=64) as run:
+    with make_vector_env("PongNoFrameskip-v4", 3, in_halves=True) as envs:
         torch.manual_seed(0)
         agent = ActorCritic(envs.observation_space, envs.action_space)
-        rollout, obs = collect(agent, envs, 5, run)
+        rollout, obs, _ = collect(agent, envs, 5)
     with make_vector_env("PongNoFrameskip-v4", 3, num_workers=1) as envs:
         seen = envs.reset(seed=0)
         for t in range(5):
@@ -365,10 +363,10 @@ def test_a_run_may_go_on_on_another_device(tmp_path: Path, device: str) -> None:
 
 def test_what_was_logged_after_the_last_checkpoint_is_logged_anew(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, total_timesteps=160, checkpoint_frequency=32)
-    stop_after = 80
+    rollouts = itertools.count(1)
 
     def killed(*args: Any) -> Any:
-        if args[-1] >= stop_after:
+        if next(rollouts) > 5:
             raise InterruptedError
         return collect_rollout(*args)
 

@@ -24,7 +24,6 @@ from minirl.envs.guard import Guard
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
 from minirl.q_learning import (
-    EXPLORATION,
     LOG_EVERY,
     Played,
     QLearningConfig,
@@ -38,8 +37,8 @@ from minirl.q_learning import (
 from minirl.results.tables import best_actions_grid, detailed_grid, summary
 from minirl.runs.checkpoints import DivergedError, load_checkpoint
 from minirl.runs.directory import save_config
-from minirl.runs.run import derived_seed
 from minirl.scripts.train import run_training
+from minirl.streams import Stream, derived_seed
 from tests.recipes import recipe
 from tests.test_resume import assert_same
 
@@ -113,7 +112,7 @@ def test_exploring_never_leaves_the_range_of_actions(epsilon: float, num_actions
 
 
 def own_generator(seed: int) -> random.Random:
-    return random.Random(derived_seed(seed, EXPLORATION))
+    return random.Random(derived_seed(seed, Stream.EXPLORATION))
 
 
 def test_exploration_does_not_follow_the_environments_noise_nor_anybody_elses() -> None:

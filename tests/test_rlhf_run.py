@@ -12,10 +12,13 @@ import torch
 
 from minirl import evaluate as evaluation
 from minirl import plots, rlhf
+from minirl.checks import ConfigError
 from minirl.evaluate import evaluate
 from minirl.results.scores import read_scores
 from minirl.rlhf import RLHFConfig, train
 from minirl.runs.checkpoints import load_checkpoint
+from minirl.runs.directory import load_settings
+from minirl.runs.flags import saved_config
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
 from tests.test_resume import assert_same
@@ -138,6 +141,21 @@ def test_somebodys_own_texts_and_preferences(kind: str, tmp_path: Path) -> None:
     assert [sample["prompt"] for sample in result["samples"]] == ["do"] * 3
     assert "reward/best_accuracy" not in read_scalars(tmp_path / "run")
     plots.draw_curves([tmp_path / "run"])
+
+
+def test_a_run_goes_on_with_the_texts_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").write_text("good dog\nbad dog\n")
+    config = dataclasses.replace(CONFIG, stage="lm", text="texts")
+    train(config, run_dir="run", device="cpu")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = saved_config(RLHFConfig, tmp_path / "run", load_settings(tmp_path / "run"))
+    longer = dataclasses.replace(config, lm_steps=10)
+    train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+    (tmp_path / "texts").write_text("bad dog\ngood dog\n")  # the same letters
+    with pytest.raises(ConfigError, match="--text and --preferences must be the files that the run began with, and"):
+        train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
 
 
 def test_one_seed_gives_one_run_and_nothing_is_written_without_a_directory(

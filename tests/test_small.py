@@ -1,5 +1,6 @@
 """Small layers in NumPy: the same numbers as PyTorch's, and PyTorch itself for anything else."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minirl import dqn
-from minirl.dqn import QNetwork, greedy_policy, q_function
+from minirl.dqn import QNetwork, action_values, greedy_actions
 from minirl.fast.small import FEW, InTraining, SmallSequential
 from minirl.networks import Categorical, mlp, observation_tensor
 from minirl.ppo import ActorCritic, act
@@ -131,21 +132,21 @@ def test_a_head_that_starts_at_zero_is_seen_when_it_is_set() -> None:
         for parameter in network.head.parameters():
             parameter.zero_()
         obs = np.zeros((1, 4), np.float32)
-        assert q_function(network, CPU)(obs).tolist() == [[0, 0]]
+        assert action_values(network, CPU, obs).tolist() == [[0, 0]]
         network.head.bias.copy_(torch.tensor([0.0, 5.0]))
-        assert q_function(network, CPU)(obs).tolist() == [[0, 5]]
+        assert action_values(network, CPU, obs).tolist() == [[0, 5]]
 
 
 def test_what_is_done_to_observations_before_the_network_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     network, obs = QNetwork(VECTOR, 2, (8,)), np.array([[0.1, -0.2, 0.3, 0.4]], np.float32)
-    expected = q_function(network, CPU)(2 * obs)
+    expected = action_values(network, CPU, 2 * obs)
     monkeypatch.setattr(dqn, "observation_tensor", lambda obs, device: 2 * observation_tensor(obs, device))
-    np.testing.assert_allclose(q_function(network, CPU)(obs), expected, rtol=1e-6)
+    np.testing.assert_allclose(action_values(network, CPU, obs), expected, rtol=1e-6)
 
 
 def test_a_greedy_policy_follows_the_weights_and_takes_the_first_of_equals() -> None:
     network = QNetwork(VECTOR, 3, (8,))
-    policy = greedy_policy(network, CPU)
+    policy = functools.partial(greedy_actions, network, CPU)
     with torch.no_grad():
         network.head.weight.zero_()
         for values, best in (([0.0, 2.0, 1.0], 1), ([3.0, 2.0, 3.0], 0)):
@@ -168,7 +169,7 @@ def test_a_q_network_acts_in_numpy_and_another_one_as_it_is_read(monkeypatch: py
             network.head.weight.mul_(100)
             network.head.bias.add_(1)
         expected = network(torch.from_numpy(obs)).detach().numpy()
-        q_values = q_function(network, CPU)
+        q_values = functools.partial(action_values, network, CPU)
         np.testing.assert_allclose(q_values(obs), expected, rtol=1e-4, atol=1e-5)
         if kind is QNetwork:
             with monkeypatch.context() as patch:

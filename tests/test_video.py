@@ -26,8 +26,9 @@ from minirl.results.video import Picture, make_drawn_env, play_and_draw, record_
 from minirl.results.window import at_game_speed, open_window
 from minirl.runs.checkpoints import State, load_checkpoint
 from minirl.runs.directory import save_config
-from minirl.runs.run import Run, derived_seed
+from minirl.runs.run import Run
 from minirl.scripts.train import resumed_config, run_training
+from minirl.streams import Stream, derived_seed
 from tests.fake_envs import Drawn
 from tests.scalars import read_scalars
 from tests.test_resume import DQN_CARTPOLE, PPO_CARTPOLE, PPO_PONG, assert_same, train_with_kills
@@ -82,11 +83,11 @@ def shown_at(path: Path, seconds: list[float]) -> list[Picture]:
 def greedy_game(algorithm: str, learned: Any, config: Any, global_step: int) -> list[Picture]:
     policy: Any = {
         "ppo": lambda obs: ppo.choose_actions(learned, obs),
-        "dqn": lambda obs: dqn.greedy_policy(learned, torch.device("cpu"))(obs),
+        "dqn": lambda obs: dqn.greedy_actions(learned, torch.device("cpu"), obs),
         "q_learning": lambda obs: q_learning.greedy_actions(learned, obs),
     }[algorithm]
     env = make_drawn_env(config.env_id, "--video", one_hot=algorithm != "q_learning")
-    seed = derived_seed(config.seed, video.VIDEO, global_step)
+    seed = derived_seed(config.seed, Stream.VIDEO, global_step)
     return list(play_and_draw(policy, env, seed, "--video", lambda: False))
 
 

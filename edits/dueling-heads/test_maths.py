@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl.dqn import QNetwork, greedy_policy, q_function
+from minirl.dqn import QNetwork, action_values, greedy_actions
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def test_values_by_hand(network: QNetwork) -> None:
     assert network(torch.tensor([[1.0, 2.0]])).tolist() == [[8.0, 9.0, 10.0]]
     obs, device = np.array([[1.0, 2.0], [5.0, 0.0]], np.float32), torch.device("cpu")
     expected = np.array([[8, 9, 10], [5 + 23 / 3, 23 / 3, 5 + 23 / 3]])  # A = (5, 0, 5), V = 11
-    assert q_function(network, device)(obs) == pytest.approx(expected, abs=1e-5)
-    assert greedy_policy(network, device)(obs).tolist() == [2, 0]
+    assert action_values(network, device, obs) == pytest.approx(expected, abs=1e-5)
+    assert greedy_actions(network, device, obs).tolist() == [2, 0]
 
 
 def test_gradients_by_hand(network: QNetwork) -> None:

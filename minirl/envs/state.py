@@ -34,6 +34,7 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
 from minirl.envs.again import PlayedAgain
+from minirl.streams import Stream
 
 State = dict[str, Any]
 Layer = gym.Env[Any, Any]
@@ -51,7 +52,6 @@ MADE_WITH = {
     gym.utils.RecordConstructorArgs: ("_saved_kwargs",),
     gym.utils.EzPickle: ("_ezpickle_args", "_ezpickle_kwargs"),
 }
-SPACES, PROCESS = 6, 7  # set the seeds of spaces and of worker processes apart from all others
 
 
 class CantCapture(Exception):
@@ -99,7 +99,7 @@ def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
     A space that is its class's, one for all environments, becomes its own.
     """
     # Not the seed itself: environment and spaces would draw the same numbers.
-    seeds = np.random.SeedSequence(seed, spawn_key=(SPACES,)).generate_state(2).tolist()
+    seeds = np.random.SeedSequence(seed, spawn_key=(Stream.SPACES,)).generate_state(2).tolist()
     layers = [env]
     for layer in layers:
         layers += [part for part in vars(layer).values() if isinstance(part, gym.Env) and part not in layers]
@@ -113,7 +113,7 @@ def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
 
 def seed_generators(seed: int, *place: int) -> None:
     """Seed Python's and NumPy's global generators of a worker process; `place` is a number of its own."""
-    words = np.random.SeedSequence(seed, spawn_key=(PROCESS, *place)).generate_state(2)
+    words = np.random.SeedSequence(seed, spawn_key=(Stream.WORKER, *place)).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002 - environments may draw from the global generator
 

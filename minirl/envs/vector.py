@@ -18,7 +18,6 @@ import atexit
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -225,9 +224,7 @@ class VectorEnv:
     def __enter__(self) -> "VectorEnv":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_group(self) -> "EnvGroup":

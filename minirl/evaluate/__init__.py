@@ -17,7 +17,7 @@ import torch
 
 from minirl import q_learning
 from minirl.checks import ConfigError
-from minirl.dqn import DQNConfig, greedy_policy, make_q_network
+from minirl.dqn import DQNConfig, greedy_actions, make_q_network
 from minirl.envs.guard import EnvError
 from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
@@ -34,7 +34,7 @@ from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
 from minirl.runs.progress import Progress, answer
 from minirl.runs.run import seed_everything
-from minirl.runs.settings import MAX_SEED
+from minirl.streams import MAX_SEED
 
 TRAINING_SCRIPTS = {
     "train_ppo.py": PPOConfig,
@@ -42,7 +42,11 @@ TRAINING_SCRIPTS = {
     "train_q.py": QLearningConfig,
     "train_rlhf.py": RLHFConfig,
 }
-SEED_OFFSET = 10_000  # from the seed of the training, so that other games are played than were trained on
+
+
+def evaluation_seed(settings: dict[str, Any]) -> int:
+    """Return the seed of the games that are played by default: far from the training's, so that they are others."""
+    return (int(settings["seed"]) + 10_000) % (MAX_SEED + 1)
 
 
 def evaluate(
@@ -90,7 +94,7 @@ def evaluate(
     settings = load_settings(run_dir)
     torch_device = select_device(device)
     if seed is None:
-        seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+        seed = evaluation_seed(settings)
     if settings["algorithm"] == "rlhf":
         given = {"--stochastic": stochastic, "--video": video, "--render": render, "--last": last}
         if wrong := [flag for flag, value in given.items() if value]:
@@ -158,7 +162,7 @@ def ppo_agent(
     config = saved_config(PPOConfig, run_dir, load_settings(run_dir))
     agent = make_agent(config, observation_space, action_space).to(device)
     load_weights(agent, saved)
-    return agent
+    return agent.eval()
 
 
 def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
@@ -171,10 +175,11 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     """Return DQN's network, the best if there is one, as a policy: the first of its best actions."""
     file = CHECKPOINT_FILE if last or not (run_dir / BEST_FILE).exists() else BEST_FILE
     saved = load_checkpoint(run_dir, "dqn", "model", file=file)
-    network = make_q_network(saved_config(DQNConfig, run_dir, settings), envs, device)
+    config = saved_config(DQNConfig, run_dir, settings)
+    network = make_q_network(config, envs.observation_space, envs.action_space).to(device)
     load_weights(network, saved)
     print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
-    return greedy_policy(network.eval(), device)
+    return functools.partial(greedy_actions, network.eval(), device)
 
 
 def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:

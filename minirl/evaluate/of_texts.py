@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from minirl.fast.machine import select_device
-from minirl.rlhf import CHECKPOINT_KEYS, LanguageModel, RLHFConfig, judged, said_of, write
+from minirl.rlhf import LanguageModel, RLHFConfig, judged, said_of, write
 from minirl.runs.checkpoints import load_checkpoint, load_weights, reading
 from minirl.runs.flags import saved_config
 from minirl.runs.run import seed_everything
@@ -35,7 +35,7 @@ def evaluate_texts(run_dir: Path, settings: dict[str, Any], number: int, seed: i
     """
     config: RLHFConfig = saved_config(RLHFConfig, run_dir, settings)
     torch_device = select_device(device)
-    saved = load_checkpoint(run_dir, "rlhf", *CHECKPOINT_KEYS)
+    saved = load_checkpoint(run_dir, "rlhf", "model", "reference", "reward", "pairs", "vocabulary")
     with reading(saved):
         kind = config.tokens if config.text is not None else "words"
         vocabulary = Vocabulary(kind, list(saved["vocabulary"]))

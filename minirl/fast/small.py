@@ -1,7 +1,6 @@
 """What costs a small network more than its arithmetic: PyTorch's calls for few observations, walks over modules."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,9 +121,7 @@ class InTraining:
     def __enter__(self) -> None:
         self._set(True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._set(False)
 
     def _set(self, training: bool) -> None:

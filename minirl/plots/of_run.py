@@ -19,6 +19,7 @@ from minirl.envs.atari import FrameStack, Grayscale, MaxAndSkip, Resize
 from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, make_vector_env, shown_to
+from minirl.envs.state import layers_of
 from minirl.evaluate import load_policy, ppo_agent
 from minirl.fast.machine import select_device
 from minirl.q_learning import load_table
@@ -201,11 +202,7 @@ def preprocessing(settings: dict[str, Any]) -> Stages:
     most = -1.0
     with made(settings, render_mode="rgb_array") as env:
         assert isinstance(env.action_space, gym.spaces.Discrete)
-        wrappers: dict[type, Any] = {}
-        layer: Any = env
-        while isinstance(layer, gym.Wrapper):
-            wrappers[type(layer)] = layer
-            layer = layer.env
+        wrappers: dict[type, Any] = {type(layer): layer for layer in layers_of(env)}
         rng = np.random.default_rng(settings["seed"])
         env.reset(seed=settings["seed"])
         for _ in range(WATCHED_STEPS):

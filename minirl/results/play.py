@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,12 +11,12 @@ from minirl.envs.make import make_vector_env, shown_to
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
-from minirl.runs.run import derived_seed, seed_everything
+from minirl.runs.run import seed_everything
+from minirl.streams import Stream, derived_seed
 
 Policy = Callable[[NDArray[Any]], NDArray[Any]]  # observations (N, ...) -> actions (N, ...)
 
 SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same games on every machine
-JUDGE, CONFIRM = 2, 5  # set the judge's seeds apart from all others
 
 
 def play_games(
@@ -71,9 +70,7 @@ class Judge:
     def __enter__(self) -> "Judge":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.envs is not None:
             self.envs.close()
 
@@ -86,7 +83,8 @@ class Judge:
     def mean_return(self, policy: Policy, global_step: int, *, to_beat: float) -> float:
         """Play, and more games if the mean return is above `to_beat`; return the mean of all of them."""
         assert self.envs is not None
-        seed, more_seed = (derived_seed(self.config.seed, branch, global_step) for branch in (JUDGE, CONFIRM))
+        purposes = (Stream.EVALUATION, Stream.CONFIRMATION)
+        seed, more_seed = (derived_seed(self.config.seed, purpose, global_step) for purpose in purposes)
         with untouched_random_state():  # or games that draw from the global generators would change the training
             seed_everything(seed)
             returns = play_games(policy, self.envs, self.config.eval_episodes, seed)

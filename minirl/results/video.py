@@ -29,13 +29,13 @@ from minirl.envs.ids import is_atari
 from minirl.envs.make import make_env, shown_to
 from minirl.results.play import Policy
 from minirl.runs.checkpoints import atomic_file, untouched_random_state
-from minirl.runs.run import Run, derived_seed
+from minirl.runs.run import Run
+from minirl.streams import Stream, derived_seed
 
 LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end one
 ATARI_STEPS_PER_SECOND = 15.0  # 60 frames, 4 of them an agent step
 DEFAULT_STEPS_PER_SECOND = 30.0  # of environments that do not say how fast they are
 GIF_PICTURES_PER_SECOND = 25  # at most: many viewers slow down what is shown for less than 20 ms
-VIDEO = 4  # sets the seeds of recorded games apart from all others
 
 Picture = NDArray[np.uint8]  # (H, W, 3), red first
 
@@ -274,7 +274,7 @@ class Videos:
     def _record(self, run: Run, global_step: int, policy: Policy) -> None:
         assert self.folder is not None
         path = self.folder / f"step-{global_step:09}.gif"
-        seed = derived_seed(self.config.seed, VIDEO, global_step)
+        seed = derived_seed(self.config.seed, Stream.VIDEO, global_step)
         with run.paused(), untouched_random_state():
             try:
                 self.folder.mkdir(exist_ok=True)

@@ -15,17 +15,33 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
-from minirl.distributed import at_rank_0, my_share, num_ranks, rank
+from minirl.distributed import at_rank_0, from_rank_0, my_share, num_ranks, rank
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
-from minirl.runs.checkpoints import State, atomic_file, brief, random_state, reading, set_random_state
+from minirl.runs.checkpoints import (
+    State,
+    atomic_file,
+    brief,
+    load_checkpoint,
+    random_state,
+    reading,
+    set_random_state,
+)
 from minirl.runs.copies import how_a_copy_differs
 from minirl.runs.progress import say
-from minirl.runs.run import derived_seed, seed_everything
+from minirl.runs.run import seed_everything
+from minirl.streams import Stream, derived_seed
 
-# Set the seeds of new episodes in a resumed run, and of the random numbers of each rank, apart from all others.
-RESUMED, RANK = 3, 5
+
+def saved_run(algorithm: str, run_dir: str | Path | None, resume: bool, *keys: str) -> tuple[Path | None, State | None]:
+    """Return the directory of a run, absolute, and its checkpoint where it is to be resumed, with these keys.
+
+    Raises:
+        ConfigError: if there is no checkpoint of this algorithm.
+    """
+    path = None if run_dir is None else Path(run_dir).absolute()  # environments may change the working directory
+    return path, from_rank_0(lambda: load_checkpoint(path, algorithm, *keys)) if resume else None
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
@@ -72,13 +88,13 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
     """
     if saved is None:
         if rank() != 0:
-            seed_everything(derived_seed(seed, RANK, rank()))
+            seed_everything(derived_seed(seed, Stream.RANK, rank()))
         return envs.reset(seed=seed).copy()
     with reading(saved):
         saved = of_this_rank(saved, seed)
     obs: NDArray[Any] = saved["obs"].numpy()
     if saved["envs"] is None:
-        obs = envs.reset(seed=derived_seed(seed, RESUMED, saved["global_step"])).copy()
+        obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()
     else:
         with reading(saved):
             envs.restore(saved["envs"])
@@ -105,7 +121,7 @@ def of_this_rank(saved: State, seed: int) -> State:
     else:
         if rank() == 0:
             say(f"{before} ranks saved this run, and {num_ranks()} go on with it: its bits differ from here on")
-        seed_everything(derived_seed(seed, RANK, rank(), saved["global_step"]))
+        seed_everything(derived_seed(seed, Stream.RANK, rank(), saved["global_step"]))
         saved["random_state"] = random_state()
     if envs is not None:
         generators = envs["generators"][rank()] if before == num_ranks() else []

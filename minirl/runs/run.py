@@ -46,7 +46,7 @@ from minirl.runs.checkpoints import (
 from minirl.runs.directory import CONFIG_FILE, claim, files_after, load_settings, lock, save_config
 from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
-from minirl.runs.settings import MAX_SEED, new_schedules, recipe_note
+from minirl.runs.settings import new_schedules, recipe_note
 
 BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
 
@@ -71,11 +71,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - environments and users' code may draw from the global generator
     torch.manual_seed(seed)
-
-
-def derived_seed(seed: int, *purpose: int) -> int:
-    """Return a seed for another purpose, as good as unrelated to `seed`, to the seeds near it and to other purposes."""
-    return int(np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1)[0]) % MAX_SEED
 
 
 def stop_signals() -> list[int]:

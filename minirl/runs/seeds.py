@@ -29,7 +29,7 @@ from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import answer, say
 from minirl.runs.run import is_hangup, stop_signals
-from minirl.runs.settings import MAX_SEED
+from minirl.streams import MAX_SEED
 
 MOST_SEEDS = 1_000
 ATARI_MEMORY = 1 << 30  # bytes that a run on Atari takes, without a replay memory

@@ -19,7 +19,6 @@ import minirl
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 
-MAX_SEED = 2**31 - 1
 MAX_THREADS = 1_024  # far beyond it PyTorch ends in an error of its own
 MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
@@ -40,14 +39,16 @@ def setting(
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
+    choices: tuple[str, ...] | None = None,
     group: str | None = None,
 ) -> Any:
-    """Declare one field of a config: its default, one line of help, and the range of its values.
+    """Declare one field of a config: its default, one line of help, and the range of its values, or which they may be.
 
     `group` is a heading in `--help`, above this field and those that follow.
     """
     limits = {"at_least": at_least, "at_most": at_most, "above": above}
-    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "group": group})
+    metadata = {"help": help, "limits": limits, "choices": choices, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_name(field_name: str) -> str:
@@ -79,7 +80,7 @@ def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
 
 
 def check_settings(config: Any) -> None:
-    """Check each field's type and range.
+    """Check each field's type, range and choices.
 
     Raises:
         ConfigError: naming the first field that is wrong, as its flag, and what would be right.
@@ -93,6 +94,10 @@ def check_settings(config: Any) -> None:
         limits = field.metadata["limits"]
         if not (_has_type(value, plain) and _in_range(value, **limits)):
             wanted = _describe(plain, **limits) + (" or none" if optional else "")
+            raise ConfigError(f"{flag_name(field.name)} must be {wanted}, not {value!r}")
+        choices = field.metadata["choices"]
+        if choices is not None and value not in choices:
+            wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ConfigError(f"{flag_name(field.name)} must be {wanted}, not {value!r}")
         if plain in (int, Sizes) and not _in_range(value, None, MAX_WHOLE, None):
             raise ConfigError(f"{flag_name(field.name)} must be at most {MAX_WHOLE}, not {value!r}")

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 from minirl.envs.make import make_vector_env, shown_to
-from minirl.evaluate import SEED_OFFSET, load_policy
+from minirl.evaluate import evaluation_seed, load_policy
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
 from minirl.plots import draw_curves
@@ -29,7 +29,6 @@ from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import load_settings
 from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
-from minirl.runs.settings import MAX_SEED
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
 FINAL_TEXTS = 500
@@ -91,7 +90,7 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
 
 def report_texts(run_dir: Path, settings: dict[str, Any], number: int, device: str) -> None:
     """Print a table and some texts of before and after, and draw the scores of a run of rlhf, where it has any."""
-    seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    seed = evaluation_seed(settings)
     if number > 0:
         result = evaluate_texts(run_dir, settings, number, seed, device)
         answer(in_lines(result))
@@ -131,7 +130,7 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
     Raises:
         TimeoutError: if they take longer than `patience`, in seconds.
     """
-    seed = (int(settings["seed"]) + SEED_OFFSET) % (MAX_SEED + 1)
+    seed = evaluation_seed(settings)
     with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **shown_to(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience

@@ -1,0 +1,58 @@
+"""The numbers of gradient steps until their means are logged."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirl.runs.checkpoints import require_finite_losses
+
+
+class RecentLosses:
+    """What gradient steps have returned since `means` was last called. Part of a checkpoint: a kill loses none.
+
+    The numbers stay on their device until then: to read one after each step would make a GPU wait.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps = 0  # gradient steps so far
+        self.recent: list[dict[str, Tensor]] = []
+
+    def append(self, numbers: dict[str, Tensor]) -> None:
+        """Take what a gradient step returned: numbers () by name."""
+        self.recent.append(numbers)
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each number by TensorBoard's tags, and begin again; nothing if there was no step.
+
+        Raises:
+            DivergedError: naming the first of these steps whose numbers are not finite.
+        """
+        columns, first = self._columns(), self.steps - len(self.recent) + 1
+        self.recent.clear()
+        if not columns:
+            return {}
+        tags, rows = [f"losses/{name}" for name in columns], torch.stack([*columns.values()], dim=1)
+        if not rows.isfinite().all():
+            bad = int(rows.isfinite().all(dim=1).long().argmin())
+            require_finite_losses(dict(zip(tags, rows[bad].tolist(), strict=True)), "update", first + bad)
+        return dict(zip(tags, rows.mean(dim=0).tolist(), strict=True))
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Return the numbers of n steps by name, (n,) each."""
+        return {name: torch.stack([of_one[name] for of_one in self.recent]) for name in (self.recent or [{}])[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps, and the numbers of the recent ones."""
+        return {"steps": self.steps, "recent": self._columns()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        columns = {name: column.to(self.device) for name, column in state_dict["recent"].items()}
+        rows = zip(*columns.values(), strict=True)
+        self.steps, self.recent = state_dict["steps"], [dict(zip(columns, row, strict=True)) for row in rows]
