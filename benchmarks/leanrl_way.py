@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.envs.make import make_vector_env
-from minirl.fast.gpu import replayed
+from minirl.fast.gpu import cuda_graphed
 
 STEPS, EPOCHS, GAMMA, LAMBDA = 128, 4, 0.99, 0.9
 CLIP, ENTROPY, VALUE, RATE = 0.1, 0.01, 0.5, 2.5e-4
@@ -81,8 +81,8 @@ def train_lean(num_envs: int, minibatch: int, device: torch.device, look: Callab
             optimizer.step()
             return torch.stack([policy, value, entropy, norm]).detach(), ratio.detach()
 
-        fast_act, fast_gae = replayed(torch.compile(act), device), replayed(gae, device)
-        fast_update = replayed(torch.compile(update), device)
+        fast_act, fast_gae = cuda_graphed(torch.compile(act), device), cuda_graphed(gae, device)
+        fast_update = cuda_graphed(torch.compile(update), device)
         images = torch.as_tensor(envs.reset(seed=1).copy()).to(device)
         steps = 0
         while True:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minirl.distributed import joined, num_ranks, rank
+from minirl.distributed import process_group, rank, world_size
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -38,7 +38,7 @@ SIDES = {"one process, 2 workers": (0, 2), "1 rank, 2 workers": (1, 2), "2 ranks
 
 def measure_all_reduce(repeats: int) -> None:
     """Print how long one takes."""
-    with joined():
+    with process_group():
         for name, size in SIZES.items():
             values, seconds = torch.zeros(size), []
             for _ in range(repeats):
@@ -48,7 +48,7 @@ def measure_all_reduce(repeats: int) -> None:
                 seconds.append(time.perf_counter() - began)
             if rank() == 0:
                 least, median = 1e3 * min(seconds), 1e3 * statistics.median(seconds)
-                print(f"{name}, {4 * size / 1e6:.3f} MB, {num_ranks()} ranks: {median:.2f} ms, the least {least:.2f}")
+                print(f"{name}, {4 * size / 1e6:.3f} MB, {world_size()} ranks: {median:.2f} ms, the least {least:.2f}")
 
 
 def measure_training(task: str, rounds: int) -> None:

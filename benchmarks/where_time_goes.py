@@ -25,7 +25,7 @@ from minirl.envs.atari import make_atari_env
 from minirl.envs.make import make_vector_env
 from minirl.envs.vector import available_cores
 from minirl.fast.compiled import compiled
-from minirl.fast.gpu import fetch, replayed
+from minirl.fast.gpu import cuda_graphed, fetch_async
 from minirl.fast.machine import keep_freed_memory, one_thread, rounded_weights, select_precision
 from minirl.networks import observation_tensor
 from minirl.ppo import (
@@ -103,7 +103,7 @@ def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, eps=1e-5, fused=True)
         step = compiled(gradient_step, agent, optimizer, CONFIG, precision)
         policy = compiled(act, agent, precision)
-        gae = replayed(compute_gae, device)
+        gae = cuda_graphed(compute_gae, device)
         rollout = Rollout(CONFIG.num_steps, CONFIG.num_envs, device)
         obs = envs.reset(seed=0).copy()
         inputs = [observation_tensor(obs[half], device) for half in envs.halves]
@@ -111,13 +111,13 @@ def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
         def transfer() -> None:
             for _ in range(CONFIG.num_steps):
                 for half in envs.halves:
-                    fetch(observation_tensor(obs[half], device)[:, 0, 0, 0])()
+                    fetch_async(observation_tensor(obs[half], device)[:, 0, 0, 0])()
 
         def play() -> None:
             with torch.no_grad(), one_thread(), rounded_weights(agent, precision):
                 for _ in range(CONFIG.num_steps):
                     for half in inputs:
-                        fetch(policy(half)[0])()
+                        fetch_async(policy(half)[0])()
 
         def collect() -> None:
             with one_thread(), rounded_weights(agent, precision):

@@ -1,4 +1,4 @@
-"""Q-learning, Double DQN and PPO from scratch: one algorithm, one module.
+"""Q-learning, Double DQN, PPO and RLHF from scratch: one algorithm, one module.
 
 Importing the package imports no torch, so that environment workers stay small.
 """

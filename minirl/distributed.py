@@ -46,7 +46,7 @@ def launched() -> bool:
 
 
 def together() -> bool:
-    """Whether this process is one of several ranks (`joined`)."""
+    """Whether this process is one of several ranks (`process_group`)."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -55,13 +55,13 @@ def rank() -> int:
     return dist.get_rank() if together() else 0
 
 
-def num_ranks() -> int:
+def world_size() -> int:
     """Return how many processes train together."""
     return dist.get_world_size() if together() else 1
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Within the block this process is one of the ranks that torchrun has started; without torchrun nothing happens.
 
     What is on a GPU goes by nccl from one to the other, all else by gloo. A rank computes with its share of the cores,
@@ -153,15 +153,15 @@ def require_one_process(algorithm: str) -> None:
 def require_shares(**totals: int) -> None:
     """Raise a ConfigError unless the ranks can have the same share of each of these settings."""
     for name, total in totals.items():
-        if total % num_ranks() != 0:
-            below, flag = total - total % num_ranks(), "--" + name.replace("_", "-")
-            would = " or ".join(str(number) for number in (below, below + num_ranks()) if number > 0)
-            raise ConfigError(f"{flag} must divide into the {num_ranks()} ranks of torchrun: {would}, not {total}")
+        if total % world_size() != 0:
+            below, flag = total - total % world_size(), "--" + name.replace("_", "-")
+            would = " or ".join(str(number) for number in (below, below + world_size()) if number > 0)
+            raise ConfigError(f"{flag} must divide into the {world_size()} ranks of torchrun: {would}, not {total}")
 
 
 def my_share(total: int) -> slice:
     """Return which of `total` things, in a row, are this rank's."""
-    share = total // num_ranks()
+    share = total // world_size()
     return slice(rank() * share, (rank() + 1) * share)
 
 
@@ -203,7 +203,7 @@ def answered() -> Iterator[None]:
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Return the mean of a tensor of each rank, the same bits on all of them."""
-    return sum_over_ranks(values) / num_ranks() if together() else values
+    return sum_over_ranks(values) / world_size() if together() else values
 
 
 def average_gradients(optimizer: Optimizer) -> None:
@@ -220,16 +220,16 @@ def average_gradients(optimizer: Optimizer) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def gathered(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """Return the tensors of all ranks one after the other: (B, ...) -> (ranks x B, ...), those of rank 0 first."""
     if not together():
         return values
-    everything = values.new_zeros((num_ranks(), *values.shape))
+    everything = values.new_zeros((world_size(), *values.shape))
     everything[rank()] = values
     return sum_over_ranks(everything).flatten(0, 1)
 
 
-def largest(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """Return the largest of a number of each rank."""
     if not together():
         return number
@@ -239,17 +239,17 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def at_rank_0(value: T) -> list[T]:
+def gather_to_rank_0(value: T) -> list[T]:
     """Return what each rank has, at rank 0; at the others nothing."""
     if not together():
         return [value]
-    values: list[Any] = [None] * num_ranks()
+    values: list[Any] = [None] * world_size()
     with answered():
         dist.gather_object(value, values if rank() == 0 else None)
     return values if rank() == 0 else []
 
 
-def from_rank_0(function: Callable[[], T]) -> T:
+def broadcast_from_rank_0(function: Callable[[], T]) -> T:
     """Have rank 0 call the function, and the others wait for it; all return what it returned, or raise its error.
 
     They are `PATIENT`, from here on.

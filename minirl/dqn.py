@@ -4,12 +4,12 @@
         a  <- a random action with probability epsilon, else argmax_a Q(s, a)        epsilon_greedy
         take a, see r and s'; remember (s, a, r, s')                                 ReplayBuffer
         draw a batch from the memory:                                                gradient_step
-            a* = argmax_a Q(s', a)                      the online network chooses,
-            y  = r + gamma Q_target(s', a*)             the target network judges    double_dqn_target
+            a* = argmax_a Q(s', a)                      the online network selects,
+            y  = r + gamma Q_target(s', a*)             the target network evaluates double_dqn_target
             loss = mean((Q(s, a) - y)^2), one step of Adam                           dqn_loss
-        now and then Q_target <- Q                                                   Target
+        now and then Q_target <- Q                                                   TargetUpdate
 
-Nothing follows a terminal state, so y = r there; a cut episode goes on in principle and keeps its bootstrap.
+Nothing follows a terminal state, so y = r there; a truncated episode would have gone on, and keeps its bootstrap.
 
 Read from top to bottom: settings, network, the maths as pure functions, training.
 """
@@ -33,12 +33,12 @@ from minirl.envs.make import make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.gpu import send
-from minirl.fast.machine import Head, products_in, select_device, select_precision, tuned
+from minirl.fast.gpu import to_device
+from minirl.fast.machine import PRECISIONS, Float32Linear, autocast, select_device, select_precision, tuned
 from minirl.fast.small import InTraining, SmallSequential
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import ReplayBuffer
-from minirl.results.play import Judge
+from minirl.results.play import Evaluator
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_parts, reading
 from minirl.runs.losses import RecentLosses
@@ -66,30 +66,32 @@ class DQNConfig:
     hidden_sizes: tuple[int, ...] = setting((24, 24), "hidden layers on vectors", at_least=1, group="network and loss")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     huber: bool = setting(False, "smooth-L1 loss; otherwise the mean squared error")
-    learning_starts: int = setting(1_000, "agent steps before the first one", at_least=0, group="gradient steps")
-    train_frequency: int = setting(1, "agent steps between them", at_least=1)
-    gradient_steps: int = setting(1, "how many each time", at_least=1)
-    batch_size: int = setting(64, "transitions per gradient step", at_least=1)
+    learning_starts: int = setting(1_000, "agent steps before the first update", at_least=0, group="updates")
+    train_frequency: int = setting(1, "agent steps between updates", at_least=1)
+    gradient_steps: int = setting(1, "gradient steps per update", at_least=1)
+    batch_size: int = setting(64, "transitions per gradient step (B)", at_least=1)
     learning_rate: float = setting(5e-3, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
     max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
-    target_network_frequency: int = setting(1, "agent steps between its updates", at_least=1, group="target network")
-    target_network_episodes: int | None = setting(None, "episodes between them, instead of steps", at_least=1)
-    tau: float = setting(0.01, "how far the target network moves in an update; 1 copies", above=0, at_most=1)
-    start_epsilon: float = setting(1.0, "share of random actions at first", at_least=0, at_most=1, group="exploration")
-    end_epsilon: float = setting(0.05, "share of random actions in the end", at_least=0, at_most=1)
-    exploration_fraction: float = setting(0.1, "share of the steps that it falls over, linearly", above=0, at_most=1)
-    epsilon_decay: float | None = setting(None, "its factor after each episode, instead", above=0, at_most=1)
-    eval_frequency: int | None = setting(1_000, "every so many agent steps, or none", at_least=1, group="greedy games")
-    eval_episodes: int = setting(20, "greedy games each time; the best network goes to best.pt", at_least=1)
-    confirm_episodes: int = setting(200, "more games of a network that seems to be the best so far", at_least=0)
-    compile: bool | None = setting(None, "compile the update; none: if that pays", group="machine and files")
-    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
+    target_network_frequency: int = setting(1, "agent steps between target updates", at_least=1, group="target network")
+    target_network_episodes: int | None = setting(None, "episodes between them; none: by agent steps", at_least=1)
+    tau: float = setting(0.01, "how far an update moves the target network; 1 copies", above=0, at_most=1)
+    start_epsilon: float = setting(
+        1.0, "first probability of random actions", at_least=0, at_most=1, group="exploration"
+    )
+    end_epsilon: float = setting(0.05, "last probability of random actions", at_least=0, at_most=1)
+    exploration_fraction: float = setting(0.1, "share of the run over which it falls, linearly", above=0, at_most=1)
+    epsilon_decay: float | None = setting(None, "factor for it after each episode; none: linear", above=0, at_most=1)
+    eval_frequency: int | None = setting(1_000, "agent steps between evaluations", at_least=1, group="greedy games")
+    eval_episodes: int = setting(20, "greedy games per evaluation; the best network goes to best.pt", at_least=1)
+    confirm_episodes: int = setting(200, "further games to confirm a new best network", at_least=0)
+    compile: bool | None = setting(None, "compile the update; none: in long runs", group="machine and files")
+    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto (the faster one)", choices=PRECISIONS)
     num_workers: int | None = setting(
-        None, "processes that play; none: one a core where games are slow, else 1", at_least=1
+        None, "processes that play; none: one per core if games are slow, else 1", at_least=1
     )
     num_threads: int | None = setting(
-        None, "threads that compute; none: one for small networks, else all", at_least=1, at_most=MAX_THREADS
+        None, "PyTorch threads; none: 1 for small networks, else all", at_least=1, at_most=MAX_THREADS
     )
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
@@ -153,21 +155,21 @@ class QNetwork(SmallSequential):
         sizes = (*observation_space.shape, *hidden_sizes)
         num_features = NatureCNN.num_features if images else sizes[-1]
         self.body = NatureCNN(observation_space.shape) if images else mlp(sizes, nn.ReLU)
-        self.head = orthogonal(Head(num_features, num_actions), gain=0.01)
+        self.head = orthogonal(Float32Linear(num_features, num_actions), gain=0.01)
 
 
 @torch.no_grad()
 def double_dqn_target(
     rewards: Tensor, terminated: Tensor, next_q_online: Tensor, next_q_target: Tensor, gamma: float
 ) -> Tensor:
-    """What Q(s, a) is moved towards, y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)).
+    """The target of Q(s, a), y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)).
 
-    The online network chooses and the target network judges: one network that does both picks its own overestimates
+    The online network selects and the target network evaluates: one network that does both picks its own overestimates
     (van Hasselt et al. 2016, eq. 4). The result carries no gradient.
 
     Args:
         rewards: (B,).
-        terminated: (B,) real ends: nothing follows. A cut episode is not one.
+        terminated: (B,) real ends: nothing follows. A truncated episode is not one.
         next_q_online: (B, A) Q(s', .) of the online network.
         next_q_target: (B, A) Q(s', .) of the target network.
         gamma: discount factor.
@@ -181,9 +183,9 @@ def double_dqn_target(
     require_same_shape(rewards=rewards, terminated=terminated)
     require_same_shape(next_q_online=next_q_online, next_q_target=next_q_target)
     require_same_shape(rewards=rewards, next_q_online_of_an_action=next_q_online[..., 0])
-    chosen = next_q_online.argmax(dim=-1, keepdim=True)
-    judged = next_q_target.gather(-1, chosen).squeeze(-1)
-    return rewards + gamma * judged.where(~terminated.bool(), 0.0)
+    best_actions = next_q_online.argmax(dim=-1, keepdim=True)
+    next_values = next_q_target.gather(-1, best_actions).squeeze(-1)
+    return rewards + gamma * next_values.where(~terminated.bool(), 0.0)
 
 
 def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool = False) -> Tensor:
@@ -215,8 +217,8 @@ class Clock(NamedTuple):
     episodes: int
 
 
-def passed(every: int, before: int, now: int) -> int:
-    """How many multiples of `every` lie above `before` and up to `now`: how often to do what is due every so often."""
+def times_due(every: int, before: int, now: int) -> int:
+    """How many multiples of `every` lie in (before, now]: how often to do now what is due every so many steps."""
     return now // every - before // every
 
 
@@ -234,8 +236,8 @@ def epsilon_at(config: DQNConfig, now: Clock) -> float:
 def target_updates_due(config: DQNConfig, before: Clock, now: Clock) -> int:
     """How often the target network is to be updated, by steps or by episodes."""
     if config.target_network_episodes is not None:
-        return passed(config.target_network_episodes, before.episodes, now.episodes)
-    return passed(config.target_network_frequency, before.steps, now.steps)
+        return times_due(config.target_network_episodes, before.episodes, now.episodes)
+    return times_due(config.target_network_frequency, before.steps, now.steps)
 
 
 def is_finished(config: DQNConfig, now: Clock) -> bool:
@@ -307,17 +309,17 @@ def gradient_step(
     optimizer: torch.optim.Optimizer,
     config: DQNConfig,
     precision: torch.dtype,
-    obs: Tensor,
+    observations: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_obs: Tensor,
+    next_observations: Tensor,
     terminated: Tensor,
 ) -> dict[str, Tensor]:
-    """Learn from a batch; return the numbers of it that are logged, by name."""
-    with products_in(precision, obs.device):
+    """Take one optimiser step on a batch, columns (B, ...); return what is logged of it, by name."""
+    with autocast(precision, observations.device):
         with torch.no_grad():
-            next_q_online, next_q_target = online(next_obs), target(next_obs)
-        q_values = online(obs)
+            next_q_online, next_q_target = online(next_observations), target(next_observations)
+        q_values = online(observations)
     targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, config.gamma)
     loss = dqn_loss(q_values, actions, targets, huber=config.huber)
     optimizer.zero_grad()
@@ -328,42 +330,42 @@ def gradient_step(
     return {"td_loss": loss.detach(), "q_values": chosen_q.mean(), "grad_norm": grad_norm}  # before clipping
 
 
-class Target:
+class TargetUpdate:
     """Moves the target network towards the online one, w_target += tau (w - w_target); tau = 1 copies.
 
-    Buffers, running means say, are copied whatever tau is, as in Stable-Baselines3.
+    Buffers, such as running means, are always copied, as in Stable-Baselines3.
     """
 
     def __init__(self, target: nn.Module, online: nn.Module, tau: float) -> None:
         self.tau = tau
         # Looked up once: at every step, it would take a fifth of the time.
-        self.mine: list[Tensor] = list(target.parameters())
-        self.others: list[Tensor] = list(online.parameters())
+        self.target_weights: list[Tensor] = list(target.parameters())
+        self.online_weights: list[Tensor] = list(online.parameters())
         self.buffers = list(zip(target.buffers(), online.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step of it."""
-        torch._foreach_lerp_(self.mine, self.others, self.tau)
-        for mine, other in self.buffers:
-            mine.copy_(other)
+        """Move it once."""
+        torch._foreach_lerp_(self.target_weights, self.online_weights, self.tau)
+        for target_buffer, online_buffer in self.buffers:
+            target_buffer.copy_(online_buffer)
 
 
 def train(
     config: DQNConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> QNetwork:
-    """Train and return the network as it is at the end; `best.pt` in the run directory holds the best one.
+    """Train and return the network at the end; `best.pt` in the run directory holds the best one.
 
     Args:
         config: the settings.
         run_dir: where checkpoints, `best.pt` and TensorBoard events go; None writes nothing, and picks no best one.
-        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
+        resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: if the environment, the device or the run directory will not do.
+        ConfigError: if the environment, the device or the run directory can't be used.
         EnvError: if the environment fails.
-        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
+        KeyboardInterrupt: on Ctrl-C, after saving; its subclass `Stopped` on SIGTERM, SIGHUP or a closed stderr.
     """
     require_one_process("Double DQN")
     torch_device = select_device(device)
@@ -379,7 +381,7 @@ def train(
         make_vector_env(
             config.env_id, config.num_envs, num_workers=config.num_workers, frame_size=config.frame_size
         ) as envs,
-        Judge(config, run_dir) as judge,
+        Evaluator(config, run_dir) as evaluator,
     ):
         spaces = envs.observation_space, envs.action_space
         online, target = (make_q_network(config, *spaces).to(torch_device).eval() for _ in range(2))
@@ -389,7 +391,7 @@ def train(
         losses = RecentLosses(torch_device)
         # What a checkpoint holds: anything with `state_dict` and `load_state_dict` is saved and loaded by a line here.
         learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer, "losses": losses}
-        target_step = Target(target, online, config.tau)
+        target_step = TargetUpdate(target, online, config.tau)
         memory = make_memory(config, envs, rng)
         memory_files = MemoryFiles(run_dir)
 
@@ -440,22 +442,22 @@ def train(
                 before, now = now, Clock(now.steps + config.num_envs, now.episodes + len(played.episodes))
 
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
-                    for _ in range(config.gradient_steps * passed(config.train_frequency, before.steps, now.steps)):
+                    for _ in range(config.gradient_steps * times_due(config.train_frequency, before.steps, now.steps)):
                         batch = map(torch.from_numpy, memory.sample(config.batch_size))
                         with in_training:
-                            losses.append(step(*(send(column, torch_device) for column in batch)))
+                            losses.append(step(*(to_device(column, torch_device) for column in batch)))
                 for _ in range(target_updates_due(config, before, now)):
                     target_step.update()
 
                 finished = is_finished(config, now)
                 run.log_episodes(now.steps, played.episodes)
-                judged = judge.is_due(before.steps, now.steps, finished=finished)
-                if passed(LOG_EVERY, before.steps, now.steps) or finished or judged:
+                evaluate_now = evaluator.is_due(before.steps, now.steps, finished=finished)
+                if times_due(LOG_EVERY, before.steps, now.steps) or finished or evaluate_now:
                     rate = float(optimizer.param_groups[0]["lr"])
                     scalars = {"charts/epsilon": epsilon, "charts/learning_rate": rate, **losses.means()}
                     run.log(now.steps, scalars, total=expected_steps(config, now))
-                if judged:
-                    mean_return = judge.mean_return(greedy, now.steps, to_beat=run.best_return)
+                if evaluate_now:
+                    mean_return = evaluator.mean_return(greedy, now.steps, to_beat=run.best_return)
                     run.keep_best(now.steps, mean_return, networks)
                 videos.record(run, now.steps, greedy)
                 run.checkpoint(now.steps, state, finished=finished)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minirl.checks import ConfigError
-from minirl.distributed import gathered, mean_over_ranks, my_share, num_ranks
+from minirl.distributed import all_gather, mean_over_ranks, my_share, world_size
 from minirl.envs.spaces import SMALLEST_IMAGE, how_to_wrap, require_actions
-from minirl.fast.gpu import send
-from minirl.fast.machine import Head
+from minirl.fast.gpu import to_device
+from minirl.fast.machine import Float32Linear
 from minirl.fast.small import SmallSequential
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Head)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Float32Linear)
 
-EPSILON, FARTHEST = 1e-8, 10.0  # of what is normalised, as in Stable-Baselines3
+EPSILON, CLIP = 1e-8, 10.0  # of what is normalised, as in Stable-Baselines3
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
@@ -238,7 +238,7 @@ def summed(numbers: Tensor) -> Tensor:
     return numbers.reshape(len(numbers), -1).sum(dim=1)
 
 
-def policy_over(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]]:
+def action_distribution(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]]:
     """Return how many numbers a network gives for a distribution of actions, and what makes one of these (B, n).
 
     For a Box these are the means, and the logarithms of the standard deviations come beside.
@@ -257,7 +257,7 @@ def policy_over(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]
     return math.prod(shape), functools.partial(Gaussian, shape=shape)
 
 
-class RunningMoments(nn.Module):
+class RunningMeanStd(nn.Module):
     """Mean and variance, number by number, of all that it has taken in, in float64; a checkpoint holds them.
 
     Args:
@@ -274,13 +274,13 @@ class RunningMoments(nn.Module):
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def take_in(self, batch: Tensor) -> None:
+    def update(self, batch: Tensor) -> None:
         """Take in some more, (B, ...) of each rank, in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
 
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b),  variance = M2 / n
         """
         batch = batch.double()
-        mean, size = mean_over_ranks(batch.mean(dim=0)), len(batch) * num_ranks()
+        mean, size = mean_over_ranks(batch.mean(dim=0)), len(batch) * world_size()
         count = self.count + size
         share = size / count
         distance = mean - self.mean
@@ -290,20 +290,20 @@ class RunningMoments(nn.Module):
         self.count.copy_(count)
 
 
-class NormalizeObservation(RunningMoments):
+class NormalizeObservation(RunningMeanStd):
     """Shifts and scales vectors (B, n) to mean 0 and variance 1 as far as was taken in, and clips them to +-10.
 
     Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, but as a layer: whoever loads the network has its
-    statistics, too. They change where `take_in` is called, and nowhere else.
+    statistics, too. They change only where `update` is called.
     """
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, n) -> (B, n); the same until something is taken in, but for the clipping."""
         scaled = (obs - self.mean) * (self.variance + EPSILON).rsqrt()
-        return scaled.clamp(-FARTHEST, FARTHEST).to(obs.dtype)
+        return scaled.clamp(-CLIP, CLIP).to(obs.dtype)
 
 
-class NormalizeReward(RunningMoments):
+class NormalizeReward(RunningMeanStd):
     """Divides rewards by the running standard deviation of the discounted return, and clips them to +-10.
 
         G_t = r_t + gamma G_{t-1} in each environment, anew after an end;  r_t / sqrt(variance of all G up to t)
@@ -330,7 +330,7 @@ class NormalizeReward(RunningMoments):
             ended: (T, N), where an episode was over.
         """
         mine = my_share(len(self.discounted))
-        rewards, ended = (gathered(torch.from_numpy(column.T)).numpy().T for column in (rewards, ended))
+        rewards, ended = (all_gather(torch.from_numpy(column.T)).numpy().T for column in (rewards, ended))
         discounted: NDArray[Any] = self.discounted.numpy()
         history: NDArray[Any] = np.empty(rewards.shape)
         for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):
@@ -344,9 +344,9 @@ class NormalizeReward(RunningMoments):
         squares = count * (float(self.variance) + before**2) + np.square(history - place).sum(axis=1).cumsum()
         variances = np.maximum(squares / counts - np.square(sums / counts), 0)
         self.discounted.copy_(torch.from_numpy(discounted))
-        self.take_in(torch.from_numpy(history[:, mine].ravel()))
+        self.update(torch.from_numpy(history[:, mine].ravel()))
         scaled: NDArray[Any] = rewards / np.sqrt(variances + EPSILON)[:, None]
-        return scaled[:, mine].clip(-FARTHEST, FARTHEST).astype(np.float32)
+        return scaled[:, mine].clip(-CLIP, CLIP).astype(np.float32)
 
 
 def is_image(space: gym.Space[object]) -> bool:
@@ -381,4 +381,4 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     obs = obs.astype(np.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else np.float32, copy=False)
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
-    return send(torch.as_tensor(obs), device)
+    return to_device(torch.as_tensor(obs), device)

@@ -2,7 +2,8 @@
 
     repeat:
         play T steps in N environments with the policy pi_old                       collect_rollout
-        A_t = sum_l (gamma lambda)^l delta_{t+l}                                     compute_gae
+        A_t = sum_l (gamma lambda)^l delta_{t+l},  R_t = A_t + V(s_t),               compute_gae
+            delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
         for a few epochs, for each minibatch of the T N samples:                     update_policy
             r = pi(a|s) / pi_old(a|s)
             loss = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A))                      clipped_surrogate_loss
@@ -28,31 +29,40 @@ from torch import Tensor, nn
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import (
+    all_gather,
     average_gradients,
-    gathered,
-    joined,
     mean_over_ranks,
     my_share,
-    num_ranks,
+    process_group,
     require_shares,
+    world_size,
 )
 from minirl.envs.make import make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import Episode, VectorEnv
 from minirl.fast.compiled import compiled
-from minirl.fast.gpu import fetch, replayed
-from minirl.fast.machine import Head, one_thread, products_in, rounded_weights, select_device, select_precision, tuned
+from minirl.fast.gpu import cuda_graphed, fetch_async
+from minirl.fast.machine import (
+    PRECISIONS,
+    Float32Linear,
+    autocast,
+    one_thread,
+    rounded_weights,
+    select_device,
+    select_precision,
+    tuned,
+)
 from minirl.fast.small import InTraining
 from minirl.networks import (
     Distribution,
     NatureCNN,
     NormalizeObservation,
     NormalizeReward,
+    action_distribution,
     is_image,
     mlp,
     observation_tensor,
     orthogonal,
-    policy_over,
 )
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses
@@ -80,30 +90,32 @@ class PPOConfig:
     hidden_sizes: tuple[int, ...] = setting((64, 64), "hidden layers on vectors", at_least=1, group="network")
     activation: str = setting("tanh", "of the hidden layers: tanh or relu", choices=tuple(ACTIVATIONS))
     cnn_channels: tuple[int, ...] = setting((32, 64, 64), "channels of the three convolutions on images", at_least=1)
-    log_std_init: float = setting(0.0, "log standard deviation of a Gaussian policy at first", at_least=-20, at_most=2)
+    log_std_init: float = setting(0.0, "initial log standard deviation of a Gaussian policy", at_least=-20, at_most=2)
     norm_obs: bool = setting(False, "normalise observations by their running mean and variance (vectors)")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1, group="advantages")
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
     norm_reward: bool = setting(False, "divide rewards by the running standard deviation of the discounted return")
-    minibatch_size: int = setting(256, "samples a gradient step; must divide N x T", at_least=1, group="gradient steps")
+    minibatch_size: int = setting(
+        256, "samples per gradient step; must divide N x T", at_least=1, group="gradient steps"
+    )
     update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
     max_grad_norm: float = setting(0.5, "clip the norm of the gradient to this", above=0)
-    target_kl: float | None = setting(None, "end an update once the KL divergence passes this; none: never", above=0)
+    target_kl: float | None = setting(None, "end an update once the KL divergence exceeds this; none: never", above=0)
     clip_coef: float = setting(0.1, "epsilon of the clipped objective", above=0, group="loss")
     anneal_clip: bool = setting(False, "lower clip_coef linearly to 0 at the end")
     vf_coef: float = setting(0.5, "weight of the value loss, which has no factor 1/2", at_least=0)
     value_clip_coef: float | None = setting(None, "clip the change of the values to this; none: no clipping", above=0)
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
-    compile: bool | None = setting(None, "compile acting and the update; none: if that pays", group="machine and files")
-    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto, bfloat16 where that is faster")
+    compile: bool | None = setting(None, "compile acting and updates; none: in long runs", group="machine and files")
+    precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto (the faster one)", choices=PRECISIONS)
     num_workers: int | None = setting(
-        None, "processes that play; none: one a core where games are slow, else 1", at_least=1
+        None, "processes that play; none: one per core if games are slow, else 1", at_least=1
     )
     num_threads: int | None = setting(
-        None, "threads that compute; none: one for small networks, else all", at_least=1, at_most=MAX_THREADS
+        None, "PyTorch threads; none: 1 for small networks, else all", at_least=1, at_most=MAX_THREADS
     )
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
@@ -139,17 +151,17 @@ class ActorCritic(nn.Module):
 
     Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, one for each. The
     policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
-    The distribution is the action space's (`minirl.networks.policy_over`): a Categorical of Discrete actions, of a Box
-    a Gaussian, whose log standard deviations are weights of their own.
+    The action space decides the distribution (`minirl.networks.action_distribution`): a Categorical for Discrete, for a
+    Box a Gaussian, whose log standard deviations are parameters of their own.
 
     Args:
         observation_space: a Box.
         action_space: Discrete, MultiDiscrete, MultiBinary or a Box of floats.
-        norm_obs: whether vectors are normalised first; who trains says what is taken in, and when.
+        norm_obs: normalise vectors first; `train` updates the statistics.
         hidden_sizes: widths of the MLPs' layers.
         activation: between them, a name of `ACTIVATIONS`.
         cnn_channels: of the CNN's three convolutions.
-        log_std_init: of a Gaussian policy, at first.
+        log_std_init: initial log standard deviation of a Gaussian policy.
 
     Raises:
         ConfigError: if the spaces are others, or images should be normalised.
@@ -167,7 +179,7 @@ class ActorCritic(nn.Module):
         log_std_init: float = PPOConfig.log_std_init,
     ) -> None:
         super().__init__()
-        num_outputs, self.policy = policy_over(action_space)
+        num_outputs, self.make_distribution = action_distribution(action_space)
         assert observation_space.shape is not None
         self.critic_body: nn.Module | None = None  # its own only on vectors
         self.actor_body: nn.Module
@@ -181,9 +193,9 @@ class ActorCritic(nn.Module):
             sizes = (*observation_space.shape, *hidden_sizes)
             self.actor_body, self.critic_body = (mlp(sizes, ACTIVATIONS[activation]) for _ in range(2))
             num_features = sizes[-1]
-        self.actor = orthogonal(Head(num_features, num_outputs), gain=0.01)
-        self.critic = orthogonal(Head(num_features, 1), gain=1.0)
-        self.log_std: nn.Parameter | None = None  # in all states the same
+        self.actor = orthogonal(Float32Linear(num_features, num_outputs), gain=0.01)
+        self.critic = orthogonal(Float32Linear(num_features, 1), gain=1.0)
+        self.log_std: nn.Parameter | None = None  # the same in all states
         if isinstance(action_space, gym.spaces.Box):
             self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init)))
 
@@ -193,7 +205,8 @@ class ActorCritic(nn.Module):
         actor_features = self.actor_body(obs)
         critic_features = actor_features if self.critic_body is None else self.critic_body(obs)
         outputs, values = self.actor(actor_features), self.critic(critic_features).squeeze(-1)
-        return self.policy(outputs) if self.log_std is None else self.policy(outputs, self.log_std), values
+        parameters = (outputs,) if self.log_std is None else (outputs, self.log_std)
+        return self.make_distribution(*parameters), values
 
 
 def compute_gae(
@@ -211,15 +224,15 @@ def compute_gae(
         A_t     = delta_t + gamma lambda (1 - (terminated_t or truncated_t)) A_{t+1}
         R_t     = A_t + V(s_t)
 
-    A real end has no future, so nothing is bootstrapped from it. A cut episode has one, its last observation's value.
-    Neither passes anything on from the episode that follows.
+    After a termination nothing is bootstrapped; after a truncation the value of the final observation is. Both stop the
+    recursion, for the next step belongs to another episode.
 
     Args:
-        rewards: (T, N), as all of them.
+        rewards: (T, N), like all tensors here.
         values: V of the observation that each action was chosen from.
         next_values: V of the true successor: the final observation where an episode ended at that step.
         terminated: real ends.
-        truncated: cuts.
+        truncated: ends by a time limit.
         gamma: discount factor.
         gae_lambda: 0 trusts the values (one-step TD error), 1 the rewards (Monte Carlo).
 
@@ -234,7 +247,7 @@ def compute_gae(
     )
     td_errors = rewards + gamma * next_values.where(~terminated.bool(), 0.0) - values
     continues = ~(terminated.bool() | truncated.bool())
-    advantages = torch.zeros_like(td_errors)  # not as the rewards, which may be whole numbers
+    advantages = torch.zeros_like(td_errors)  # not like the rewards, which may be integers
     advantage = torch.zeros_like(td_errors[0])
     for t in reversed(range(len(rewards))):
         advantage = td_errors[t] + gamma * gae_lambda * advantage.where(continues[t], 0.0)
@@ -265,7 +278,7 @@ def clipped_surrogate_loss(
 
 
 def bounded_exponent(log_ratio: Tensor) -> Tensor:
-    """Keep e^x finite: beyond, the gradient of what is clipped would be 0 times infinity."""
+    """Clamp log r so that r stays finite: an infinite r makes the clipped branch's gradient 0 * inf = NaN."""
     return log_ratio.clamp(max=math.log(torch.finfo(log_ratio.dtype).max) - 1)
 
 
@@ -347,7 +360,7 @@ def normalized(advantages: Tensor) -> Tensor:
 
     Mean and std are those of the whole minibatch, of all ranks; CleanRL's `ppo_atari_multigpu.py` takes each rank's.
     """
-    whole = gathered(advantages)
+    whole = all_gather(advantages)
     shifted, whole = advantages - whole[0], whole - whole[0]
     # In float16 1e-8 is 0.
     return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
@@ -356,7 +369,7 @@ def normalized(advantages: Tensor) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN where all returns are the same.
 
-    The same to rounding: returns are sums of advantages and values.
+    Returns that differ only by rounding count as the same: they are sums of advantages and values.
     """
     rounding = 8 * torch.finfo(returns.dtype).eps * returns.abs().max().double()
     variance = returns.double().var()
@@ -365,13 +378,13 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class Rollout:
-    """T steps of N environments: a column (T, N, ...) for each quantity, made when it first comes.
+    """T steps of N environments: a column (T, N, ...) for each quantity, allocated when it is first put.
 
-    A column has its quantity's dtype and layout: pixels stay bytes, channels-last. Tensors are kept on the device; what
-    environments give, in NumPy, goes there when it is read, all at once.
+    A column keeps the dtype and layout of its first values: pixels stay uint8, channels-last. Tensors stay on the
+    device; NumPy arrays, from the environments, are copied there once, when they are read.
 
     Raises:
-        ValueError: if a quantity has another shape or dtype than at first, or is missing at some of the steps.
+        ValueError: if a quantity changes its shape or dtype, or is missing at some of the steps.
     """
 
     def __init__(self, num_steps: int, num_envs: int, device: torch.device) -> None:
@@ -379,7 +392,7 @@ class Rollout:
         self.device = device
         self.columns: dict[str, Any] = {}
         self.kinds: dict[str, tuple[int, tuple[int, ...], Any]] = {}  # dimensions, shape but for the rows, dtype
-        self.filled: Counter[str] = Counter()  # how many of the T N places, since they were read
+        self.filled: Counter[str] = Counter()  # how many of the T N places were put since they were last read
 
     def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
         """Store what step t gave in some of the environments: tensors and arrays (rows, ...) by name."""
@@ -446,7 +459,7 @@ def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_spac
 
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw actions: observations (B, ...) -> actions (B, ...), their log-probabilities (B,) and the values (B,)."""
-    with products_in(precision, obs.device):
+    with autocast(precision, obs.device):
         distribution, values = agent(obs)
     actions = distribution.sample()
     log_probs = distribution.log_prob(actions)
@@ -472,16 +485,16 @@ def collect_rollout(
     final_values = torch.zeros(rollout.shape, device=device)  # of the last observations of episodes that were cut
 
     def value(observations: NDArray[Any]) -> Tensor:
-        with products_in(precision, device):
+        with autocast(precision, device):
             values: Tensor = agent(observation_tensor(observations, device))[1]
         return values
 
     def choose(t: int, rows: slice) -> NDArray[Any]:
         observations = observation_tensor(obs[rows], device)
         actions, log_probs, values = policy(observations)
-        chosen = fetch(actions)
+        arriving = fetch_async(actions)
         rollout.put(t, rows, observations=observations, actions=actions, log_probs=log_probs, values=values)
-        return chosen()
+        return arriving()
 
     for t, rows, step in envs.play(rollout.shape[0], choose):  # calls choose(t, rows) for the actions of step t
         obs[rows] = step.observations
@@ -508,7 +521,7 @@ def minibatch_loss(
     agent: nn.Module, config: PPOConfig, precision: torch.dtype, batch: Columns, clip_coef: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch, columns (B, ...), and the numbers of it that are logged."""
-    with products_in(precision, clip_coef.device):
+    with autocast(precision, clip_coef.device):
         distribution, values = agent(batch["observations"])
     return ppo_loss(
         distribution.log_prob(batch["actions"]),
@@ -531,14 +544,14 @@ def gradient_step(
     config: PPOConfig,
     precision: torch.dtype,
     samples: Columns,
-    chosen: Tensor,
+    indices: Tensor,
     clip_coef: Tensor,
 ) -> dict[str, Tensor]:
-    """Learn from a minibatch: `chosen` (B,) of all samples. Return the numbers of it that are logged, by name.
+    """Take one optimiser step on the samples `indices` (B,); return what is logged of it, by name.
 
-    Of several ranks each has its part of the minibatch.
+    With several ranks, each passes its part of the minibatch.
     """
-    batch = {name: column[chosen] for name, column in samples.items()}
+    batch = {name: column[indices] for name, column in samples.items()}
     loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
     optimizer.zero_grad()
     loss.backward()
@@ -551,16 +564,17 @@ def gradient_step(
 def update_policy(
     step: Callable[[Columns, Tensor, Tensor], dict[str, Tensor]], samples: Columns, config: PPOConfig, clip_coef: float
 ) -> dict[str, float]:
-    """Go over the samples for some epochs in shuffled minibatches; return the mean of what is logged of them.
+    """Run `update_epochs` epochs of shuffled minibatches; return the means of what is logged of them.
 
-    Each rank shuffles its own samples, and has an equal part of every minibatch.
+    `step` is `gradient_step` with its first four arguments bound. Each rank shuffles its own samples, and has an equal
+    part of every minibatch.
     """
     device, batch_size = samples["advantages"].device, len(samples["advantages"])
-    clip = torch.full((), clip_coef, device=device)  # annealed: a tensor is no reason to compile again
+    clip = torch.full((), clip_coef, device=device)  # a tensor: for each new float it would be compiled again
     history: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
-        for chosen in torch.randperm(batch_size, device=device).split(config.minibatch_size // num_ranks()):
-            history.append(step(samples, chosen, clip))
+        for indices in torch.randperm(batch_size, device=device).split(config.minibatch_size // world_size()):
+            history.append(step(samples, indices, clip))
         # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
         if config.target_kl is not None and mean_over_ranks(history[-1]["approx_kl"]) > config.target_kl:
             break
@@ -574,7 +588,7 @@ def mean_losses(history: list[dict[str, Tensor]]) -> dict[str, float]:
     return {f"losses/{name}": mean for name, mean in zip(history[0], means, strict=True)}
 
 
-@joined()
+@process_group()
 def train(
     config: PPOConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> ActorCritic:
@@ -585,13 +599,13 @@ def train(
     Args:
         config: the settings.
         run_dir: where checkpoints and TensorBoard events go; None writes nothing.
-        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
+        resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: if the environment, the device or the run directory will not do.
+        ConfigError: if the environment, the device or the run directory can't be used.
         EnvError: if the environment fails.
-        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
+        KeyboardInterrupt: on Ctrl-C, after saving; its subclass `Stopped` on SIGTERM, SIGHUP or a closed stderr.
     """
     torch_device = select_device(device)
     require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
@@ -619,12 +633,13 @@ def train(
         precision = select_precision(config.precision, torch_device, images=images)
         policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
-        gae = replayed(compute_gae, torch_device)
+        gae = cuda_graphed(compute_gae, torch_device)
         in_training = InTraining(agent)  # batch norm learns, and dropout is on, in updates only, as Stable-Baselines3's
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
-        rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))  # is there memory for it?
+        # Allocates the largest column now: where memory is short, before the run directory is written.
+        rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))
 
         def state() -> State:
             return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
@@ -660,11 +675,13 @@ def train(
                     losses = update_policy(step, samples, config, clip_coef)
                 require_finite_losses(losses, "update", update + 1)
                 if config.norm_obs and agent.normalize is not None:
-                    # Only now, or the policy that learns would not be the one that has played.
-                    agent.normalize.take_in(samples["observations"])
+                    # Only after the update: until then the policy that learns must be the one that has played.
+                    agent.normalize.update(samples["observations"])
 
                 global_step = (update + 1) * config.batch_size
-                losses["losses/explained_variance"] = explained_variance(gathered(rollout["values"]), gathered(returns))
+                losses["losses/explained_variance"] = explained_variance(
+                    all_gather(rollout["values"]), all_gather(returns)
+                )
                 run.log(global_step, {"charts/learning_rate": float(optimizer.param_groups[0]["lr"]), **losses})
                 videos.record(run, global_step, lambda obs: choose_actions(agent, obs))
                 run.checkpoint(global_step, state, finished=global_step == last_step)

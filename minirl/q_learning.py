@@ -5,8 +5,8 @@
         take a, see r and s'
         Q(s, a) <- Q(s, a) + alpha (r + gamma max_a' Q(s', a') - Q(s, a))            q_update
 
-Nothing follows a terminal state, so nothing is added for s' there; an episode that is only cut, by a time limit, goes
-on in principle and keeps its gamma max Q(s', a').
+Nothing follows a terminal state, so nothing is added for s' there; an episode that a time limit truncates would have
+gone on, and keeps its gamma max Q(s', a').
 """
 
 import functools
@@ -43,7 +43,7 @@ MAX_SWEEPS = 1_000_000  # of value iteration
 
 @dataclass(frozen=True)
 class QLearningConfig:
-    """The settings of a run; the defaults are the source notebook's for its grid, but for `initial_value`."""
+    """The settings of a run; the defaults are the source notebook's for its grid, except `initial_value`."""
 
     env_id: str = setting("minirl/GridWorld-v0", "environment with Discrete observations and actions", group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
@@ -53,9 +53,9 @@ class QLearningConfig:
     )
     anneal_alpha: bool = setting(False, "lower alpha linearly to 0 at the end; noisy environments need it")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
-    # The notebook's table starts at 0, and then 10 of 300 seeds never learn the way that they do not take, with errors
-    # of up to 97. Started at the best reward, every action looks good until it is tried (Sutton and Barto 2018,
-    # section 2.6): 300 of 300 seeds end within 1e-9 of Q* (benchmarks/q_learning_seeds.py).
+    # The notebook's table starts at 0: 10 of 300 seeds then never learn the values of the path that they do not take,
+    # with errors of up to 97. Started at the best reward, every action looks good until it is tried (Sutton and Barto
+    # 2018, section 2.6), and 300 of 300 seeds end within 1e-9 of Q* (benchmarks/q_learning_seeds.py).
     initial_value: float = setting(100.0, "what the table starts as; 0 is the notebook's, and fails on some seeds")
     epsilon: float = setting(0.3, "probability of a random action", at_least=0, at_most=1, group="exploration")
     anneal_epsilon: bool = setting(False, "lower epsilon linearly to 0 at the end")
@@ -109,7 +109,7 @@ def q_update(
     Returns:
         The TD error before the step, r + gamma max_a' Q(s', a') - Q(s, a).
     """
-    reward = float(reward)  # NumPy's float32 would stay one, and round the target
+    reward = float(reward)  # a NumPy float32 would round the target
     target = reward if terminated else reward + gamma * max(q_table[next_state].tolist())
     value: float = q_table.item(state, action)
     td_error = target - value
@@ -194,13 +194,13 @@ def train(
     Args:
         config: the settings.
         run_dir: where checkpoints and TensorBoard events go; None writes nothing.
-        resume: go on from the checkpoint in `run_dir`.
-        device: as for the other algorithms; a table is always in the processor's memory.
+        resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
+        device: checked as in the other algorithms, and not used: a table is in the CPU's memory.
 
     Raises:
-        ConfigError: if the environment or the run directory will not do.
+        ConfigError: if the environment or the run directory can't be used.
         EnvError: if the environment fails.
-        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
+        KeyboardInterrupt: on Ctrl-C, after saving; its subclass `Stopped` on SIGTERM, SIGHUP or a closed stderr.
     """
     require_one_process("Q-learning")
     select_device(device)
@@ -208,7 +208,7 @@ def train(
     seed_everything(config.seed)
     # One environment, for what a checkpoint needs of it; the loop steps what is inside directly, which is faster.
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
-    guard, max_steps = envs.here[0], time_limit(gym.spec(registered_id(config.env_id)))
+    guard, max_steps = envs.local_envs[0], time_limit(gym.spec(registered_id(config.env_id)))
     env = guard.env
     q_table = new_table(env, config.initial_value)
     # Not the seed itself, which is the environment's: exploration would follow its noise.

@@ -5,9 +5,9 @@ Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; Ouyang et al. 2022, http
     a reward model r(text): which of two texts do people prefer?                         train_reward_model
         loss = -mean(log sigmoid(r_chosen - r_rejected))                                 preference_loss
     PPO, as in `minirl.ppo`: a token is an action, a text an episode                     train_policy
-        repeat: write texts with the policy pi_old                                       write
+        repeat: write texts with the policy pi_old                                       generate
             reward of a token = -kl_coef (log pi_old - log p_reference),
-                                and r(text) more for the last one                        token_rewards
+                                plus r(text) at the last token                           token_rewards
             advantages                                                                   compute_gae of minirl.ppo
             a few epochs of gradient steps                                               ppo_loss of minirl.ppo
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
 from minirl.envs.vector import Episode
-from minirl.fast.machine import Head, select_device, tuned
+from minirl.fast.machine import Float32Linear, select_device, tuned
 from minirl.networks import Categorical
 from minirl.ppo import compute_gae, explained_variance, mean_losses, normalized, ppo_loss
 from minirl.runs.checkpoints import Part, State, load_parts, reading, require_finite_losses, set_random_state
@@ -34,12 +34,12 @@ from minirl.runs.resume import saved_run
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, setting
 from minirl.streams import MAX_SEED, Stream, derived_seed
-from minirl.texts import END, Pairs, Texts, Vocabulary, checksum, described, load_texts, rated_pairs
+from minirl.texts import END, Pairs, Texts, Vocabulary, checksum, load_texts, rated_pairs, text_metrics
 from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
-HELD_OUT, AT_ONCE = 2_000, 512  # pairs that the reward model is judged by; texts written or judged at once
-WARMUP, JUDGE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps until it is judged
+HELD_OUT, CHUNK = 2_000, 512  # pairs that the reward model is evaluated on; texts generated or scored at once
+WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps of reward model
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
 Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
@@ -49,31 +49,33 @@ Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
 class RLHFConfig:
     """The settings of a run; the defaults are for the reviews of `minirl.texts`."""
 
-    stage: str = setting("ppo", "the last one to train: lm, reward or ppo", choices=STAGES, group="task")
+    stage: str = setting("ppo", "the last stage to train: lm, reward or ppo", choices=STAGES, group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
     num_episodes: int = setting(7_680, "texts that PPO writes", at_least=1)
-    text: str | None = setting(None, "file of texts to learn from, one a line; none: reviews by a grammar")
+    text: str | None = setting(None, "file of texts to learn from, one per line; none: reviews by a grammar")
     tokens: str = setting("characters", "tokens of --text: characters or bytes", choices=("characters", "bytes"))
     preferences: str | None = setting(None, "file of pairs in JSON; none: a hidden rule chooses, and errs")
-    context: int = setting(28, "tokens of a text at most (L)", at_least=4, group="language model")
-    width: int = setting(64, "numbers that stand for a token", at_least=1)
+    context: int = setting(28, "maximum tokens of a text (L)", at_least=4, group="language model")
+    width: int = setting(64, "size of the embedding", at_least=1)
     num_layers: int = setting(2, "blocks of attention and MLP", at_least=1)
-    num_heads: int = setting(4, "heads of attention; must divide the width", at_least=1)
-    lm_steps: int = setting(2_000, "gradient steps", at_least=1)
-    lm_batch_size: int = setting(32, "texts a gradient step", at_least=1)
-    lm_learning_rate: float = setting(5e-3, "Adam's step size, which rises and then falls to 0", above=0)
-    num_pairs: int = setting(8_192, "pairs to learn from, of the hidden rule", at_least=1, group="reward model")
-    rater_sharpness: float = setting(6.0, "log-odds by which it prefers the best text to the worst", at_least=0)
+    num_heads: int = setting(4, "attention heads; must divide the width", at_least=1)
+    lm_steps: int = setting(2_000, "gradient steps of the language model", at_least=1)
+    lm_batch_size: int = setting(32, "texts per gradient step", at_least=1)
+    lm_learning_rate: float = setting(5e-3, "Adam's step size; it rises, then falls to 0", above=0)
+    num_pairs: int = setting(8_192, "pairs to learn from, chosen by the hidden rule", at_least=1, group="reward model")
+    rater_sharpness: float = setting(6.0, "log-odds that it prefers the best text to the worst", at_least=0)
     reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
-    reward_batch_size: int = setting(16, "pairs a gradient step", at_least=1)
-    reward_learning_rate: float = setting(1e-3, "Adam's step size, as above", above=0)
-    kl_coef: float = setting(0.1, "price of a nat of log pi - log p_reference", at_least=0, group="texts and rewards")
-    kl_target: float | None = setting(None, "nats a text to which kl_coef adapts; none: it is fixed", above=0)
-    batch_size: int = setting(128, "texts between two updates (N)", at_least=1)
+    reward_batch_size: int = setting(16, "pairs per gradient step", at_least=1)
+    reward_learning_rate: float = setting(1e-3, "Adam's step size; it rises, then falls to 0", above=0)
+    kl_coef: float = setting(
+        0.1, "weight of the penalty log pi - log p_reference, in nats", at_least=0, group="texts and rewards"
+    )
+    kl_target: float | None = setting(None, "KL per text, in nats, that kl_coef adapts to; none: fixed", above=0)
+    batch_size: int = setting(128, "texts per update (N)", at_least=1)
     whiten_rewards: bool = setting(False, "divide the tokens' rewards by their standard deviation")
     gamma: float = setting(1.0, "discount factor", at_least=0, at_most=1)
     gae_lambda: float = setting(0.95, "lambda of the advantage estimate", at_least=0, at_most=1)
-    minibatch_size: int = setting(32, "texts a gradient step; must divide N", at_least=1, group="gradient steps")
+    minibatch_size: int = setting(32, "texts per gradient step; must divide N", at_least=1, group="gradient steps")
     update_epochs: int = setting(4, "passes over the N texts per update", at_least=1)
     learning_rate: float = setting(5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
@@ -85,7 +87,7 @@ class RLHFConfig:
     ent_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
     num_threads: int | None = setting(
         None,
-        "threads that compute; none: one for small networks, else all",
+        "PyTorch threads; none: 1 for small networks, else all",
         at_least=1,
         at_most=MAX_THREADS,
         group="machine and files",
@@ -120,25 +122,25 @@ class RLHFConfig:
 class LanguageModel(nn.Module):
     """A transformer with two heads: the distribution of the next token, and a score.
 
-    The first is the embedding once more (tied). The second is linear and starts at 0: the reward model's is its word on
-    the whole text, at the last token; the policy's is the value at each, what is still to come.
+    The first shares the embedding's weights. The second is linear and starts at 0: in the reward model, its output at
+    the last token is the score of the text; in the policy, its output at each token is the value V.
     """
 
     def __init__(self, num_tokens: int, config: RLHFConfig) -> None:
         super().__init__()
         self.body = Transformer(num_tokens, config.context, config.width, config.num_layers, config.num_heads)
-        self.scores = Head(config.width, 1)
+        self.scores = Float32Linear(config.width, 1)
         nn.init.zeros_(self.scores.weight)
         nn.init.zeros_(self.scores.bias)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Categorical, Tensor]:
         """Tokens (B, L) -> the distribution of the token that follows each, and scores (B, L)."""
         features = self.body(tokens, cache)
-        return Categorical(F.linear(features, self.body.token.weight)), self.scores(features).squeeze(-1)
+        return Categorical(F.linear(features, self.body.token_embedding.weight)), self.scores(features).squeeze(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the values where the mask is True, whatever the others are; both (N, T).
+    """Return the mean of the values where the mask is True; both (N, T).
 
     Raises:
         ValueError: if the shapes differ.
@@ -161,52 +163,52 @@ def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, written: Tensor, kl_coef: float) -> Tensor:
-    """Return the reward of each token, -kl_coef (log pi - log p_reference), and the text's score more for the last one.
+    """Return the reward of each token, -kl_coef (log pi - log p_reference), plus the text's score at the last token.
 
     Summed over a text it is r(text) - kl_coef log(pi(text) / p_reference(text)), whose mean is the objective (Ziegler
-    et al. 2019, eq. 2). `scores` is (N,), `log_ratio` (N, T), and `written` (N, T) says which tokens were chosen: the
-    others, of prompts and padding, get nothing.
+    et al. 2019, eq. 2). `scores` is (N,), `log_ratio` (N, T), and `written` (N, T) is True where a token was generated;
+    the others, of prompts and padding, get 0.
 
     Raises:
         ValueError: if the shapes do not fit.
     """
     require_same_shape(log_ratio=log_ratio, written=written)
     require_same_shape(scores=scores, written_of_a_token=written[:, 0])
-    return (-kl_coef * log_ratio).where(written, 0.0) + scores[:, None].where(last_of(written), 0.0)
+    return (-kl_coef * log_ratio).where(written, 0.0) + scores[:, None].where(last_token(written), 0.0)
 
 
-def last_of(written: Tensor) -> Tensor:
-    """Which token of each text is the last that was chosen: (N, T) -> (N, T)."""
+def last_token(written: Tensor) -> Tensor:
+    """Which token of each text is the last that was generated: (N, T) -> (N, T)."""
     return written & ~F.pad(written[:, 1:], (0, 1))
 
 
 def whitened(rewards: Tensor, written: Tensor) -> Tensor:
-    """Return rewards (N, T) scaled to deviation 1 over the chosen tokens; their mean stays, or length would pay."""
+    """Return rewards (N, T) scaled to deviation 1 over generated tokens; the mean is kept, or length would pay."""
     mean, deviation = rewards[written].mean(), rewards[written].std()
     return ((rewards - mean) / (deviation + 1e-8) + mean).where(written, 0.0)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
-    """Return the coefficient, moved as far as the KL is off, at most by 2 % (Ziegler et al. 2019, section 2.2)."""
+    """Return the coefficient after a proportional step of at most 2 % (Ziegler et al. 2019, section 2.2)."""
     return kl_coef * (1 + 0.1 * min(max(kl / kl_target - 1, -0.2), 0.2))
 
 
 @torch.no_grad()
-def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
-    """Write on from each prompt until `END`, or until the row is full.
+def generate(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
+    """Sample a continuation of each prompt until `END` or the end of the row.
 
-    Every row begins with token 0 and is told its own prompt first. Nothing is padded but what comes after a text.
+    Prompts may differ in length: a row is fed its own prompt before it samples. Only the end of a row is padded.
 
     Returns:
-        The texts; log pi of each token, and the value before each, (N, L - 1), of those that were written.
+        The texts; log pi of each generated token, and the value before it, (N, L - 1).
     """
     num_texts, context = prompts.tokens.shape
-    given = torch.arange(context, device=prompts.tokens.device) < prompts.prompt[:, None]
+    given = torch.arange(context, device=prompts.tokens.device) < prompts.prompt_length[:, None]
     tokens = prompts.tokens.where(given, END)
     log_probs, values = (torch.zeros(num_texts, context - 1, device=tokens.device) for _ in range(2))
     ended = torch.zeros_like(given[:, 0])
     cache: Cache = []
-    first = int(prompts.prompt.min())
+    first = int(prompts.prompt_length.min())
     distribution, scores = model(tokens[:, :first], cache)
     for t in range(first, context):
         distribution = Categorical(distribution.logits[:, -1])
@@ -219,49 +221,49 @@ def write(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
         distribution, scores = model(tokens[:, t : t + 1], cache)
     ends = (tokens == END) & ~given
     length = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, context)
-    return Texts(tokens, prompts.prompt, length), log_probs, values
+    return Texts(tokens, prompts.prompt_length, length), log_probs, values
 
 
-def said_of(model: LanguageModel, tokens: Tensor) -> tuple[Categorical, Tensor, Tensor]:
-    """Tokens (N, L) -> the distribution of each but the first, log pi of it and the value before it, (N, L - 1)."""
+def token_log_probs(model: LanguageModel, tokens: Tensor) -> tuple[Categorical, Tensor, Tensor]:
+    """Tokens (N, L) -> the distribution of each but the first, its log pi, and the value before it, (N, L - 1)."""
     distribution, values = model(tokens[:, :-1])
     return distribution, distribution.log_prob(tokens[:, 1:]), values
 
 
-def judged(reward: LanguageModel, texts: Texts) -> Tensor:
-    """Return the reward model's scores of texts, (N,): its word at their last token."""
-    scores = torch.cat([reward(part)[1] for part in texts.tokens.split(AT_ONCE)])
+def reward_scores(reward: LanguageModel, texts: Texts) -> Tensor:
+    """Return the reward model's scores of texts, (N,): its output at their last token."""
+    scores = torch.cat([reward(part)[1] for part in texts.tokens.split(CHUNK)])
     return scores.gather(1, texts.length[:, None] - 1).squeeze(1)
 
 
 def text_advantages(
     rewards: Tensor, values: Tensor, written: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages and returns of texts, (N, T) as all of them: each is an episode that ends for good at its last
-    token, so that nothing behind it counts. Those of tokens that were not chosen mean nothing."""
-    rewards, values, last = rewards.T, values.T, last_of(written).T
+    """Return advantages and returns of texts, (N, T) like all tensors here: a text is an episode that terminates at its
+    last token. Those of tokens that were not generated mean nothing."""
+    rewards, values, last = rewards.T, values.T, last_token(written).T
     next_values = torch.cat([values[1:], values[-1:]])
     advantages, returns = compute_gae(rewards, values, next_values, last, torch.zeros_like(last), gamma, gae_lambda)
     return advantages.T, returns.T
 
 
 def make_pairs(model: LanguageModel, prompts: Texts, vocabulary: Vocabulary, config: RLHFConfig) -> Pairs:
-    """Have the model write on twice from each of some prompts, and the hidden rule choose, with its errors."""
+    """Have the model continue each of some prompts twice, and the hidden rule choose, with its errors."""
     number = HELD_OUT + config.num_pairs
-    begun = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
-    first, second = (Texts.joined([write(model, part)[0] for part in begun.split(AT_ONCE)]) for _ in range(2))
+    prompts = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
+    first, second = (Texts.joined([generate(model, part)[0] for part in prompts.split(CHUNK)]) for _ in range(2))
     return rated_pairs(first, second, vocabulary, config.rater_sharpness, HELD_OUT)
 
 
 def accuracy(reward: LanguageModel, pairs: Pairs) -> float:
-    """Return the share of the pairs held out in which the chosen text has the higher score."""
+    """Return the share of the held-out pairs in which the chosen text has the higher score."""
     with torch.no_grad():
-        chosen, rejected = (judged(reward, texts.rows(slice(0, pairs.held_out))) for texts in pairs[:2])
+        chosen, rejected = (reward_scores(reward, texts.rows(slice(0, pairs.held_out))) for texts in pairs[:2])
     return (chosen > rejected).double().mean().item()
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: RLHFConfig) -> Tensor:
-    """Take a step down the gradient; return the gradient's norm before clipping."""
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: RLHFConfig) -> Tensor:
+    """Take one optimiser step; return the gradient's norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -280,13 +282,16 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup:
 def pretrain(
     model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Texts, config: RLHFConfig, first: int = 0
 ) -> Iterator[Step]:
-    """Stage 1: learn to say the texts of a corpus, from gradient step `first` on."""
+    """Stage 1: learn to predict the tokens of a corpus, from gradient step `first` on."""
     for step in range(first, config.lm_steps):
         rate = set_rate(optimizer, config.lm_learning_rate, (step + 1) / (config.lm_steps + 1), WARMUP)
         chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
-        texts = corpus.rows(chosen)._replace(prompt=torch.ones_like(chosen))  # prompts are learned, too
-        loss = -masked_mean(said_of(model, texts.tokens)[1], texts.written)
-        losses = {"losses/grad_norm": learn(model, optimizer, loss, config).item(), "losses/lm_loss": loss.item()}
+        texts = corpus.rows(chosen)._replace(prompt_length=torch.ones_like(chosen))  # prompts are learned, too
+        loss = -masked_mean(token_log_probs(model, texts.tokens)[1], texts.written)
+        losses = {
+            "losses/grad_norm": optimizer_step(model, optimizer, loss, config).item(),
+            "losses/lm_loss": loss.item(),
+        }
         require_finite_losses(losses, "gradient step of the language model", step + 1)
         yield {**losses, "charts/learning_rate": rate}, []
 
@@ -294,7 +299,7 @@ def pretrain(
 def train_reward_model(
     reward: LanguageModel, optimizer: torch.optim.Optimizer, pairs: Pairs, config: RLHFConfig, first: int = 0
 ) -> Iterator[Step]:
-    """Stage 2: learn which text of a pair was chosen, from gradient step `first` on; in the end, scale the scores."""
+    """Stage 2: learn which text of a pair was chosen, from gradient step `first` on; at the end, scale the scores."""
     chosen, rejected = pairs.learned()
     steps_each = math.ceil(len(chosen.tokens) / config.reward_batch_size)
     last = config.reward_epochs * steps_each
@@ -305,29 +310,29 @@ def train_reward_model(
         generator = torch.Generator().manual_seed(derived_seed(config.seed, Stream.PAIR_ORDER, epoch))
         order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
         batch = order.split(config.reward_batch_size)[number]
-        loss = preference_loss(judged(reward, chosen.rows(batch)), judged(reward, rejected.rows(batch)))
-        grad_norm = learn(reward, optimizer, loss, config).item()
+        loss = preference_loss(reward_scores(reward, chosen.rows(batch)), reward_scores(reward, rejected.rows(batch)))
+        grad_norm = optimizer_step(reward, optimizer, loss, config).item()
         losses = {"losses/grad_norm": grad_norm, "losses/preference_loss": loss.item()}
         require_finite_losses(losses, "gradient step of the reward model", step + 1)
-        if (step + 1) % JUDGE_EVERY == 0 or step + 1 == last:
+        if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == last:
             losses["reward/accuracy"] = accuracy(reward, pairs)
             if not math.isnan(pairs.best_accuracy):
                 losses["reward/best_accuracy"] = pairs.best_accuracy
         if step + 1 == last:
-            with torch.no_grad():  # scores of what the language model writes are to have mean 0 and deviation 1
-                scores = torch.cat([judged(reward, texts) for texts in (chosen, rejected)])
+            with torch.no_grad():  # the language model's own texts get scores of mean 0 and deviation 1
+                scores = torch.cat([reward_scores(reward, texts) for texts in (chosen, rejected)])
                 reward.scores.weight.div_(scores.std() + 1e-8)
                 reward.scores.bias.sub_(scores.mean()).div_(scores.std() + 1e-8)
         yield {**losses, "charts/learning_rate": rate}, []
 
 
 def gradient_step(
-    policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, chosen: Tensor
+    policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, indices: Tensor
 ) -> dict[str, Tensor]:
-    """Learn from a minibatch of texts: `chosen` (B,) of all. Return the numbers of it that are logged, by name."""
-    tokens, written = samples["tokens"][chosen], samples["written"][chosen]
-    old = {name: samples[name][chosen][written] for name in ("log_probs", "values", "advantages", "returns")}
-    distribution, log_prob, values = said_of(policy, tokens)
+    """Take one optimiser step on the texts `indices` (B,); return what is logged of it, by name."""
+    tokens, written = samples["tokens"][indices], samples["written"][indices]
+    old = {name: samples[name][indices][written] for name in ("log_probs", "values", "advantages", "returns")}
+    distribution, log_prob, values = token_log_probs(policy, tokens)
     loss, stats = ppo_loss(
         log_prob[written],
         old["log_probs"],
@@ -341,7 +346,7 @@ def gradient_step(
         old_values=old["values"],
         value_clip_coef=config.value_clip_coef,
     )
-    return {**stats, "grad_norm": learn(policy, optimizer, loss, config)}  # before clipping
+    return {**stats, "grad_norm": optimizer_step(policy, optimizer, loss, config)}  # before clipping
 
 
 def train_policy(
@@ -355,16 +360,16 @@ def train_policy(
     config: RLHFConfig,
     first: int = 0,
 ) -> Iterator[Step]:
-    """Stage 3: PPO on what the reward model likes, from update `first` on. `kl_coef` () moves with `--kl-target`."""
+    """Stage 3: PPO on the reward model's scores, from update `first` on. `kl_coef` () moves with `--kl-target`."""
     device = prompts.tokens.device
     for update in range(first, config.num_updates):
         rate = set_rate(optimizer, config.learning_rate, update / config.num_updates if config.anneal_lr else 0)
-        begun = prompts.rows(torch.randint(len(prompts.tokens), (config.batch_size,), device=device))
-        texts, log_probs, values = write(policy, begun)
+        drawn = prompts.rows(torch.randint(len(prompts.tokens), (config.batch_size,), device=device))
+        texts, log_probs, values = generate(policy, drawn)
         written = texts.written
         with torch.no_grad():
-            scores = judged(reward, texts)
-            log_ratio = (log_probs - said_of(reference, texts.tokens)[1]).where(written, 0.0)
+            scores = reward_scores(reward, texts)
+            log_ratio = (log_probs - token_log_probs(reference, texts.tokens)[1]).where(written, 0.0)
         rewards = token_rewards(scores, log_ratio, written, kl_coef.item())
         used = whitened(rewards, written) if config.whiten_rewards else rewards
         advantages, returns = text_advantages(used, values, written, config.gamma, config.gae_lambda)
@@ -372,18 +377,18 @@ def train_policy(
         samples = {"tokens": texts.tokens, "written": written, "log_probs": log_probs, "values": values}
         samples |= {"advantages": advantages, "returns": returns}
         history = [
-            gradient_step(policy, optimizer, config, samples, chosen)
+            gradient_step(policy, optimizer, config, samples, indices)
             for _ in range(config.update_epochs)
-            for chosen in torch.randperm(config.batch_size, device=device).split(config.minibatch_size)
+            for indices in torch.randperm(config.batch_size, device=device).split(config.minibatch_size)
         ]
         losses = mean_losses(history)
         require_finite_losses(losses, "update", update + 1)
         losses["losses/explained_variance"] = explained_variance(values[written], returns[written])
-        about = {**described(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}
+        metrics = {**text_metrics(texts, scores, log_ratio, vocabulary), "charts/kl_coef": kl_coef.item()}
         if config.kl_target is not None:
-            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), about["texts/kl"], config.kl_target))
+            kl_coef.fill_(adapted_kl_coef(kl_coef.item(), metrics["texts/kl"], config.kl_target))
         sums, lengths = rewards.sum(dim=1).tolist(), written.sum(dim=1).tolist()
-        yield {**losses, **about, "charts/learning_rate": rate}, list(map(Episode, range(len(sums)), sums, lengths))
+        yield {**losses, **metrics, "charts/learning_rate": rate}, list(map(Episode, range(len(sums)), sums, lengths))
 
 
 def train(
@@ -394,12 +399,12 @@ def train(
     Args:
         config: the settings.
         run_dir: where checkpoints and TensorBoard events go; None writes nothing.
-        resume: go on from the checkpoint in `run_dir`, as if the run had not stopped.
+        resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: if a file, the device or the run directory will not do.
-        KeyboardInterrupt: after saving, at Ctrl-C; its subclass `Stopped` at SIGTERM, SIGHUP or when nobody listens.
+        ConfigError: if a file, the device or the run directory can't be used.
+        KeyboardInterrupt: on Ctrl-C, after saving; its subclass `Stopped` on SIGTERM, SIGHUP or a closed stderr.
     """
     require_one_process("RLHF")
     torch_device = select_device(device)

@@ -135,14 +135,14 @@ class Texts(NamedTuple):
     """Texts as rows of tokens: `END`, a prompt that may be empty, what follows it, and `END` as far as the row goes."""
 
     tokens: Tensor  # (N, L) whole numbers
-    prompt: Tensor  # (N,) tokens up to the end of the prompt, the first `END` included
+    prompt_length: Tensor  # (N,) tokens up to the end of the prompt, the first `END` included
     length: Tensor  # (N,) tokens of the whole text, both `END` included; one that was cut has none behind it
 
     @property
     def written(self) -> Tensor:
         """Which tokens were chosen: (N, L - 1), True at t where token t + 1 belongs to what follows the prompt."""
         t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
-        return (t >= self.prompt[:, None] - 1) & (t < self.length[:, None] - 1)
+        return (t >= self.prompt_length[:, None] - 1) & (t < self.length[:, None] - 1)
 
     def rows(self, chosen: Any) -> "Texts":
         """Return some of them."""
@@ -231,7 +231,7 @@ class Vocabulary:
             return bytes(number - 1 for number in numbers).decode(errors="replace")
         return (" " if self.kind == "words" else "").join(self.tokens[number - 1] for number in numbers)
 
-    def in_words(self, texts: Texts) -> list[str]:
+    def decode_all(self, texts: Texts) -> list[str]:
         """Return texts in words, prompt and all."""
         return [self.decode(row[:end]) for row, end in zip(texts.tokens.tolist(), texts.length.tolist(), strict=True)]
 
@@ -243,7 +243,7 @@ def words_of_the_grammar() -> Vocabulary:
     )
 
 
-def as_rows(pairs: list[tuple[list[int], list[int]]], context: int) -> Texts:
+def padded(pairs: list[tuple[list[int], list[int]]], context: int) -> Texts:
     """Return texts (prompt, rest) as rows of `context` tokens. One that fills its row has no `END` behind it.
 
     Args:
@@ -266,7 +266,7 @@ def reviews(number: int, context: int, seed: int) -> Texts:
         raise ConfigError(f"--context must be at least {LONGEST + 2} tokens for the grammar's reviews, not {context}")
     rng, vocabulary = random.Random(seed), words_of_the_grammar()
     texts = (write_review(rng) for _ in range(number))
-    return as_rows([(vocabulary.encode(opening), vocabulary.encode(rest)) for opening, rest in texts], context)
+    return padded([(vocabulary.encode(opening), vocabulary.encode(rest)) for opening, rest in texts], context)
 
 
 def read_corpus(path: Path, kind: str, context: int) -> tuple[Vocabulary, Texts]:
@@ -281,7 +281,7 @@ def read_corpus(path: Path, kind: str, context: int) -> tuple[Vocabulary, Texts]
     if not numbers:
         raise ConfigError(f"--text must be a file with some text in it, and {path} has none")
     size = context - 1
-    return vocabulary, as_rows(
+    return vocabulary, padded(
         [([], line[i : i + size]) for line in numbers for i in range(0, len(line), size)], context
     )
 
@@ -304,7 +304,7 @@ def read_pairs(path: Path, vocabulary: Vocabulary, context: int, seed: int) -> P
         raise ConfigError(f"--preferences must be a file of at least two pairs, and {path} has {len(pairs) or 'none'}")
     random.Random(seed).shuffle(pairs)
     chosen, rejected = (
-        as_rows([(pair["prompt"], pair[key]) for pair in pairs], context) for key in ("chosen", "rejected")
+        padded([(pair["prompt"], pair[key]) for pair in pairs], context) for key in ("chosen", "rejected")
     )
     return Pairs(chosen, rejected, max(1, len(pairs) // 10), math.nan)
 
@@ -346,7 +346,7 @@ def rated_pairs(first: Texts, second: Texts, vocabulary: Vocabulary, sharpness: 
 
     That is Bradley and Terry's model (1952): the closer two texts are, the more often the worse one is preferred.
     """
-    scores = [torch.tensor([hidden_score(text) for text in vocabulary.in_words(texts)]) for texts in (first, second)]
+    scores = [torch.tensor([hidden_score(text) for text in vocabulary.decode_all(texts)]) for texts in (first, second)]
     better = scores[0] - scores[1]
     chosen = torch.rand(len(better)) < torch.sigmoid(sharpness * better)
     right = (chosen == (better > 0)).float().where(better != 0, 0.5)[:held_out].mean().item()
@@ -355,12 +355,12 @@ def rated_pairs(first: Texts, second: Texts, vocabulary: Vocabulary, sharpness: 
     return Pairs(both.rows((which, row)), both.rows((1 - which, row)), held_out, right)
 
 
-def described(texts: Texts, scores: Tensor, log_ratio: Tensor, vocabulary: Vocabulary) -> dict[str, float]:
+def text_metrics(texts: Texts, scores: Tensor, log_ratio: Tensor, vocabulary: Vocabulary) -> dict[str, float]:
     """Return means over texts, by TensorBoard's tags: the reward model's scores (N,), log pi - log p_reference (N, T)
     summed over a text, and of the grammar's words the hidden rule's score and the share that the grammar accepts."""
     about = {"texts/reward_score": scores.mean().item(), "texts/kl": log_ratio.sum(dim=1).mean().item()}
     if vocabulary.kind == "words":
-        in_words = vocabulary.in_words(texts)
+        in_words = vocabulary.decode_all(texts)
         about["texts/hidden_score"] = statistics.fmean(map(hidden_score, in_words))
         about["texts/grammatical"] = statistics.fmean(map(is_grammatical, in_words))
     return about

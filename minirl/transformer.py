@@ -16,17 +16,17 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.queries_keys_values, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, L, width), and keys and values of tokens before -> (B, L, width), and those of all tokens."""
-        heads = self.queries_keys_values(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, width / heads) each
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
-        x = x + self.mixed(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
+        x = x + self.projection(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x)), (keys, values)
 
 
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 
     def __init__(self, num_tokens: int, context: int, width: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(num_tokens, width), nn.Embedding(context, width)
+        self.token_embedding, self.position_embedding = nn.Embedding(num_tokens, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         for weight in self.parameters():
@@ -59,7 +59,9 @@ class Transformer(nn.Module):
         first, and then one at a time.
         """
         start = cache[0][0].shape[2] if cache else 0
-        x = self.token(tokens) + self.position(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        x = self.token_embedding(tokens) + self.position_embedding(
+            torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        )
         past: list[Any] = list(cache) if cache else [None] * len(self.blocks)
         for number, block in enumerate(self.blocks):
             x, past[number] = block(x, past[number])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minirl import ppo
-from minirl.distributed import attempt, my_share, num_ranks, rank
+from minirl.distributed import attempt, my_share, rank, world_size
 from minirl.envs.make import make_vector_env
 from minirl.scripts.train import run_training
 
@@ -49,16 +49,17 @@ def draw_as_two_ranks() -> None:
     draws, epochs = itertools.count(), itertools.count()
 
     def rand_like(values: Tensor) -> Tensor:
-        rows = len(values) * num_ranks()
+        rows = len(values) * world_size()
         return torch.rand((rows, *values.shape[1:]), generator=seeded(next(draws)))[my_share(rows)]
 
     def randperm(size: int, device: Any) -> Tensor:
         """Of all ranks' samples (T, N): each minibatch is one half of the first rank's, one of the second's."""
         epoch = next(epochs)
         orders = [
-            draw_order(size * num_ranks() // RANKS, generator=seeded(RANKS * epoch + number)) for number in range(RANKS)
+            draw_order(size * world_size() // RANKS, generator=seeded(RANKS * epoch + number))
+            for number in range(RANKS)
         ]
-        if num_ranks() == RANKS:
+        if world_size() == RANKS:
             return orders[rank()]
         envs = NUM_ENVS // RANKS
         for number, order in enumerate(orders):

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from minirl.dqn import Target
+from minirl.dqn import TargetUpdate
 from minirl.envs.make import make_vector_env
 from minirl.fast.small import InTraining
 
@@ -29,10 +29,10 @@ def _set_mode(context: InTraining, training: bool) -> None:
     context.network.train(training)
 
 
-class _MovedOneByOne(Target):
+class _MovedOneByOne(TargetUpdate):
     @torch.no_grad()
     def update(self) -> None:
-        for mine, other in zip(self.mine, self.others, strict=True):
+        for mine, other in zip(self.target_weights, self.online_weights, strict=True):
             mine.lerp_(other, self.tau)
         for mine, other in self.buffers:
             mine.copy_(other)
@@ -64,13 +64,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "frames-once": {"minirl.envs.workers.shows_stacks": lambda env: False},
     "halves": {"minirl.ppo.make_vector_env": _not_in_halves},
     "modes": {"minirl.fast.small.InTraining._set": _set_mode},
-    "numbers-once": {"minirl.fast.spelling.ARITHMETIC": ()},
+    "numbers-once": {"minirl.fast.rewrites.ARITHMETIC": ()},
     "numpy": {"minirl.fast.small.FEW": 0},
-    "one-call-target": {"minirl.dqn.Target": _MovedOneByOne},
+    "one-call-target": {"minirl.dqn.TargetUpdate": _MovedOneByOne},
     "one-thread-beside": {"minirl.ppo.one_thread": contextlib.nullcontext},
     "one-thread-small": {"minirl.fast.machine.SMALL": 0},
     "onednn": {"minirl.fast.passes.onednn_is_faster": lambda: False},
-    "products": {"minirl.fast.spelling.FEW": 0},
+    "products": {"minirl.fast.rewrites.FEW": 0},
     "rounded-weights": {"minirl.ppo.rounded_weights": lambda network, precision: contextlib.nullcontext()},
     "skip-and-shrink": {"minirl.envs.atari.why_not_faster": lambda layers: "it is switched off"},
     "turns": {"minirl.fast.turns.available_cores": lambda: 1_000_000},

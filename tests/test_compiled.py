@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from minirl.fast import passes
 from minirl.fast.compiled import Compiled, compiled, is_whole, that_can_change
 from minirl.fast.passes import products_by_onednn
-from minirl.fast.spelling import FEW, StandIn, Steppable, Traceable
+from minirl.fast.rewrites import FEW, StandIn, Steppable, Traceable
 from tests.weights import parameters
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
@@ -504,9 +504,9 @@ def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
     weight.grad = torch.zeros(1)
     steppable = Steppable(torch.optim.SGD([weight], lr=0.5))
     steppable.prepare()
-    spelling = Traceable(steppable.parameters)
-    optimizer = StandIn(steppable, spelling)
-    with spelling:
+    rewritten = Traceable(steppable.parameters)
+    optimizer = StandIn(steppable, rewritten)
+    with rewritten:
         (2 * weight).sum().backward()
         (weight**2).sum().backward()
         assert weight.grad.item() == 2 + 6
@@ -514,7 +514,7 @@ def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
         assert weight.item() == 3 - 0.5 * 8
         optimizer.zero_grad()
         assert weight.grad.item() == 0
-        spelling.reached.clear()
+        rewritten.reached.clear()
         with pytest.raises(RuntimeError, match="had a gradient has none"):
             optimizer.step()
         weight.grad = None

@@ -25,8 +25,8 @@ from minirl.networks import (
     Gaussian,
     NormalizeObservation,
     NormalizeReward,
-    RunningMoments,
-    policy_over,
+    RunningMeanStd,
+    action_distribution,
 )
 from minirl.plots.of_run import draw_picture
 from minirl.ppo import ActorCritic, PPOConfig, choose_actions, train
@@ -136,7 +136,7 @@ def test_bits_by_hand() -> None:
 def test_draws_are_as_likely_as_they_should_be(name: str) -> None:
     torch.manual_seed(0)
     space = ACTIONS[name]
-    size, make = policy_over(space)
+    size, make = action_distribution(space)
     numbers, log_std = torch.randn(size) * 0.7, torch.randn(space.shape or ()) * 0.5
     many = numbers.expand(40_000, size)
     policy = make(many, log_std) if isinstance(space, gym.spaces.Box) else make(many)
@@ -233,9 +233,9 @@ def test_a_video_takes_the_actions_that_training_takes(monkeypatch: pytest.Monke
 def test_moments_are_those_of_the_whole_history() -> None:
     rng = np.random.default_rng(0)
     history = rng.normal([3, -1e6, 0, 1e-4], [0.5, 2, 1e4, 1e-6], (500, 4))
-    moments = RunningMoments((4,))
+    moments = RunningMeanStd((4,))
     for piece in np.split(history, [1, 2, 50, 333]):
-        moments.take_in(torch.from_numpy(piece))
+        moments.update(torch.from_numpy(piece))
         seen = history[: int(moments.count)]
         np.testing.assert_allclose(moments.mean, seen.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(moments.variance, seen.var(axis=0), rtol=1e-7, atol=1e-20)
@@ -246,7 +246,7 @@ def test_observations_are_scaled_clipped_and_nothing_else_changes_the_statistics
     normalize = NormalizeObservation((3,))
     obs = torch.tensor([[1.0, 5.0, 100.0], [3.0, 5.0, -100.0]])
     assert normalize(obs).tolist() == [[1, 5, 10], [3, 5, -10]], "nothing taken in: clipped only"
-    normalize.take_in(obs)  # means 2, 5 and 0, variances 1, 0 and 10,000
+    normalize.update(obs)  # means 2, 5 and 0, variances 1, 0 and 10,000
     scaled = normalize(torch.tensor([[4.0, 5.0, 50.0], [2.0, 6.0, -5000.0]]))
     torch.testing.assert_close(scaled, torch.tensor([[2.0, 0.0, 0.5], [0.0, 10.0, -10.0]]))
     assert scaled.dtype == torch.float32

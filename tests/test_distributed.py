@@ -22,11 +22,11 @@ from minirl import distributed
 from minirl.checks import ConfigError
 from minirl.distributed import (
     RankError,
-    at_rank_0,
+    all_gather,
     average_gradients,
-    from_rank_0,
-    gathered,
-    largest,
+    broadcast_from_rank_0,
+    gather_to_rank_0,
+    max_over_ranks,
     mean_over_ranks,
     my_share,
     require_one_process,
@@ -60,7 +60,7 @@ def one_of_one() -> Iterator[None]:
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
     monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "num_ranks", lambda: ranks)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
 
 
 def test_alone_a_process_gets_back_what_it_gave() -> None:
@@ -68,8 +68,13 @@ def test_alone_a_process_gets_back_what_it_gave() -> None:
     weight = nn.Parameter(values)
     weight.grad = values
     average_gradients(torch.optim.SGD([weight]))
-    assert gathered(values) is mean_over_ranks(values) is weight.grad is values
-    assert (my_share(8), largest(7), at_rank_0("x"), from_rank_0(lambda: 3)) == (slice(0, 8), 7, ["x"], 3)
+    assert all_gather(values) is mean_over_ranks(values) is weight.grad is values
+    assert (my_share(8), max_over_ranks(7), gather_to_rank_0("x"), broadcast_from_rank_0(lambda: 3)) == (
+        slice(0, 8),
+        7,
+        ["x"],
+        3,
+    )
 
 
 def test_a_share_is_a_part_of_the_whole_that_no_other_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +115,8 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_of_one")
 def test_what_goes_through_a_group_comes_back_in_its_shape() -> None:
     values = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(gathered(values), values)
-    assert torch.equal(gathered(values > 3), values > 3)
+    assert torch.equal(all_gather(values), values)
+    assert torch.equal(all_gather(values > 3), values > 3)
     weights = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4,))]
     weights[0].grad, weights[2].grad = torch.arange(6.0).reshape(2, 3), torch.full((4,), 7.0)
     weights[0].grad = weights[0].grad.T.contiguous().T  # as channels-last images lie
@@ -119,9 +124,9 @@ def test_what_goes_through_a_group_comes_back_in_its_shape() -> None:
     assert weights[0].grad.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert weights[1].grad is None
     assert weights[2].grad.tolist() == [7] * 4
-    assert (largest(7), at_rank_0("x"), from_rank_0(lambda: 3)) == (7, ["x"], 3)
+    assert (max_over_ranks(7), gather_to_rank_0("x"), broadcast_from_rank_0(lambda: 3)) == (7, ["x"], 3)
     with pytest.raises(ConfigError, match="so it is"):
-        from_rank_0(raise_error)
+        broadcast_from_rank_0(raise_error)
 
 
 def raise_error() -> None:
@@ -130,10 +135,10 @@ def raise_error() -> None:
 
 def test_advantages_are_normalised_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, others = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
-    monkeypatch.setattr("minirl.ppo.gathered", lambda values: torch.cat([others, values]))
+    monkeypatch.setattr("minirl.ppo.all_gather", lambda values: torch.cat([others, values]))
     # All four: mean 3, squared distances 0, 9, 4, 1, sum 14, divided by 3.
     torch.testing.assert_close(normalized(mine), torch.tensor([-2.0, -1.0]) / (14 / 3) ** 0.5)
-    monkeypatch.setattr("minirl.ppo.gathered", lambda values: torch.full((6,), 0.1))
+    monkeypatch.setattr("minirl.ppo.all_gather", lambda values: torch.full((6,), 0.1))
     assert normalized(torch.full((2,), 0.1)).tolist() == [0, 0], "to the last bit"
 
 
@@ -148,7 +153,7 @@ def test_environments_are_dealt_out_to_another_number_of_ranks(
         "global_step": 5,
     }
     for ranks, states in ((2, "def"), (3, "cd")):
-        monkeypatch.setattr("minirl.runs.resume.num_ranks", lambda ranks=ranks: ranks)
+        monkeypatch.setattr("minirl.runs.resume.world_size", lambda ranks=ranks: ranks)
         monkeypatch.setattr("minirl.runs.resume.rank", lambda: 1)
         as_rank(monkeypatch, 1, ranks)
         mine = of_this_rank(saved, 1)
@@ -167,7 +172,7 @@ def test_a_checkpoint_is_of_weights_that_all_ranks_have(
 ) -> None:
     weights = torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 2 * change, 2.0])
     checksums = [zlib.crc32(weight.numpy().tobytes()) for weight in weights]
-    monkeypatch.setattr("minirl.runs.run.num_ranks", lambda: 2)
+    monkeypatch.setattr("minirl.runs.run.world_size", lambda: 2)
     monkeypatch.setattr("minirl.runs.run.largest", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1]))
     with contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="different weights"):
         require_same_weights({"model": {"weight": weights[0]}})
@@ -181,7 +186,7 @@ def test_a_signal_that_comes_while_ranks_agree_on_one_is_not_lost(monkeypatch: p
             run._on_signal(signal.SIGINT, None)
             return number
 
-        monkeypatch.setattr("minirl.runs.run.num_ranks", lambda: 2)
+        monkeypatch.setattr("minirl.runs.run.world_size", lambda: 2)
         monkeypatch.setattr("minirl.runs.run.some_rank_failed", lambda: False)
         monkeypatch.setattr("minirl.runs.run.largest", agree)
         run.checkpoint(1, dict)

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from minirl.checks import ConfigError
-from minirl.dqn import Clock, DQNConfig, QNetwork, double_dqn_target, dqn_loss, epsilon_at, passed, target_updates_due
+from minirl.dqn import (
+    Clock,
+    DQNConfig,
+    QNetwork,
+    double_dqn_target,
+    dqn_loss,
+    epsilon_at,
+    target_updates_due,
+    times_due,
+)
 
 CARTPOLE = gym.make("CartPole-v1").observation_space
 PIXELS = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -110,7 +119,7 @@ def test_the_notebooks_epsilon() -> None:
     [(1, 4, 5, 1), (4, 3, 4, 1), (4, 4, 5, 0), (4, 0, 8, 2), (4, 7, 15, 2), (9, 0, 8, 0)],
 )
 def test_how_often_a_multiple_is_passed(every: int, before: int, now: int, times: int) -> None:
-    assert passed(every, before, now) == times
+    assert times_due(every, before, now) == times
 
 
 def test_the_target_is_due_by_steps_or_by_episodes() -> None:

@@ -20,7 +20,7 @@ from minirl.dqn import (
     Clock,
     DQNConfig,
     QNetwork,
-    Target,
+    TargetUpdate,
     epsilon_greedy,
     expected_steps,
     gradient_step,
@@ -32,7 +32,7 @@ from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.evaluate import main as evaluate_main
 from minirl.replay import ReplayBuffer
-from minirl.results.play import Judge
+from minirl.results.play import Evaluator
 from minirl.runs.checkpoints import BEST_FILE, load_checkpoint
 from minirl.runs.losses import RecentLosses
 from minirl.runs.run import Run
@@ -126,7 +126,7 @@ class Calls:
         self.targets: list[int] = []
         self.rates: list[float] = []
         self.added = 0
-        add, update_target = ReplayBuffer.add, Target.update
+        add, update_target = ReplayBuffer.add, TargetUpdate.update
 
         def spy_add(buffer: ReplayBuffer, *arrays: Any) -> None:
             self.added += config.num_envs
@@ -140,13 +140,13 @@ class Calls:
             assert not arguments[1].training
             return gradient_step(*arguments)
 
-        def spy_target(target: Target) -> None:
+        def spy_target(target: TargetUpdate) -> None:
             self.targets.append(self.added)
             update_target(target)
 
         monkeypatch.setattr(ReplayBuffer, "add", spy_add)
         monkeypatch.setattr("minirl.dqn.gradient_step", spy_step)
-        monkeypatch.setattr(Target, "update", spy_target)
+        monkeypatch.setattr(TargetUpdate, "update", spy_target)
         train(config, device="cpu")
 
 
@@ -277,7 +277,7 @@ def test_best_is_the_network_of_its_step_and_only_a_better_one_replaces_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([3.0, 9.0, 9.0])
-    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: next(scores))
+    monkeypatch.setattr(Evaluator, "mean_return", lambda evaluator, policy, global_step, to_beat: next(scores))
     last = train(TINY, run_dir=tmp_path / "run", device="cpu")
     best = load_checkpoint(tmp_path / "run", "dqn", "model", file=BEST_FILE)
     assert (best["global_step"], best["best_return"]) == (50, 9.0)
@@ -346,7 +346,7 @@ def test_what_is_later_than_the_checkpoint_does_not_survive_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = {25: 3.0, 40: 1.0, 50: 9.0, 60: 5.0, 74: 8.0}
-    monkeypatch.setattr(Judge, "mean_return", lambda judge, policy, global_step, to_beat: scores[global_step])
+    monkeypatch.setattr(Evaluator, "mean_return", lambda evaluator, policy, global_step, to_beat: scores[global_step])
     checkpoint = Run.checkpoint
 
     def killed(run: Run, global_step: int, *arguments: Any, **options: Any) -> None:

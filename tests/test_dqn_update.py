@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minirl.dqn import DQNConfig, QNetwork, Target, double_dqn_target, dqn_loss, gradient_step, make_q_network
+from minirl.dqn import DQNConfig, QNetwork, TargetUpdate, double_dqn_target, dqn_loss, gradient_step, make_q_network
 from minirl.envs.make import make_vector_env
 from minirl.fast.compiled import Compiled, compiled
 from minirl.replay import Batch
@@ -42,7 +42,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.learning_rate, fused=True)
         bound = (self.online, self.target, self.optimizer, config, torch.float32)
         self.step = compiled(gradient_step, *bound, enabled=config.compiles)
-        self.target_step = Target(self.target, self.online, config.tau)
+        self.target_step = TargetUpdate(self.target, self.online, config.tau)
 
     def update(self, batch: Batch, learning_rate: float) -> dict[str, torch.Tensor]:
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -185,7 +185,7 @@ def test_buffers_are_copied_whatever_tau_is(tau: float) -> None:
     """Running means of batch norm, say, which an own network may have."""
     online, target = (torch.nn.BatchNorm1d(2) for _ in range(2))
     online(torch.randn(8, 2) + 5)
-    Target(target, online, tau).update()
+    TargetUpdate(target, online, tau).update()
     assert online.running_mean is not None
     assert target.running_mean is not None
     assert torch.equal(target.running_mean, online.running_mean)

@@ -15,7 +15,7 @@ from minirl.dqn import DQNConfig
 from minirl.dqn import train as train_dqn
 from minirl.fast import gpu
 from minirl.fast.compiled import compiled
-from minirl.fast.gpu import MOST, PLAIN_CALLS, Replayed, fetch, replayed, send
+from minirl.fast.gpu import MOST, PLAIN_CALLS, Replayed, cuda_graphed, fetch_async, to_device
 from minirl.ppo import PPOConfig, compute_gae, train
 from minirl.runs.checkpoints import load_parts
 from tests.weights import parameters
@@ -166,7 +166,7 @@ def learned(device: str, *, enabled: bool) -> tuple[Tensor, Tensor]:
     returned = []
     for number in range(10):
         if number in (0, 8):
-            inputs = send(torch.randn(32, 4), torch.device(device))
+            inputs = to_device(torch.randn(32, 4), torch.device(device))
         if number == 6:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
@@ -203,7 +203,7 @@ def test_a_compiled_step_that_is_replayed_is_the_plain_one(device: str, recordin
 
 
 def test_advantages_are_replayed_bit_for_bit(device: str, recordings: list[str]) -> None:
-    gae = replayed(compute_gae, torch.device(device))
+    gae = cuda_graphed(compute_gae, torch.device(device))
     torch.manual_seed(0)
     for number in range(6):
         num_envs = 2 if number < 5 else 3  # another shape is another recording
@@ -218,16 +218,16 @@ def test_advantages_are_replayed_bit_for_bit(device: str, recordings: list[str])
 
 def test_on_other_devices_a_function_is_itself(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr("minirl.fast.gpu.RECORDED", ())
-    assert replayed(compute_gae, torch.device(device)) is compute_gae
+    assert cuda_graphed(compute_gae, torch.device(device)) is compute_gae
 
 
 def test_what_is_sent_and_fetched_arrives(device: str) -> None:
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     images = images.contiguous(memory_format=torch.channels_last)
-    there = send(images, torch.device(device))
+    there = to_device(images, torch.device(device))
     assert there.device.type == device
     assert there.stride() == images.stride()
-    arrived = fetch(there + 1)
+    arrived = fetch_async(there + 1)
     assert (arrived() == images.numpy() + 1).all()
     if device == "cpu":
         assert there is images, "no copy"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minirl.fast.compiled import compiled, that_can_change
-from minirl.fast.spelling import Traceable
+from minirl.fast.rewrites import Traceable
 
 
 class Thing:

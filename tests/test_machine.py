@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from minirl.fast.machine import (
-    Head,
+    Float32Linear,
+    autocast,
     keep_freed_memory,
     one_thread,
-    products_in,
     rounded_weights,
     tuned,
 )
@@ -75,10 +75,12 @@ def test_elsewhere_memory_is_left_alone(platform_name: str, monkeypatch: pytest.
 
 def test_weights_are_rounded_once_and_are_themselves_again_afterwards() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Head(8, 2))
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Float32Linear(8, 2)
+    )
     images = torch.randn(3, 1, 4, 4)
     before = [weight.detach().clone() for weight in network.parameters()]
-    with torch.no_grad(), products_in(torch.bfloat16, images.device):
+    with torch.no_grad(), autocast(torch.bfloat16, images.device):
         expected = network(images)
         with rounded_weights(network, torch.bfloat16):
             assert network[0].weight.dtype == network[3].weight.dtype == torch.bfloat16

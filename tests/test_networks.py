@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError
 from minirl.dqn import QNetwork
-from minirl.fast.machine import Head, has_fast_bfloat16, products_in, select_device, select_precision
+from minirl.fast.machine import Float32Linear, autocast, has_fast_bfloat16, select_device, select_precision
 from minirl.networks import (
     Categorical,
     NatureCNN,
@@ -183,7 +183,7 @@ def test_bfloat16_changes_the_values_to_rounding_and_leaves_them_weights_and_gra
     exact.square().mean().backward()
     gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad()
-    with products_in(torch.bfloat16, CPU):
+    with autocast(torch.bfloat16, CPU):
         rounded = network(images)
     rounded.square().mean().backward()
     assert rounded.dtype == torch.float32
@@ -194,12 +194,12 @@ def test_bfloat16_changes_the_values_to_rounding_and_leaves_them_weights_and_gra
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         assert ((parameter.grad - gradient).norm() / gradient.norm()).item() < 0.05
-    with products_in(torch.float32, CPU):
+    with autocast(torch.float32, CPU):
         assert torch.equal(network(images), exact)
 
 
 def test_a_head_is_exact_under_autocast_and_a_linear_layer_otherwise() -> None:
-    head, features = Head(3, 2), torch.randn(5, 3)
+    head, features = Float32Linear(3, 2), torch.randn(5, 3)
     expected = nn.functional.linear(features, head.weight, head.bias)
     assert torch.equal(head(features), expected)
     with torch.autocast("cpu", torch.bfloat16):

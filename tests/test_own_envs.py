@@ -22,9 +22,9 @@ from minirl.envs.ids import is_box2d
 from minirl.envs.make import make_env
 from minirl.envs.state import CantCapture, capture, decode, encode, restore
 from minirl.evaluate import evaluate
-from minirl.runs import copies
+from minirl.runs import restore_check
 from minirl.runs.checkpoints import load_checkpoint, save_checkpoint
-from minirl.runs.copies import how_a_copy_differs
+from minirl.runs.restore_check import how_a_copy_differs
 from tests.fake_envs import Faulty
 from tests.own_envs import (
     EXACT,
@@ -71,7 +71,7 @@ KILLS = {"ppo": 3, "dqn": 60, "q_learning": 30}  # calls of `Run.checkpoint`, of
 def _time_enough(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """To try out a copy, on a busy machine too."""
     if "seconds" not in request.fixturenames:
-        monkeypatch.setattr(copies, "PATIENCE", 60.0)
+        monkeypatch.setattr(restore_check, "PATIENCE", 60.0)
 
 
 def config_of(algorithm: str, name: str, **settings: Any) -> tuple[Any, Any]:
@@ -185,7 +185,7 @@ def test_a_slow_environment_is_tried_for_less_than_a_second(
     seconds: float, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("minirl.runs.copies.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("minirl.runs.restore_check.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("tests.own_envs.time.sleep", lambda seconds: clock.append(clock.pop() + seconds))
     assert bool(how_a_copy_differs(functools.partial(Hidden, seconds=seconds))) == found
     assert 0 < clock[0] < 1

@@ -12,12 +12,12 @@ from torch import Tensor
 from minirl import rlhf
 from minirl.ppo import compute_gae, ppo_loss
 from minirl.rlhf import LanguageModel, RLHFConfig, Step
-from minirl.texts import END, Pairs, Texts, Vocabulary, as_rows, reviews, words_of_the_grammar
+from minirl.texts import END, Pairs, Texts, Vocabulary, padded, reviews, words_of_the_grammar
 
 SMALL = RLHFConfig(
     context=10, width=8, num_layers=2, num_heads=2, batch_size=4, minibatch_size=2, num_episodes=8, update_epochs=2
 )
-PROMPTS = as_rows([([], []), ([3], []), ([2, 1, 4], []), ([5, 5], [])], 10)
+PROMPTS = padded([([], []), ([3], []), ([2, 1, 4], []), ([5, 5], [])], 10)
 
 
 def column(*numbers: float) -> Tensor:
@@ -131,7 +131,7 @@ def test_advantages_of_texts_of_different_lengths_are_those_of_each_alone() -> N
 
 
 def test_what_was_written_of_a_row() -> None:
-    texts = as_rows([([7, 8], [9]), ([], [7, 8, 9, 7]), ([7], [8, 9, 7, 8])], 6)
+    texts = padded([([7, 8], [9]), ([], [7, 8, 9, 7]), ([7], [8, 9, 7, 8])], 6)
     assert texts.tokens.tolist() == [[0, 7, 8, 9, 0, 0], [0, 7, 8, 9, 7, 0], [0, 7, 8, 9, 7, 8]]
     assert texts.length.tolist() == [5, 6, 6], "the last was cut: no END"
     # at t where token t + 1 was chosen: 9 and END; all five; all but the prompt
@@ -168,7 +168,7 @@ def test_the_output_is_tied_to_the_embedding_and_scores_start_at_0() -> None:
     tokens = torch.randint(6, (2, 10))
     distribution, scores = model(tokens)
     features = model.body(tokens)
-    torch.testing.assert_close(distribution.logits, (features @ model.body.token.weight.T).log_softmax(-1))
+    torch.testing.assert_close(distribution.logits, (features @ model.body.token_embedding.weight.T).log_softmax(-1))
     assert torch.equal(scores, torch.zeros(2, 10))
     assert not any(isinstance(module, torch.nn.Dropout) for module in model.modules())
 
@@ -181,17 +181,18 @@ def test_writing_and_learning_agree_on_every_token(device: str) -> None:
         torch.nn.init.normal_(weight, std=0.4)
     model = model.to(device)
     prompts = PROMPTS.rows(torch.arange(64) % 4).to(torch.device(device))
-    texts, log_probs, values = rlhf.write(model, prompts)
-    distribution, expected, expected_values = rlhf.said_of(model, texts.tokens)
+    texts, log_probs, values = rlhf.generate(model, prompts)
+    distribution, expected, expected_values = rlhf.token_log_probs(model, texts.tokens)
     written = texts.written
     assert len(set(texts.length.tolist())) > 3, "some are short, some are cut"
     torch.testing.assert_close(log_probs[written], expected[written], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(values[written], expected_values[written], atol=1e-4, rtol=1e-4)
-    for row, prompt, end in zip(texts.tokens.tolist(), prompts.prompt.tolist(), texts.length.tolist(), strict=True):
+    rows = zip(texts.tokens.tolist(), prompts.prompt_length.tolist(), texts.length.tolist(), strict=True)
+    for row, prompt, end in rows:
         assert END not in row[prompt : end - 1]
         assert row[end - 1] == END or end == 10
         assert row[end:] == [END] * (10 - end)
-    given = torch.arange(10, device=device) < prompts.prompt[:, None]
+    given = torch.arange(10, device=device) < prompts.prompt_length[:, None]
     assert torch.equal(texts.tokens[given], prompts.tokens[given])
     assert distribution.logits.shape == (64, 9, 6)
 
@@ -200,14 +201,15 @@ def test_the_penalty_is_the_kl_divergence_in_expectation() -> None:
     """Over all texts of two tokens, the mean of the sum of log pi - log p is the KL divergence of the whole texts."""
     policy, reference = small_model(3, seed=0), small_model(3, seed=1)
     texts = torch.tensor([[END, *rest] for rest in itertools.product(range(3), repeat=2)])
-    log_pi, log_p = (rlhf.said_of(model, texts)[1] for model in (policy, reference))
+    log_pi, log_p = (rlhf.token_log_probs(model, texts)[1] for model in (policy, reference))
     pi = log_pi.sum(1).exp()
     assert pi.sum().item() == pytest.approx(1)
     whole = (pi * (log_pi.sum(1) - log_p.sum(1))).sum()
     rewards = rlhf.token_rewards(torch.zeros(9).double(), log_pi - log_p, torch.ones(9, 2, dtype=torch.bool), 1.0)
     assert (pi * rewards.sum(1)).sum().item() == pytest.approx(-whole.item())
     # token by token: the first token's divergence, and the second's in expectation over the first
-    first, second = ([d.logits[:, t] for d in (rlhf.said_of(m, texts)[0] for m in (policy, reference))] for t in (0, 1))
+    said = [rlhf.token_log_probs(model, texts)[0].logits for model in (policy, reference)]
+    first, second = ([logits[:, t] for logits in said] for t in (0, 1))
     by_token = sum(
         (pi * ((one.exp() * (one - other)).sum(-1))).sum().item() for one, other in (tuple(first), tuple(second))
     )
@@ -216,20 +218,20 @@ def test_the_penalty_is_the_kl_divergence_in_expectation() -> None:
 
 def test_a_text_is_judged_by_its_last_token_whatever_is_behind() -> None:
     model = small_model()
-    texts = as_rows([([1, 2], [3]), ([], [4, 5, 1, 2, 3, 4])], 10)
-    scores = rlhf.judged(model, texts)
+    texts = padded([([1, 2], [3]), ([], [4, 5, 1, 2, 3, 4])], 10)
+    scores = rlhf.reward_scores(model, texts)
     assert scores.tolist() == pytest.approx([model(texts.tokens)[1][0, 4].item(), model(texts.tokens)[1][1, 7].item()])
     behind = texts._replace(tokens=texts.tokens.clone())
     behind.tokens[0, 5:] = 3
-    assert rlhf.judged(model, behind).tolist() == pytest.approx(scores.tolist())
-    alone = Texts(texts.tokens[:1, :5], texts.prompt[:1], texts.length[:1])
-    assert rlhf.judged(model, alone).tolist() == pytest.approx(scores[:1].tolist())
+    assert rlhf.reward_scores(model, behind).tolist() == pytest.approx(scores.tolist())
+    alone = Texts(texts.tokens[:1, :5], texts.prompt_length[:1], texts.length[:1])
+    assert rlhf.reward_scores(model, alone).tolist() == pytest.approx(scores[:1].tolist())
 
 
 # The stages
 
 
-def last_of(steps: Any) -> tuple[list[Step], dict[str, float]]:
+def last_step(steps: Any) -> tuple[list[Step], dict[str, float]]:
     done = list(steps)
     return done, done[-1][0]
 
@@ -241,13 +243,13 @@ def adam(model: LanguageModel) -> torch.optim.Adam:
 def test_the_language_model_learns_what_there_is_to_know() -> None:
     """Of texts `1 2 x 3` with x 4 or 5 in equal parts, the entropy of a text is ln 2; padding costs nothing."""
     config = dataclasses.replace(SMALL, lm_steps=200, lm_batch_size=16, lm_learning_rate=3e-2)
-    corpus = as_rows([([1, 2], [4, 3]), ([1, 2], [5, 3])], 10)
+    corpus = padded([([1, 2], [4, 3]), ([1, 2], [5, 3])], 10)
     torch.manual_seed(0)
     model = LanguageModel(6, config)
-    done, logged = last_of(rlhf.pretrain(model, adam(model), corpus, config))
+    done, logged = last_step(rlhf.pretrain(model, adam(model), corpus, config))
     assert len(done) == 200
     assert logged["losses/lm_loss"] == pytest.approx(math.log(2) / 5, abs=0.05), "four tokens and END"
-    texts, _, _ = rlhf.write(model, as_rows([([], [])] * 50, 10))
+    texts, _, _ = rlhf.generate(model, padded([([], [])] * 50, 10))
     kinds = {tuple(row[:end]) for row, end in zip(texts.tokens.tolist(), texts.length.tolist(), strict=True)}
     assert kinds == {(0, 1, 2, 4, 3, 0), (0, 1, 2, 5, 3, 0)}
 
@@ -257,7 +259,7 @@ def ones_and_twos(number: int, wins: int) -> Pairs:
     torch.manual_seed(3)
     texts = [torch.randint(1, 3, (2, 6)).tolist() for _ in range(number)]
     texts = [sorted(pair, key=lambda text: -text.count(wins)) for pair in texts if pair[0].count(1) != pair[1].count(1)]
-    chosen, rejected = (as_rows([([], pair[side]) for pair in texts], 10) for side in (0, 1))
+    chosen, rejected = (padded([([], pair[side]) for pair in texts], 10) for side in (0, 1))
     return Pairs(chosen, rejected, 20, math.nan)
 
 
@@ -268,11 +270,11 @@ def test_the_reward_model_learns_who_wins_and_is_standardised(wins: int) -> None
     torch.manual_seed(0)
     reward = LanguageModel(3, config)
     assert rlhf.accuracy(reward, pairs) == 0.0, "all scores are 0 before"
-    _, logged = last_of(rlhf.train_reward_model(reward, adam(reward), pairs, config))
+    _, logged = last_step(rlhf.train_reward_model(reward, adam(reward), pairs, config))
     assert logged["reward/accuracy"] >= 0.95
     assert "reward/best_accuracy" not in logged, "nobody knows the rule"
     with torch.no_grad():
-        scores = torch.cat([rlhf.judged(reward, texts) for texts in pairs.learned()])
+        scores = torch.cat([rlhf.reward_scores(reward, texts) for texts in pairs.learned()])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std().item() == pytest.approx(1, abs=1e-4)
 
@@ -286,26 +288,26 @@ def test_the_pairs_held_out_teach_nothing() -> None:
     for some in (pairs, changed):
         torch.manual_seed(0)
         reward = LanguageModel(3, config)
-        last_of(rlhf.train_reward_model(reward, adam(reward), some, config))
+        last_step(rlhf.train_reward_model(reward, adam(reward), some, config))
         weights.append(reward.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_an_epoch_goes_over_every_pair_once_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(SMALL, reward_epochs=2, reward_batch_size=7)
-    rows = as_rows([([1 + number], [1]) for number in range(30)], 10)
+    rows = padded([([1 + number], [1]) for number in range(30)], 10)
     seen: list[int] = []
-    judged = rlhf.judged
+    unspied = rlhf.reward_scores
 
     def spy(reward: LanguageModel, texts: Texts) -> Tensor:
         if torch.is_grad_enabled():
             seen.extend(texts.tokens[:, 1].tolist())
-        return judged(reward, texts)
+        return unspied(reward, texts)
 
-    monkeypatch.setattr(rlhf, "judged", spy)
+    monkeypatch.setattr(rlhf, "reward_scores", spy)
     reward = LanguageModel(40, config)
-    last_of(rlhf.train_reward_model(reward, adam(reward), Pairs(rows, rows, 0, math.nan), config))
-    batches = [seen[i : i + 7] for i in (0, 14, 28, 42)] + [seen[56:58]]  # each is judged twice: chosen and rejected
+    last_step(rlhf.train_reward_model(reward, adam(reward), Pairs(rows, rows, 0, math.nan), config))
+    batches = [seen[i : i + 7] for i in (0, 14, 28, 42)] + [seen[56:58]]  # each is scored twice: chosen and rejected
     first_epoch = [number for batch in batches for number in batch]
     assert sorted(first_epoch) == list(range(1, 31))
     assert first_epoch != sorted(first_epoch)
@@ -319,7 +321,7 @@ def test_a_gradient_step_is_ppos_loss_of_the_tokens_that_were_written(monkeypatc
     config = dataclasses.replace(SMALL, norm_adv=False, ent_coef=0.01, max_grad_norm=1e9)
     policy = small_model()
     torch.manual_seed(5)
-    texts, log_probs, values = rlhf.write(policy.float(), PROMPTS)
+    texts, log_probs, values = rlhf.generate(policy.float(), PROMPTS)
     policy = policy.double()
     written = texts.written
     columns = {
@@ -401,7 +403,7 @@ def test_the_price_of_a_nat_falls_while_the_kl_is_below_its_target() -> None:
 def test_a_stage_goes_on_from_a_later_step_as_it_would_have() -> None:
     config = dataclasses.replace(SMALL, lm_steps=3, num_episodes=4 * 3)
     assert len(policy_stage(config, first=2)[0]) == 1
-    corpus = as_rows([([1, 2], [4, 3])], 10)
+    corpus = padded([([1, 2], [4, 3])], 10)
     model = LanguageModel(6, config)
     rates = [
         [scalars["charts/learning_rate"] for scalars, _ in rlhf.pretrain(model, adam(model), corpus, config, k)]
@@ -417,7 +419,7 @@ def test_pairs_are_of_the_same_prompts_and_the_rule_errs_as_often_as_it_should()
     prompts = reviews(50, config.context, 1)
     pairs = rlhf.make_pairs(LanguageModel(len(vocabulary), config), prompts, vocabulary, config)
     assert len(pairs.chosen.tokens) == 100 + rlhf.HELD_OUT
-    given = torch.arange(config.context) < pairs.chosen.prompt[:, None]
+    given = torch.arange(config.context) < pairs.chosen.prompt_length[:, None]
     assert torch.equal(pairs.chosen.tokens[given], pairs.rejected.tokens[given])
     assert not torch.equal(pairs.chosen.tokens, pairs.rejected.tokens)
     assert pairs.best_accuracy == 0.5, "an untrained model writes nothing that can be told apart"

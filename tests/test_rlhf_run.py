@@ -135,7 +135,8 @@ def test_somebodys_own_texts_and_preferences(kind: str, tmp_path: Path) -> None:
     (tmp_path / "pairs").write_text("\n".join(map(json.dumps, [{**pair, "prompt": "do"} for pair in pairs])))
     own: dict[str, Any] = {"text": str(tmp_path / "texts"), "preferences": str(tmp_path / "pairs"), "tokens": kind}
     policy = train(dataclasses.replace(CONFIG, **own), run_dir=tmp_path / "run", device="cpu")
-    assert policy.body.token.num_embeddings == (257 if kind == "bytes" else 1 + len(set("größegood dogbad dog")))
+    num_tokens = policy.body.token_embedding.num_embeddings
+    assert num_tokens == (257 if kind == "bytes" else 1 + len(set("größegood dogbad dog")))
     result = evaluate(tmp_path / "run", episodes=3)
     assert list(result["after"]) == ["reward_score", "kl"], "there is no hidden rule of these"
     assert [sample["prompt"] for sample in result["samples"]] == ["do"] * 3
@@ -164,7 +165,7 @@ def test_one_seed_gives_one_run_and_nothing_is_written_without_a_directory(
     monkeypatch.chdir(tmp_path)
     one, same, other = (train(dataclasses.replace(CONFIG, seed=seed), device="cpu").state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["body.token.weight"], other["body.token.weight"])
+    assert not torch.equal(one["body.token_embedding.weight"], other["body.token_embedding.weight"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,9 +15,9 @@ from minirl.texts import (
     RULES,
     Texts,
     Vocabulary,
-    as_rows,
     hidden_score,
     is_grammatical,
+    padded,
     rated_pairs,
     read_corpus,
     read_pairs,
@@ -94,7 +94,7 @@ def test_the_hidden_rule_by_hand(opinions: str, score: float) -> None:
 def test_the_rule_errs_as_bradley_and_terry_say() -> None:
     vocabulary = words_of_the_grammar()
     good, bad = (
-        as_rows([(vocabulary.encode("we ordered tea today ."), vocabulary.encode(rest))] * 4000, 28)
+        padded([(vocabulary.encode("we ordered tea today ."), vocabulary.encode(rest))] * 4000, 28)
         for rest in (
             "the soup was tasty . our waiter seemed kind . i hated the bar .",
             "the soup was nasty . our waiter seemed kind . i hated the bar .",
@@ -140,7 +140,7 @@ def test_a_corpus_is_its_lines_and_long_ones_are_cut(tmp_path: Path) -> None:
     assert vocabulary.tokens == ["a", "b", "c"]
     assert corpus.tokens.tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 1, 2], [0, 3, 1, 2, 0, 0]]
     assert corpus.length.tolist() == [5, 6, 5]
-    assert vocabulary.in_words(corpus) == ["abc", "abcab", "cab"]
+    assert vocabulary.decode_all(corpus) == ["abc", "abcab", "cab"]
 
 
 def test_preferences_are_read_shuffled_and_a_tenth_is_held_out(tmp_path: Path) -> None:
@@ -150,11 +150,11 @@ def test_preferences_are_read_shuffled_and_a_tenth_is_held_out(tmp_path: Path) -
     pairs = read_pairs(tmp_path / "pairs", vocabulary, 6, 0)
     assert pairs.held_out == 2
     assert len(pairs.learned()[0].tokens) == 18
-    texts = list(zip(vocabulary.in_words(pairs.chosen), vocabulary.in_words(pairs.rejected), strict=True))
+    texts = list(zip(vocabulary.decode_all(pairs.chosen), vocabulary.decode_all(pairs.rejected), strict=True))
     written = [(line["prompt"] + line["chosen"], line["prompt"] + line["rejected"]) for line in lines]
     assert sorted(texts) == sorted(written)
     assert texts != written
-    assert pairs.chosen.prompt.tolist() == [1 + text.count("a") for text, _ in texts]
+    assert pairs.chosen.prompt_length.tolist() == [1 + text.count("a") for text, _ in texts]
     again, other = (read_pairs(tmp_path / "pairs", vocabulary, 6, seed).chosen.tokens for seed in (0, 1))
     assert torch.equal(again, pairs.chosen.tokens)
     assert not torch.equal(other, pairs.chosen.tokens)
@@ -213,7 +213,7 @@ def test_one_pair_is_too_few(tmp_path: Path) -> None:
 
 
 def test_rows_can_be_taken_apart_and_joined() -> None:
-    texts = as_rows([([number], [1]) for number in range(1, 6)], 5)
+    texts = padded([([number], [1]) for number in range(1, 6)], 5)
     parts = texts.split(2)
     assert [len(part.tokens) for part in parts] == [2, 2, 1]
     assert all(map(torch.equal, Texts.joined(parts), texts))

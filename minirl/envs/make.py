@@ -76,7 +76,7 @@ def time_limit(spec: EnvSpec) -> int:
     return LONGEST_EPISODE if spec.max_episode_steps is None else spec.max_episode_steps
 
 
-def shown_to(settings: Mapping[str, Any]) -> dict[str, Any]:
+def env_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return how environments are shown to a run with these settings, as arguments of `make_env`."""
     one_hot = settings.get("algorithm") != "q_learning"
     return {"one_hot": one_hot, **({"frame_size": settings["frame_size"]} if "frame_size" in settings else {})}

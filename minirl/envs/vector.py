@@ -44,8 +44,9 @@ class VectorEnv:
     Attributes:
         halves: the rows of those that play together: of two halves, or of all.
         stacked: whether they show the last frames as `minirl.envs.atari.FrameStack` does.
-        here: those that this process plays, by row.
-        parted: what was different in a copy of one, "" for nothing; None until that is tried (`minirl.runs.copies`).
+        local_envs: those that this process plays, by row.
+        copy_difference: how a restored copy of one differed, "" for not at all; None until that is tried
+            (`minirl.runs.restore_check`).
 
     Args:
         make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
@@ -88,8 +89,8 @@ class VectorEnv:
         self.observation_space = self._mine.observation_space
         self.action_space = self._mine.action_space
         self.stacked = self._mine.stacked
-        self.make_env, self.here = make_env, self._mine.envs
-        self.parted: str | None = None
+        self.make_env, self.local_envs = make_env, self._mine.envs
+        self.copy_difference: str | None = None
         self._arrays = SharedArrays(num_envs, self.observation_space, self.action_space, shared=self.num_workers > 1)
 
         atexit.register(self.close)

@@ -19,7 +19,7 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_actions, make_q_network
 from minirl.envs.guard import EnvError
-from minirl.envs.make import make_vector_env, shown_to
+from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
@@ -101,7 +101,7 @@ def evaluate(
             raise ConfigError(f"{wrong[0]} must go with a run that plays games: one of rlhf writes texts")
         return evaluate_texts(run_dir, settings, episodes, seed, device)
     env_id = settings["env_id"]
-    shown = shown_to(settings)
+    shown = env_options(settings)
     with make_envs(env_id, episodes, render, shown) as envs:
         policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
         if video is not None:

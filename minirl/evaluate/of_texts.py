@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from minirl.fast.machine import select_device
-from minirl.rlhf import LanguageModel, RLHFConfig, judged, said_of, write
+from minirl.rlhf import LanguageModel, RLHFConfig, generate, reward_scores, token_log_probs
 from minirl.runs.checkpoints import load_checkpoint, load_weights, reading
 from minirl.runs.flags import saved_config
 from minirl.runs.run import seed_everything
-from minirl.texts import Pairs, Texts, Vocabulary, as_rows, described, reviews
+from minirl.texts import Pairs, Texts, Vocabulary, padded, reviews, text_metrics
 
 SAMPLES = 5  # texts that are shown
 ROWS = {
@@ -50,14 +50,14 @@ def evaluate_texts(run_dir: Path, settings: dict[str, Any], number: int, seed: i
     written = {}
     result: dict[str, Any] = {"episodes": number}
     for name, network in writers.items():
-        texts, log_probs, _ = write(network, prompts)
-        log_ratio = (log_probs - said_of(writers["before"], texts.tokens)[1]).where(texts.written, 0.0)
-        scores = judged(reward, texts)
-        means = described(texts, scores, log_ratio, vocabulary)
+        texts, log_probs, _ = generate(network, prompts)
+        log_ratio = (log_probs - token_log_probs(writers["before"], texts.tokens)[1]).where(texts.written, 0.0)
+        scores = reward_scores(reward, texts)
+        means = text_metrics(texts, scores, log_ratio, vocabulary)
         means |= {} if rewarded else {"texts/reward_score": float("nan")}
         result[name] = {tag.split("/")[1]: mean for tag, mean in means.items() if mean == mean}
-        written[name] = vocabulary.in_words(texts)[:SAMPLES]
-    begun = vocabulary.in_words(prompts._replace(length=prompts.prompt))
+        written[name] = vocabulary.decode_all(texts)[:SAMPLES]
+    begun = vocabulary.decode_all(prompts._replace(length=prompts.prompt_length))
     result["samples"] = [
         {"prompt": prompt, **dict(zip(written, texts, strict=True))}
         for prompt, *texts in zip(begun[:SAMPLES], *written.values(), strict=True)
@@ -69,9 +69,7 @@ def _prompts(config: RLHFConfig, pairs: Pairs | None, number: int, seed: int) ->
     """Return prompts: openings by the grammar, those of somebody's pairs that were held out, or none at all."""
     if config.preferences is not None and pairs is not None:
         return pairs.chosen.rows(torch.arange(number) % pairs.held_out)
-    return (
-        reviews(number, config.context, seed) if config.text is None else as_rows([([], [])] * number, config.context)
-    )
+    return reviews(number, config.context, seed) if config.text is None else padded([([], [])] * number, config.context)
 
 
 def _stages_done(config: RLHFConfig, pairs: Pairs | None, done: int) -> tuple[bool, bool]:

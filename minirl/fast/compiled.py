@@ -10,11 +10,11 @@
 
     step = compiled(gradient_step, agent, optimizer, config)      # the same as functools.partial(gradient_step, ...)
 
-What is trained is handed over here; the tensors of a batch come with each call. What the function computes stays what
-is written there, to rounding. The numbers that it reads from Python, the shapes of a batch and which parameters are
-frozen are looked at again at each call, and what depends on them is compiled anew. Where that can't be (no compiler, or
-Python that PyTorch can't compile), a warning says why, and the plain function runs. Whether an optimiser's steps are
-compiled is part of its state, `group["compiled"]`: a resumed run in which that changes says so.
+What is trained is bound here; a batch's tensors come with each call. The result is that of the plain function, to
+rounding. Python numbers that it reads, the shapes of a batch and which parameters are frozen are checked at each call,
+and if they change, the function is compiled again for them. If that fails (no compiler, or Python that PyTorch can't
+compile), a warning says why, and the plain function runs. Whether an optimiser's steps are compiled is part of its
+state, `group["compiled"]`: a resumed run in which that changes says so.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
-from minirl.fast.spelling import StandIn, Steppable, Traceable
+from minirl.fast.rewrites import StandIn, Steppable, Traceable
 
 NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that nobody edits
 
@@ -96,10 +96,10 @@ class Compiled:
         self.enabled = True
         self.optimizers = [Steppable(item) for item in bound if isinstance(item, Optimizer)]
         self.parameters = [weight for optimizer in self.optimizers for weight in optimizer.parameters]
-        self.spelling = Traceable(self.parameters)
+        self.rewritten = Traceable(self.parameters)
         optimizers = iter(self.optimizers)
         self.stand_ins = [
-            StandIn(next(optimizers), self.spelling) if isinstance(item, Optimizer) else item for item in bound
+            StandIn(next(optimizers), self.rewritten) if isinstance(item, Optimizer) else item for item in bound
         ]
         modules = [item for item in bound if isinstance(item, nn.Module)]
         weights = [*self.parameters, *(weight for module in modules for weight in module.parameters())]
@@ -133,7 +133,7 @@ class Compiled:
         if trained != self.trained:
             self._make_gradients(arguments)
             self.trained = trained
-        self.spelling.reached.clear()  # here: in what is compiled, it would be another value at the second call
+        self.rewritten.reached.clear()  # here: in what is compiled, it would be another value at the second call
         if self.device.type in gpu.RECORDED:
             self.arguments = arguments
         if self.whole is not None:
@@ -162,8 +162,8 @@ class Compiled:
         return result
 
     def _traced(self, *arguments: Any) -> Any:
-        """What is compiled: the function, with what PyTorch can't compile spelt in a way that it can."""
-        with self.spelling:
+        """What is compiled: the function, with what PyTorch can't compile in a form that it can."""
+        with self.rewritten:
             return self.function(*self.stand_ins, *arguments)
 
     def _recorded(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -179,9 +179,9 @@ class Compiled:
         return gpu.Replayed(whole, of_the_call, held).__call__
 
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
-        """Give each parameter a `.grad` to be computed into, and none to those that the function gives none.
+        """Allocate `.grad` for the parameters that the function gives a gradient.
 
-        Which those are is seen by calling the function once, with copies of all that it changes.
+        Which those are is found by calling it once, with copies of all that it changes.
         """
         if not self.parameters:
             return

@@ -1,12 +1,12 @@
-"""What keeps a GPU busy: nobody waits for it, and what it does again and again it is told once (a CUDA graph).
+"""Keeping a GPU busy: asynchronous copies and CUDA graphs.
 
-A network as small as Atari's keeps a GPU busy for less time than Python takes to ask for its hundred kernels.
-Recorded, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
+A network as small as Atari's keeps a GPU busy for less time than Python takes to launch its hundred kernels. Recorded
+as a graph, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
 
-What is assumed of PyTorch, read in its documents and its source, and not seen here: `torch.cuda.graph` can record what
-the compiler makes, once that has run twice; random numbers that are drawn in a replay go on from the generator's state,
-as in a call; an optimiser counts its steps on the GPU (`capturable`). Where recording fails, a warning says why, and
-the function is called as before.
+Assumed of PyTorch, from its documents and source, and not yet seen on a GPU: `torch.cuda.graph` can record what the
+compiler makes, once that has run twice; random numbers drawn in a replay continue from the generator's state, as in a
+call; an optimiser counts its steps on the GPU (`capturable`). If recording fails, a warning says why, and the function
+is called as before.
 """
 
 import warnings
@@ -22,18 +22,18 @@ PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere
 MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the processor's on the device; nobody waits until a GPU has got it.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without waiting for it.
 
-    It goes by way of pinned memory, which PyTorch keeps, and hands out again once the GPU has read it.
+    It goes through pinned memory, which PyTorch keeps, and reuses once the GPU has read it.
     """
     if device.type == "cpu":
         return tensor
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
-def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
-    """Have a GPU send a tensor, and return what waits for it: meanwhile, there is other work to give out."""
+def fetch_async(tensor: Tensor) -> Callable[[], NDArray[Any]]:
+    """Start copying a tensor to the CPU; return a function that waits for it. Meanwhile there is other work to do."""
     if tensor.device.type == "cpu":
         return tensor.numpy
     here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
@@ -49,16 +49,16 @@ def fetch(tensor: Tensor) -> Callable[[], NDArray[Any]]:
 
 
 class Replayed:
-    """A function of tensors, called twice, then recorded, and replayed from there on.
+    """A function of tensors: called twice, then recorded, and replayed from then on.
 
-    A replay works on the memory that was recorded. An input that comes with the call, a batch say, is copied there
-    once it has been seen to lie elsewhere. Anything else that lies elsewhere, weights that were replaced say, is a
-    reason to record again. What a call returns stays what it was: it is a copy.
+    A replay works on the memory that was recorded. An input that comes with the call, such as a batch, is copied there
+    once it has been seen to lie elsewhere. Anything else that lies elsewhere, such as replaced weights, is a reason to
+    record again. A call returns copies, which the next replay does not overwrite.
 
     Args:
-        function: from tensors, all on one device, to tensors without gradients; it looks at no tensor's values.
+        function: from tensors on one device to tensors without gradients; its Python must not read their values.
         of_the_call: whether an input comes with the call; these are read and never changed.
-        held: tensors that the function has without being given them, an optimiser's state say; they never move.
+        held: tensors that the function has without being given them, such as an optimiser's state; they never move.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ def record(
     return graph.replay, results
 
 
-def replayed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def cuda_graphed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Return the function; for a GPU, recorded and replayed.
 
     Args:

@@ -15,15 +15,16 @@ from minirl.checks import ConfigError
 from minirl.distributed import launched
 from minirl.fast.turns import Turns
 
+PRECISIONS = ("auto", "float32", "bfloat16")
 GIGABYTE = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names in glibc's malloc.h
 SMALL = 200_000  # weights; two layers of 256 on vectors have 70,000, two such networks 140,000, Atari's 1.7 million
 
 
 def select_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA where there is one, and it computes as others do.
+    """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA if there is one.
 
-    Of several GPUs, it is the one that torchrun means this process to have.
+    With several GPUs, it is the one that torchrun has assigned to this process.
 
     Raises:
         ConfigError: if CUDA is asked for and there is none, or the name is another.
@@ -55,7 +56,7 @@ def select_precision(name: str, device: torch.device, *, images: bool) -> torch.
     """
     if name == "auto":
         return torch.bfloat16 if images and has_fast_bfloat16(device) else torch.float32
-    if name not in ("float32", "bfloat16"):
+    if name not in PRECISIONS:
         raise ConfigError(f"--precision must be auto, float32 or bfloat16, not {name!r}")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
@@ -63,8 +64,8 @@ def select_precision(name: str, device: torch.device, *, images: bool) -> torch.
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32: a GPU in hardware, a processor by AMX or AVX-512.
 
-    Where Intel's have AVX-512 with bfloat16 and no AMX, as in virtual machines that hide it, bfloat16 takes nearly
-    twice as long as float32 (Emerald Rapids: 95 and 172 GFLOP/s a core); on AMD's it takes less than half as long.
+    On Intel's with AVX-512's bfloat16 and without AMX, as in virtual machines that hide it, bfloat16 takes nearly twice
+    as long as float32 (Emerald Rapids: 95 and 172 GFLOP/s per core); on AMD's it takes less than half as long.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -89,7 +90,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Within the block, compute by so many threads."""
+    """Within the block, compute with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -99,20 +100,20 @@ def threads(number: int) -> Iterator[None]:
 
 
 def one_thread() -> contextlib.AbstractContextManager[None]:
-    """Within the block, compute by one thread: while workers play, PyTorch's others would keep their cores busy.
+    """Within the block, compute with one thread: while workers play, PyTorch's other threads would spin on their cores.
 
-    They spin between its calls, too. However many workers there are, it is one: sums round otherwise by two threads,
-    and the number of workers may change nothing but the speed.
+    It is one however many workers there are: with two, sums round differently, and the number of workers must change
+    nothing but the speed.
     """
     return threads(1)
 
 
 @contextlib.contextmanager
 def tuned(network: nn.Module, num_threads: int | None = None) -> Iterator[Turns]:
-    """Keep freed memory from here on, and within the block compute by so many threads, and in turns with other runs.
+    """Within the block, compute with so many threads, in turns with other runs; from here on, keep freed memory.
 
-    None: a small network by one, others by PyTorch's. A second thread gives 256 x 256 units on batches of 128 a tenth,
-    compiled up to a third; without it two runs have two cores at the same time, and make twice as much.
+    None: one thread for a small network, PyTorch's number for others. With 256 x 256 units and batches of 128 a second
+    thread gains a tenth, compiled up to a third; without it, two runs use two cores at once and make twice as much.
     """
     keep_freed_memory()
     parameters = list(network.parameters())
@@ -123,15 +124,15 @@ def tuned(network: nn.Module, num_threads: int | None = None) -> Iterator[Turns]
         yield turns
 
 
-def products_in(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return `torch.autocast` to this precision, nothing for float32; weights and gradients stay float32."""
+def autocast(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return `torch.autocast` to this precision, or nothing for float32; weights and gradients stay float32."""
     if precision == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, precision)
 
 
-class Head(nn.Linear):
-    """A last layer, in float32 whatever `products_in` says: the ratios of rounded logits would be 1 % off."""
+class Float32Linear(nn.Linear):
+    """A linear layer in float32, even under `autocast`: with rounded logits, PPO's ratios would be 1 % off."""
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, features) -> (B, outputs)."""
@@ -143,11 +144,11 @@ class Head(nn.Linear):
 
 @contextlib.contextmanager
 def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None]:
-    """Within the block, round the weights of linear and convolutional layers to what `torch.autocast` would, once.
+    """Within the block, round the weights of linear and convolutional layers as `torch.autocast` would, but only once.
 
-    It would do so at every call, which for a few observations takes longer than their products. What comes out is the
-    same; the weights are float32 again afterwards. Exactly PyTorch's own layers: others may use theirs otherwise. A GPU
-    rounds them in no time, and what it has recorded wants them where they are.
+    Autocast rounds them at every call, which for a few observations takes longer than their products. The results are
+    the same; afterwards the weights are float32 again. Only PyTorch's own layer types: a subclass may use its weight
+    differently. Not on a GPU, which rounds in no time, and whose recorded graphs need the weights where they are.
     """
     layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
     weights = [layer.weight for layer in layers if layer.weight.device.type == "cpu"]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minirl.fast.machine import Head
+from minirl.fast.machine import Float32Linear
 
 FEW = 500_000  # multiplications: beyond, PyTorch is as fast as NumPy
 
@@ -97,7 +97,7 @@ def _layer(module: nn.Module) -> Layer | None:
         return lambda inputs: np.maximum(inputs, 0)
     if type(module) is nn.Tanh:
         return np.tanh
-    if isinstance(module, nn.Linear) and type(module) in (nn.Linear, Head):
+    if isinstance(module, nn.Linear) and type(module) in (nn.Linear, Float32Linear):
         weight, bias = module.weight.detach(), module.bias
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             product, sum_ = weight.numpy().T, 0 if bias is None else bias.detach().numpy()

@@ -1,7 +1,7 @@
-"""Trainings that share a machine take turns at its cores, where each computes with more than half of them.
+"""Trainings that share a machine take turns if each computes with more than half of its cores.
 
-The threads of a layer wait for each other at its end. Where two trainings have a thread for each core, one of each
-mostly waits, and both together make a tenth of what one alone makes. In turns they make as much.
+Threads wait for each other at the end of each layer. Two trainings with a thread per core mostly wait for threads that
+have no core: together they make a tenth of what one alone makes. In turns, they make as much.
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
-from minirl.distributed import num_ranks, rank
+from minirl.distributed import rank, world_size
 from minirl.envs.vector import available_cores
 
 if sys.platform != "win32":
@@ -44,7 +44,7 @@ class Turns:
         self.told = threads == 1 or rank() > 0
 
     def __enter__(self) -> "Turns":
-        if available_cores() // 2 < self.threads > 1 and num_ranks() == 1 and sys.platform != "win32":
+        if available_cores() // 2 < self.threads > 1 and world_size() == 1 and sys.platform != "win32":
             try:
                 self.turn = os.open(place("turn"), os.O_RDWR | os.O_CREAT, 0o600)
                 self.next = os.open(place("next"), os.O_RDWR | os.O_CREAT, 0o600)

@@ -18,7 +18,7 @@ from minirl.checks import ConfigError
 from minirl.envs.atari import FrameStack, Grayscale, MaxAndSkip, Resize
 from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_env, make_vector_env, shown_to
+from minirl.envs.make import env_options, make_env, make_vector_env
 from minirl.envs.state import layers_of
 from minirl.evaluate import load_policy, ppo_agent
 from minirl.fast.machine import select_device
@@ -97,7 +97,7 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
     """Make a run's environment, and close it in the end."""
-    shown = {**shown_to(settings), "one_hot": False}  # of the pictures, only those of tables show numbers
+    shown = {**env_options(settings), "one_hot": False}  # of the pictures, only those of tables show numbers
     env = make_env(settings["env_id"], render_mode=render_mode, **shown)
     try:
         yield env
@@ -149,7 +149,7 @@ def policy_map(
     states[..., 2] = np.radians(angles)
     states[..., 3] = np.radians(velocities)[:, None]
     game = []
-    with make_vector_env(settings["env_id"], 1, **shown_to(settings)) as envs:
+    with make_vector_env(settings["env_id"], 1, **env_options(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, device)
         actions = policy(states.reshape(-1, 4)).reshape(MAP_POINTS, MAP_POINTS)
         obs, ended = envs.reset(seed=settings["seed"]), False

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from minirl.envs.make import make_vector_env, shown_to
+from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
@@ -42,7 +42,7 @@ def play_games(
     return [value for games in returns for value in games]
 
 
-class Judge:
+class Evaluator:
     """Plays a few games every so often during training, to tell how good the policy is without exploration.
 
     It has its own environments and changes nothing of the training. The games are new ones each time, and not those
@@ -64,10 +64,10 @@ class Judge:
         if self.frequency is not None:
             side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
             self.envs = make_vector_env(
-                config.env_id, side_by_side, num_workers=config.num_workers, **shown_to(vars(config))
+                config.env_id, side_by_side, num_workers=config.num_workers, **env_options(vars(config))
             )
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "Evaluator":
         return self
 
     def __exit__(self, *_: object) -> None:

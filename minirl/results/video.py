@@ -22,11 +22,11 @@ from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError, described
-from minirl.distributed import from_rank_0
+from minirl.distributed import broadcast_from_rank_0
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import Guard
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_env, shown_to
+from minirl.envs.make import env_options, make_env
 from minirl.results.play import Policy
 from minirl.runs.checkpoints import atomic_file, untouched_random_state
 from minirl.runs.run import Run
@@ -250,7 +250,7 @@ class Videos:
 
     def __init__(self, config: Any, run_dir: Path | None, first_step: int, *, one_hot: bool = True) -> None:
         self.config = config
-        self.shown = {**shown_to(vars(config)), "one_hot": one_hot}
+        self.shown = {**env_options(vars(config)), "one_hot": one_hot}
         self.folder = None if run_dir is None or config.video_frequency is None else run_dir / "videos"
         self.last_step = first_step
         if self.folder is not None:
@@ -269,7 +269,7 @@ class Videos:
         self.last_step = global_step
         if not due:
             return
-        from_rank_0(lambda: self._record(run, global_step, policy))
+        broadcast_from_rank_0(lambda: self._record(run, global_step, policy))
 
     def _record(self, run: Run, global_step: int, policy: Policy) -> None:
         assert self.folder is not None

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
-from minirl.distributed import at_rank_0, from_rank_0, my_share, num_ranks, rank
+from minirl.distributed import broadcast_from_rank_0, gather_to_rank_0, my_share, rank, world_size
 from minirl.envs.state import CantCapture
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
@@ -28,8 +28,8 @@ from minirl.runs.checkpoints import (
     reading,
     set_random_state,
 )
-from minirl.runs.copies import how_a_copy_differs
 from minirl.runs.progress import say
+from minirl.runs.restore_check import how_a_copy_differs
 from minirl.runs.run import seed_everything
 from minirl.streams import Stream, derived_seed
 
@@ -41,7 +41,7 @@ def saved_run(algorithm: str, run_dir: str | Path | None, resume: bool, *keys: s
         ConfigError: if there is no checkpoint of this algorithm.
     """
     path = None if run_dir is None else Path(run_dir).absolute()  # environments may change the working directory
-    return path, from_rank_0(lambda: load_checkpoint(path, algorithm, *keys)) if resume else None
+    return path, broadcast_from_rank_0(lambda: load_checkpoint(path, algorithm, *keys)) if resume else None
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
@@ -52,16 +52,16 @@ def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
     """
     states = None
     try:
-        if envs.parted is None:  # the first checkpoint
-            envs.parted = how_a_copy_differs(envs.make_env)
-        if envs.parted:
-            raise CantCapture(envs.parted)
+        if envs.copy_difference is None:  # the first checkpoint
+            envs.copy_difference = how_a_copy_differs(envs.make_env)
+        if envs.copy_difference:
+            raise CantCapture(envs.copy_difference)
         states = envs.capture()
     except CantCapture as error:
         warnings.warn(f"a resumed run will start new episodes, for these can't be saved: {error}", stacklevel=2)
-    if num_ranks() == 1:
+    if world_size() == 1:
         return {"envs": states, "obs": torch.from_numpy(obs.copy())}
-    ranks = at_rank_0((states, obs.copy(), random_state()))
+    ranks = gather_to_rank_0((states, obs.copy(), random_state()))
     if rank() != 0:
         return {}
     of_all = {
@@ -111,20 +111,20 @@ def of_this_rank(saved: State, seed: int) -> State:
     Saved by another number of ranks, the environments are dealt out anew, and random numbers begin anew.
     """
     ranks, before = saved.get("ranks"), len(saved.get("ranks", [None]))
-    if before == num_ranks() == 1:
+    if before == world_size() == 1:
         return saved
     mine, envs = my_share(len(saved["obs"])), saved["envs"]
     saved = {**saved, "obs": saved["obs"][mine]}
-    if before == num_ranks():
+    if before == world_size():
         assert ranks is not None
         saved["random_state"] = ranks[rank()]
     else:
         if rank() == 0:
-            say(f"{before} ranks saved this run, and {num_ranks()} go on with it: its bits differ from here on")
+            say(f"{before} ranks saved this run, and {world_size()} go on with it: its bits differ from here on")
         seed_everything(derived_seed(seed, Stream.RANK, rank(), saved["global_step"]))
         saved["random_state"] = random_state()
     if envs is not None:
-        generators = envs["generators"][rank()] if before == num_ranks() else []
+        generators = envs["generators"][rank()] if before == world_size() else []
         saved["envs"] = {"states": envs["states"][mine], "generators": generators}
     return saved
 

@@ -25,14 +25,14 @@ from minirl.checks import ConfigError
 from minirl.distributed import (
     USUAL,
     RankError,
-    at_rank_0,
-    from_rank_0,
-    largest,
-    num_ranks,
+    broadcast_from_rank_0,
+    gather_to_rank_0,
+    max_over_ranks,
     rank,
     remember,
     some_rank_failed,
     wait_at_most,
+    world_size,
 )
 from minirl.envs.vector import Episode
 from minirl.runs.checkpoints import (
@@ -143,7 +143,7 @@ class Run:
         self.starter = os.getppid()
         self.events: Events | None = None
         self.lock: int | None = None
-        from_rank_0(lambda: self._open(resumed, done / total))
+        broadcast_from_rank_0(lambda: self._open(resumed, done / total))
         self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
         self.unlogged: list[tuple[int, Episode]] = []  # by one of several ranks
 
@@ -204,7 +204,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if num_ranks() > 1:  # then torchrun sends it, and kills whoever is still there after 30 seconds
+        if world_size() > 1:  # then torchrun sends it, and kills whoever is still there after 30 seconds
             if some_rank_failed():
                 raise SystemExit(1)
             self.stop_signal = number
@@ -232,8 +232,8 @@ class Run:
 
         `total` is when the run will be done, where that is no longer what it was.
         """
-        if num_ranks() > 1:
-            episodes = [episode for unlogged in at_rank_0(self.unlogged) for episode in unlogged]
+        if world_size() > 1:
+            episodes = [episode for unlogged in gather_to_rank_0(self.unlogged) for episode in unlogged]
             self.unlogged = []
             for step, episode in sorted(episodes):
                 self._log_episode(step, episode)
@@ -252,7 +252,7 @@ class Run:
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
         """Write the return and the length of finished episodes; of several ranks, when `log` is called."""
         for episode in episodes:
-            if num_ranks() > 1:
+            if world_size() > 1:
                 self.unlogged.append((global_step, episode))
             else:
                 self._log_episode(global_step, episode)
@@ -290,7 +290,7 @@ class Run:
         Raises:
             KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
         """
-        several = num_ranks() > 1
+        several = world_size() > 1
         stop = self._agreed_stop() if several else self.stop_signal
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or stop is not None):
@@ -306,7 +306,7 @@ class Run:
     def _agreed_stop(self) -> int | None:
         """Return the signal that one of several ranks has got; what comes meanwhile waits for the next time."""
         orphaned = os.getppid() != self.starter  # torchrun is gone
-        return largest(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
+        return max_over_ranks(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
         """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""
@@ -334,7 +334,7 @@ class Run:
             learned = state()
             require_same_weights(learned)
             require_finite(learned, global_step)
-            from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
+            broadcast_from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
         except OSError as error:
             step = f"agent step {global_step:,}"
             raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error
@@ -342,10 +342,10 @@ class Run:
 
 def require_same_weights(learned: State) -> None:
     """Raise RankError unless all ranks have the same weights, bit for bit, by a checksum."""
-    if num_ranks() == 1:
+    if world_size() == 1:
         return
     checksum = 0
     for value in learned["model"].values():
         checksum = zlib.crc32(value.detach().cpu().contiguous().numpy(), checksum)
-    if largest(checksum) != -largest(-checksum):
+    if max_over_ranks(checksum) != -max_over_ranks(-checksum):
         raise RankError("ranks have come to different weights: they must run the same code, on processors of one kind")

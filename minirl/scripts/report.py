@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
-from minirl.envs.make import make_vector_env, shown_to
+from minirl.envs.make import env_options, make_vector_env
 from minirl.evaluate import evaluation_seed, load_policy
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
 from minirl.fast.machine import select_device
@@ -131,7 +131,7 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
         TimeoutError: if they take longer than `patience`, in seconds.
     """
     seed = evaluation_seed(settings)
-    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **shown_to(settings)) as envs:
+    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **env_options(settings)) as envs:
         policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
         deadline = time.monotonic() + patience
 

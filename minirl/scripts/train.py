@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from minirl.checks import ConfigError
-from minirl.distributed import RankError, from_rank_0, joined, launched, rank, recall
+from minirl.distributed import RankError, broadcast_from_rank_0, launched, process_group, rank, recall
 from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import CHECKPOINT_FILE, DivergedError, brief
@@ -34,7 +34,7 @@ class Train(Protocol):
         """Train as `config` says."""
 
 
-@joined()
+@process_group()
 def run_training(
     algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
 ) -> tuple[Any, Any]:
@@ -54,7 +54,7 @@ def run_training(
     final_games: int | None = arguments.pop("final_games", None)
 
     try:
-        resume, run_dir = from_rank_0(lambda: started_again(resume, run_dir))
+        resume, run_dir = broadcast_from_rank_0(lambda: started_again(resume, run_dir))
         if seeds is not None:
             if resume is not None:
                 raise ConfigError("--seeds can't go with --resume, which goes on with one run")
@@ -66,13 +66,13 @@ def run_training(
             if run_dir is not None:
                 raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
             directory = resume
-            config = from_rank_0(lambda: resumed_config(algorithm, config_class, directory, arguments))
+            config = broadcast_from_rank_0(lambda: resumed_config(algorithm, config_class, directory, arguments))
         else:
             config = config_class(**arguments)
         check_final_games(final_games, config)
         given = resume or run_dir
         with contextlib.ExitStack() as stack:
-            directory = given or from_rank_0(lambda: stack.enter_context(default_run_dir(algorithm, config)))
+            directory = given or broadcast_from_rank_0(lambda: stack.enter_context(default_run_dir(algorithm, config)))
             result = train(config, run_dir=directory, resume=resume is not None, device=device)
             if rank() == 0:
                 report(directory, final_games, device)

@@ -1,4 +1,4 @@
-"""What PyTorch's compiler can't take, or takes badly, spelt otherwise; all of it is the same maths."""
+"""Equivalent forms of what PyTorch's compiler can't compile, or compiles badly."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ class Steppable:
     """An optimiser whose `step` can be part of a compiled function.
 
     Its learning rates become tensors, so that another one is no reason to compile again, and its kernels those that
-    the compiler can join with the rest. Whoever sets `group["lr"]` to a number is understood.
+    the compiler can join with the rest. Setting `group["lr"]` to a number still works.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -67,11 +67,11 @@ class Steppable:
 
 
 class StandIn:
-    """Takes an optimiser's place while a function is compiled. `.grad` is a tensor that stays, and is set to 0."""
+    """Takes an optimiser's place while a function is compiled. `.grad` is a tensor that stays, and is zeroed."""
 
-    def __init__(self, steppable: Steppable, spelling: "Traceable") -> None:
+    def __init__(self, steppable: Steppable, rewritten: "Traceable") -> None:
         self.steppable = steppable
-        self.spelling = spelling
+        self.rewritten = rewritten
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -92,18 +92,18 @@ class StandIn:
             RuntimeError: if a parameter that had a gradient has none now: its moments would move it all the same.
         """
         for weight in self.steppable.parameters:
-            if weight.grad is not None and not any(weight is other for other in self.spelling.reached):
+            if weight.grad is not None and not any(weight is other for other in self.rewritten.reached):
                 raise RuntimeError("a parameter that had a gradient has none now")
         with torch.no_grad():
             self.steppable.step(self.steppable.optimizer)
 
 
 class Traceable(TorchFunctionMode):
-    """Within it, what PyTorch's compiler can't take, or takes badly, is spelt otherwise. All of it is the same maths.
+    """Within it, what PyTorch's compiler can't compile, or compiles badly, takes an equivalent form.
 
     `backward` adds to the `.grad` that is there. A linear layer with little to multiply is products and sums, which the
-    compiler merges with the rest: a fifth of the update's time for a network like CartPole's. Single numbers that come
-    of arithmetic are computed once.
+    compiler merges with the rest: a fifth of the update's time for a network like CartPole's. Single numbers that
+    come from arithmetic are computed once.
 
     Args:
         parameters: what `backward` computes the gradient of.
