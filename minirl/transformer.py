@@ -59,9 +59,8 @@ class Transformer(nn.Module):
         first, and then one at a time.
         """
         start = cache[0][0].shape[2] if cache else 0
-        x = self.token_embedding(tokens) + self.position_embedding(
-            torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        )
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
         past: list[Any] = list(cache) if cache else [None] * len(self.blocks)
         for number, block in enumerate(self.blocks):
             x, past[number] = block(x, past[number])
