@@ -74,15 +74,15 @@ class DQNConfig:
     anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
     max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
     target_network_frequency: int = setting(1, "agent steps between target updates", at_least=1, group="target network")
-    target_network_episodes: int | None = setting(None, "episodes between them; none: by agent steps", at_least=1)
+    target_network_episodes: int | None = setting(None, "episodes between target updates; none: by steps", at_least=1)
     tau: float = setting(0.01, "how far an update moves the target network; 1 copies", above=0, at_most=1)
-    start_epsilon: float = setting(
-        1.0, "first probability of random actions", at_least=0, at_most=1, group="exploration"
+    start_epsilon: float = setting(1.0, "initial share of random actions", at_least=0, at_most=1, group="exploration")
+    end_epsilon: float = setting(0.05, "final share of random actions", at_least=0, at_most=1)
+    exploration_fraction: float = setting(0.1, "share of the run over which epsilon falls", above=0, at_most=1)
+    epsilon_decay: float | None = setting(None, "factor of epsilon per episode; none: linear", above=0, at_most=1)
+    eval_frequency: int | None = setting(
+        1_000, "agent steps between evaluations or none", at_least=1, group="evaluation"
     )
-    end_epsilon: float = setting(0.05, "last probability of random actions", at_least=0, at_most=1)
-    exploration_fraction: float = setting(0.1, "share of the run over which it falls, linearly", above=0, at_most=1)
-    epsilon_decay: float | None = setting(None, "factor for it after each episode; none: linear", above=0, at_most=1)
-    eval_frequency: int | None = setting(1_000, "agent steps between evaluations", at_least=1, group="greedy games")
     eval_episodes: int = setting(20, "greedy games per evaluation; the best network goes to best.pt", at_least=1)
     confirm_episodes: int = setting(200, "further games to confirm a new best network", at_least=0)
     compile: bool | None = setting(None, "compile the update; none: in long runs", group="machine and files")
