@@ -173,7 +173,9 @@ def test_a_checkpoint_is_of_weights_that_all_ranks_have(
     weights = torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 2 * change, 2.0])
     checksums = [zlib.crc32(weight.numpy().tobytes()) for weight in weights]
     monkeypatch.setattr("minirl.runs.run.world_size", lambda: 2)
-    monkeypatch.setattr("minirl.runs.run.largest", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1]))
+    monkeypatch.setattr(
+        "minirl.runs.run.max_over_ranks", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1])
+    )
     with contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="different weights"):
         require_same_weights({"model": {"weight": weights[0]}})
 
@@ -188,7 +190,7 @@ def test_a_signal_that_comes_while_ranks_agree_on_one_is_not_lost(monkeypatch: p
 
         monkeypatch.setattr("minirl.runs.run.world_size", lambda: 2)
         monkeypatch.setattr("minirl.runs.run.some_rank_failed", lambda: False)
-        monkeypatch.setattr("minirl.runs.run.largest", agree)
+        monkeypatch.setattr("minirl.runs.run.max_over_ranks", agree)
         run.checkpoint(1, dict)
         with pytest.raises(KeyboardInterrupt):
             run.checkpoint(2, dict)

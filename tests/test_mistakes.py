@@ -524,7 +524,7 @@ CASES: list[tuple[str, str, str]] = [
     ("evaluate", "half-best", "half-best/best.pt must be a checkpoint that minirl wrote, .*: it is broken .*"),
     # Checkpoints of something else
     ("ppo", "--resume other-algorithm", "other-algorithm/checkpoint.pt must be a checkpoint of ppo, and is not"),
-    ("ppo", "--resume no-optimizer", "no-optimizer/checkpoint.pt must be a whole checkpoint, and has no optimizer"),
+    ("ppo", "--resume no-optimizer", "no-optimizer/checkpoint.pt must be of a run as this one, and has no optimizer"),
     ("dqn", "--resume no-envs", "no-envs/checkpoint.pt must be a whole checkpoint, and has no envs"),
     ("evaluate", "no-model", "no-model/checkpoint.pt must be a whole checkpoint, and has no model"),
     ("evaluate", "no-table", "no-table/checkpoint.pt must be a whole checkpoint, and has no q_table"),

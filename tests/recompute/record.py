@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minirl import dqn, ppo, q_learning
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import Compiled
+from minirl.runs import checkpoints, resume
 from tests import recorded
 from tests.reference import Weights
 from tests.scalars import read_scalars
@@ -117,10 +118,10 @@ def record(case: Case, folder: Path) -> Recording:
     def train(*arguments: Any, **options: Any) -> None:
         results.append(original_train(*arguments, **options))
 
-    original_load, original_train = module.load_checkpoint, module.train
+    original_load, original_train = checkpoints.load_checkpoint, module.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPS_DIR", str(directory))
-        patch.setattr(module, "load_checkpoint", load_checkpoint)
+        patch.setattr(resume, "load_checkpoint", load_checkpoint)
         if module is not q_learning:
             original_compiled = module.compiled
             patch.setattr(module, "compiled", compiled)
