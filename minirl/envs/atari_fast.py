@@ -107,7 +107,7 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         return changed
 
     def _learn_colours(self, screen: Screen) -> None:
-        """Look up the colours of the screen; the emulator has one palette per game, but reveals only those on screen."""
+        """Look up the colours of the screen. The emulator has one palette per game, but shows only those in use."""
         self.colours[screen] = self.ale.getScreenRGB()
         self.known = bytes(set(self.known + screen.tobytes()))
         brighter = np.maximum(self.colours[:, None], self.colours[None, :])

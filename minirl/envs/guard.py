@@ -1,8 +1,8 @@
 """The boundary to a user's environment: what it returns is converted to plain types, and its faults are reported.
 
 Every environment is played through a `Guard`, in this process and in workers, in training, evaluation and videos: the
-rest of the code sees Python's numbers, and arrays of the declared shape and dtype, whatever number types the environment
-uses. docs/reliability.md has the table of what may be returned. For correct values this costs a comparison of types;
+rest of the code sees Python's numbers, and arrays of the declared shape and dtype, whatever types the environment uses.
+docs/reliability.md has the table of what may be returned. For correct values this costs a comparison of types;
 everything else is handled in separate functions.
 """
 

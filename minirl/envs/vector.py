@@ -49,8 +49,8 @@ class VectorEnv:
             (`minirl.runs.restore_check`).
 
     Args:
-        make_env: makes one environment; must be picklable if there are workers, like `functools.partial(make_env, ...)`.
-            Episodes are reported as `episodes` if the environment has an `EpisodeStatistics` among its layers.
+        make_env: makes one environment; must be picklable if there are workers, as `functools.partial(make_env, ...)`
+            is. Episodes are reported as `episodes` if the environment has an `EpisodeStatistics` among its layers.
         num_envs: N; or, if several processes share the environments, the slice of this one, N = stop - start.
         num_workers: processes, including this one; None for one per core this process may use, never more than have
             something to play.

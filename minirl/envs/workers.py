@@ -295,8 +295,7 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], fir
 
     The first message makes the environments; later ones reset or step them, or carry their states.
     """
-    # Ctrl-C, and often the other signals, reach every process of the group; only the training process decides to stop,
-    # and then closes the connection.
+    # Ctrl-C, and often the other signals, reach the whole process group: the training process decides, and hangs up.
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(1)
