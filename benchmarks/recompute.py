@@ -3,9 +3,9 @@
     python benchmarks/recompute.py --minutes 60
     python benchmarks/recompute.py --seed 17 --minutes 0     # repeat only this one
 
-`tests/test_recomputed.py` does this on some paths, this script on any. It prints a line for each: its seed, what it was,
-and which number came closest to its bound. Status 1 if one exceeds it. Every tenth path is compiled, which takes most
-of the time.
+`tests/test_recomputed.py` does this on some paths, this script on any. It prints a line for each: its seed, its
+settings, and which number came closest to its bound. Status 1 if one exceeds it. Every tenth path is compiled, which
+takes most of the time.
 """
 
 import argparse
