@@ -106,7 +106,7 @@ class Counts(Walk):
 
 
 class Names(Walk):
-    """Keeps its generator under names that Gymnasium uses for other things."""
+    """Keeps the state of its noise under names that Gymnasium uses for other things."""
 
     def __init__(self, table: bool = False) -> None:
         super().__init__(table)
@@ -221,7 +221,7 @@ class Holds(gym.Env[Any, Any]):
 
 
 class Closure(Walk):
-    """Keeps its generator in a function's closure."""
+    """Keeps the state of its noise in a function's closure."""
 
     def __init__(self, table: bool = False) -> None:
         super().__init__(table)
@@ -236,7 +236,7 @@ class Closure(Walk):
 
 
 class Hidden(Walk):
-    """Keeps its generator where `capture` does not look, as a library might. `what` depends on it.
+    """Keeps its luck, a number, where `capture` does not look, as a library might. `what` depends on it.
 
     Args:
         table: as in `Walk`.
