@@ -2,9 +2,8 @@
 
     python benchmarks/checkpoint_cost.py [--env-id CartPole-v1]
 
-Trains with the default settings for some 40,000 steps and adds up the time spent in saving: capturing the games,
-serialising, reading back, flushing to disk. The first checkpoint (before the first step) is left out, and compilation
-too.
+Trains with the default settings for some 40,000 steps and adds up the time spent on saving: capturing the games,
+serialising, reading back, flushing to disk. The first checkpoint (before the first step) and compilation are left out.
 
 Exit status 1 if the share is 2 % or more.
 """

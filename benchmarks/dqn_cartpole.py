@@ -1,12 +1,12 @@
-"""How many seeds of CartPole does Double DQN solve? Remakes the tables of docs/dqn-cartpole.md.
+"""How many seeds of CartPole does Double DQN solve? Reproduces the tables of docs/dqn-cartpole.md.
 
     python benchmarks/dqn_cartpole.py                      the default settings, seeds 0 to 19
     python benchmarks/dqn_cartpole.py --recipe notebook    the source notebook's
     python benchmarks/dqn_cartpole.py --set gamma=0.98     the default settings with one changed
 
-Each seed is trained in a process of its own, with one thread, as many side by side as there are cores. Its best network
-(picked by greedy games during the training) and its last one then play 100 new games each. Solved means a mean return
-of 495 or more, of 500 at most.
+Each seed is trained in its own process, with one thread, as many side by side as there are cores. Its best network
+(picked by greedy games during training) and its last one then play 100 new games each. Solved means a mean return of at
+least 495; the maximum is 500.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from minirl.runs.settings import field_types
 
 SOLVED = 495.0
 
-# An update every step. The notebook's code trains once an episode, on 32 single samples, and takes a cut for an end.
+# An update every step. The notebook trains once per episode, on 32 single samples, and treats truncation as an end.
 NOTEBOOK = DQNConfig(
     num_episodes=500,
     total_timesteps=250_000,
@@ -54,7 +54,7 @@ RECIPES = {"default": DQNConfig(), "notebook": NOTEBOOK}
 
 
 class Result(NamedTuple):
-    """What one seed came to: mean returns over 100 games, agent steps, minutes."""
+    """The results of one seed: mean returns over 100 games, agent steps, minutes."""
 
     seed: int
     best: float
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def run_seed(config: DQNConfig) -> Result:
-    """Train with a seed, and play 100 games with both networks."""
+    """Train with a seed, and play 100 games with each of both networks."""
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as parent:
@@ -97,7 +97,7 @@ def changed(config: DQNConfig, assignments: list[str]) -> DQNConfig:
 
 
 def main() -> None:
-    """Train all seeds and print a row for each as it is done, then the sum."""
+    """Train all seeds, print a row for each as it finishes, and then a summary."""
     parser = argparse.ArgumentParser(description="How many seeds of CartPole does Double DQN solve?")
     parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--seeds", type=int, default=20, help="how many, from 0 on")

@@ -1,10 +1,10 @@
-"""Double DQN's agent steps per second against Stable-Baselines3's DQN, whole training with the same settings.
+"""Double DQN's agent steps per second against Stable-Baselines3's DQN, in whole training runs with the same settings.
 
     python benchmarks/dqn_speed.py pong        batch 32, an update every 4 steps
     python benchmarks/dqn_speed.py cartpole    24 x 24, batch 32, an update every step
 
-Both train in turn, each in a process of its own (`pairs.py`). The clock runs from one agent step to a later one of the
-same run, so that start-up, the first steps without updates and compilation drop out; they are printed beside it. Exit
+Both train in turn, each in its own process (`pairs.py`). The clock runs from one agent step to a later one of the same
+run, so that start-up, the first steps without updates and compilation are not timed; they are printed separately. Exit
 status 1 if the median ratio is below the goal.
 """
 
@@ -40,7 +40,7 @@ EPSILON = 0.05
 
 
 def train_minirl(work: Work) -> Timing:
-    """Train with this project; no games are played beside the training."""
+    """Train with this project, without evaluation games."""
     from minirl.dqn import DQNConfig, train
 
     started = time.perf_counter()
@@ -62,7 +62,7 @@ def train_minirl(work: Work) -> Timing:
             end_epsilon=EPSILON,
             eval_frequency=None,
             checkpoint_frequency=work.clock_to,
-            compile=True,  # as a long run would; these are too short for it to be chosen
+            compile=True,  # as a long run would; these are too short to choose it
         )
         train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started

@@ -1,11 +1,11 @@
-"""What does an edit of `edits/` give? Trains with it and without, on the same seeds, and plays 100 games with each.
+"""What does an edit in `edits/` gain? Trains with it and without, on the same seeds, and plays 100 games with each.
 
     python benchmarks/edits.py dueling-heads n-step-returns --seeds 3
     python benchmarks/edits.py lstm --flags "train_ppo.py --env-id Acrobot-v1 --num-steps 32 --total-timesteps 200000"
 
-Each training runs in a process of its own, in turn, in a copy of the repository; what several edits are compared with
-is trained once. It comes to two numbers: the mean return of 100 greedy games of its last network, and that of the
-training's last 100 episodes.
+The training runs take turns, each in its own process in a copy of the repository; a baseline that several edits share
+is trained once. Each run yields two numbers: the mean return of 100 greedy games of its last network, and that of the
+last 100 episodes of training.
 """
 
 import json
@@ -27,7 +27,7 @@ SCRIPTS = ("train_ppo.py", "train_dqn.py")
 
 PPO = "train_ppo.py @recipes/ppo-cartpole.args"
 DQN = "train_dqn.py --eval-frequency none"
-RECIPES = {  # what both sides are trained by, and the edit's own flags
+RECIPES = {  # the command of both sides, and the edit's own flags
     "adamw-rmsprop": (PPO, ""),
     "dueling-heads": (DQN, ""),
     "entropy-annealing": (f"{PPO} --ent-coef 0.02", "--anneal-ent"),
@@ -42,8 +42,8 @@ RECIPES = {  # what both sides are trained by, and the edit's own flags
 
 
 def run(copy: Path, *command: str) -> str:
-    """Run a command in a copy and return its output; where it fails, say why, and exit with its status."""
-    # Above the copy git must see no repository: it would apply nothing, and say nothing.
+    """Run a command in a copy and return its output; if it fails, say why, and exit with its status."""
+    # git must see no repository above the copy: it would silently apply nothing.
     environment = {**os.environ, "PYTHONPATH": str(copy), "GIT_CEILING_DIRECTORIES": str(copy.parent)}
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
@@ -53,7 +53,7 @@ def run(copy: Path, *command: str) -> str:
 
 
 def outcome(copy: Path, flags: list[str], seed: int) -> dict[str, float]:
-    """Train with a seed; return the mean return of 100 greedy games, and of the training's last episodes."""
+    """Train with a seed; return the mean return of 100 greedy games, and of the last episodes of training."""
     algorithm = flags[0][len("train_") : -len(".py")]
     run_dir = copy / f"{algorithm}-{len(list(copy.iterdir()))}"
     run(copy, sys.executable, *flags, "--seed", str(seed), "--run-dir", run_dir.name, "--final-games", "0")
@@ -64,7 +64,7 @@ def outcome(copy: Path, flags: list[str], seed: int) -> dict[str, float]:
 
 
 def copy_of(parent: Path, edit: str | None) -> Path:
-    """Make a copy of what trains, with an edit or none."""
+    """Copy the code needed for training, with an edit or none."""
     copy = parent / (edit or "without")
     for folder in ("minirl", "recipes"):
         shutil.copytree(ROOT / folder, copy / folder)
@@ -76,7 +76,7 @@ def copy_of(parent: Path, edit: str | None) -> Path:
 
 
 def main() -> None:
-    """Train, and print and write a row for each seed as it is done."""
+    """Train, and print and write a row for each seed as it finishes."""
     parser = Parser(scripts={}, description="Train with edits of edits/ and without, on the same seeds.")
     parser.add_argument("names", choices=RECIPES, nargs="+", metavar="NAME", help="of folders in edits/")
     parser.add_argument("--seeds", type=reader(int), default=3, metavar="N", help="how many, from 0 on (default: 3)")
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="of NAME.json (default: runs/edits)")
     given = parser.parse_args()
     output: Path = (given.output or ROOT / "runs" / "edits").absolute()
-    known: dict[tuple[str, int], dict[str, float]] = {}  # flags and seed -> what came of it without an edit
+    known: dict[tuple[str, int], dict[str, float]] = {}  # flags and seed -> the result without an edit
     try:
         if given.seeds < 1:
             raise ConfigError(f"--seeds must be at least 1, not {given.seeds}")

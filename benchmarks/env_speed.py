@@ -2,8 +2,8 @@
 
     python benchmarks/env_speed.py
 
-Random actions; full preprocessing on both sides. The peer returns a bare vector environment's stacks from threads of
-one process, ours from worker processes, as a training gets them. Exit status 1 if the median ratio is below the goal.
+Random actions; full preprocessing on both sides. The peer's bare vector environment returns stacks from threads of one
+process, ours from worker processes, as training gets them. Exit status 1 if the median ratio is below the goal.
 """
 
 import argparse
@@ -18,7 +18,7 @@ GOAL = 1.3
 
 
 def step_minirl() -> Timing:
-    """Step this project's environments, as many worker processes as cores."""
+    """Step this project's environments, with as many worker processes as cores."""
     from minirl.envs.make import make_vector_env
 
     started = time.perf_counter()
@@ -33,7 +33,7 @@ def step_minirl() -> Timing:
 
 
 def step_ale_py() -> Timing:
-    """Step ale-py's environments, as many threads as cores."""
+    """Step ale-py's environments, with as many threads as cores."""
     from ale_py.vector_env import AtariVectorEnv
 
     from minirl.envs.vector import available_cores

@@ -1,10 +1,10 @@
-"""PPO and Double DQN on Pong on a GPU, agent steps a second, against LeanRL's way on the same card and cores.
+"""PPO and Double DQN on Pong on a GPU, in agent steps per second, against LeanRL's way on the same GPU and cores.
 
     python benchmarks/gpu_speed.py                                five minutes
     python benchmarks/gpu_speed.py --device cpu --part eager      one part, by a word of its name; without a GPU
 
-Each part is a process of its own with a time limit, and its rows are printed as they are measured. Start and
-compilation are left out of the speeds and stand beside them.
+Each part is a separate process with a time limit, and its rows are printed as they are measured. Start-up and
+compilation are not part of the speeds and are printed beside them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ DQN: dict[str, Any] = {  # the README's
 
 
 class Work(NamedTuple):
-    """Where to measure, and for how long."""
+    """The device to measure on, and for how long."""
 
     device: torch.device
     seconds: float
@@ -58,9 +58,9 @@ class Enough(BaseException):
 
 
 class Clock:
-    """Runs from its ninth look on, by default, for some seconds, and then prints a row.
+    """Runs for some seconds, by default from its ninth call of `look` on, and then prints a row.
 
-    By then all is compiled, recorded, and recorded again since what an update works on has moved.
+    By then everything is compiled, recorded, and recorded again after an update's tensors have moved.
     """
 
     def __init__(self, name: str, work: Work, first: int = 9) -> None:
@@ -69,7 +69,7 @@ class Clock:
         self.started = self.first_step = math.nan
 
     def look(self, global_step: int) -> None:
-        """Look at the clock, when so many agent steps are done.
+        """Check the clock, with this many agent steps done.
 
         Raises:
             Enough: when it has run for long enough.
@@ -85,13 +85,13 @@ class Clock:
 
 
 def row(*cells: str) -> None:
-    """Print a row of a table, at once."""
+    """Print a row of a table immediately."""
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
 @contextlib.contextmanager
 def clocked(module: Any, clock: Clock) -> Iterator[None]:
-    """Within the block, a training of the module is looked at where it logs, and ends when that was long enough."""
+    """A block in which training of the module checks the clock when it logs, and ends when the clock has run out."""
 
     class Clocked(Run):
         def log(self, global_step: int, scalars: dict[str, float], **options: Any) -> None:
@@ -104,7 +104,7 @@ def clocked(module: Any, clock: Clock) -> Iterator[None]:
 
 
 def of_minirl(name: str, work: Work, *, num_envs: int = 8, record: bool = True, **settings: Any) -> None:
-    """PPO of this project: by default compiled and recorded, in bfloat16."""
+    """This project's PPO: by default compiled and recorded, in bfloat16."""
     if not record:
         gpu.RECORDED = ()
     batch = num_envs * CONFIG.num_steps
@@ -115,7 +115,7 @@ def of_minirl(name: str, work: Work, *, num_envs: int = 8, record: bool = True, 
 
 
 def of_leanrl(name: str, work: Work, *, num_envs: int = 8) -> None:
-    """The same sizes, the same environments, in float32, as LeanRL does it."""
+    """The same sizes and environments, in float32, as LeanRL does it."""
     clock, batch = Clock(name, work), num_envs * CONFIG.num_steps
     with contextlib.suppress(Enough):
         train_lean(num_envs, max(CONFIG.minibatch_size, batch // 4), work.device, clock.look)
@@ -129,14 +129,14 @@ def of_dqn(name: str, work: Work) -> None:
 
 
 def environments(name: str, work: Work) -> None:
-    """The environments alone: a ceiling that no training passes."""
+    """The environments alone: an upper limit for training."""
     for num_envs in (8, 64, 256):
         speed = env_speed(num_envs, available_cores())
         row(f"{name}, {num_envs}", f"{speed:,.0f} steps a second", f"{available_cores()} processes")
 
 
 def where_it_goes(name: str, work: Work) -> None:
-    """Each part of an update's 1,024 steps alone; what is launched in it, and what is waited for."""
+    """Each part of an update's 1,024 steps alone, with its kernel launches and waits."""
     on_gpu = work.device.type == "cuda"
     with pieces(work.device) as parts:
         for part, function in parts.items():
@@ -179,7 +179,7 @@ PARTS: dict[str, Callable[[str, Work], None]] = {
 
 
 def main() -> None:
-    """Measure part by part, each in a process of its own; or one part, here."""
+    """Measure part by part, each in its own process; or one part, here."""
     parser = argparse.ArgumentParser(description="The speed of PPO and Double DQN on Pong on a GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--part", default="", help="only those whose name has this in it")
@@ -199,7 +199,7 @@ def main() -> None:
     print(f"{card}, {available_cores()} cores, PyTorch {torch.__version__}, NumPy {np.__version__}\n")
     row("part", "measured", "and")
     row("---", "---", "---")
-    # A profiler that is set up anew beside a recorded graph can crash.
+    # A profiler that is set up again beside a recorded graph can crash.
     environment = {**os.environ, "TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     ends, failed = time.monotonic() + arguments.limit, False
     for name in [name for name in PARTS if arguments.part in name]:

@@ -1,9 +1,9 @@
-"""PPO on Pong as LeanRL does it, to compare with: CleanRL's loop, with all of it that computes compiled and recorded.
+"""PPO on Pong as LeanRL does it, for comparison: CleanRL's loop, with all its computation compiled and recorded.
 
-Written anew from its description: a flat script whose acting and minibatch step are each a function that
-`torch.compile` takes (`loss.backward()` is a break in it), and these and the advantages a CUDA graph repeats; float32,
-convolutions in TF32, as PyTorch does by default; observations go over once a step, and actions come back. It plays in
-this project's environments, where LeanRL has EnvPool's, so that the ratio is of the rest.
+Rewritten from its description: a flat script in which acting and the minibatch step are functions compiled by
+`torch.compile` (with a graph break at `loss.backward()`), and these and the advantages are replayed as CUDA graphs;
+float32, with convolutions in TF32, PyTorch's default; each step copies observations to the GPU and actions back. It
+plays in this project's environments instead of LeanRL's EnvPool, so that the ratio is about the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class Agent(nn.Module):
 
 
 def train_lean(num_envs: int, minibatch: int, device: torch.device, look: Callable[[int], None]) -> None:
-    """Train until `look`, which is told the agent steps after each update, raises."""
+    """Train until `look`, which is called with the agent steps after each update, raises."""
     torch.manual_seed(1)
     with make_vector_env("PongNoFrameskip-v4", num_envs) as envs:
         agent = Agent(6).to(device)

@@ -1,11 +1,11 @@
-"""Do the quick tests see it when the code is wrong? Changes a line at a time, and runs the tests that should turn red.
+"""Do the quick tests notice wrong code? Changes one line at a time, and runs the tests that should fail.
 
     python benchmarks/mutations.py                     # all of mutations.txt
-    python benchmarks/mutations.py --only GAE          # those whose name has this in it
+    python benchmarks/mutations.py --only GAE          # those whose name contains this
     python benchmarks/mutations.py --only GAE --whole  # with all quick tests, not only those that should notice
 
-Each mutation is a line of the maths, the memory, the wrappers or the checkpoints as somebody might get it wrong, made
-in a copy of the repository. One that survives is a line that nothing holds: it needs a test.
+Each mutation is a plausible mistake in a line of the maths, the memory, the wrappers or the checkpoints, made in a copy
+of the repository. One that survives shows a line that no test checks: it needs one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Mutation(NamedTuple):
-    """A piece of code that stands once in its file, and what it becomes; `tests` are the files that should notice."""
+    """A piece of code that occurs once in its file, and its replacement; `tests` are the files that should notice."""
 
     name: str
     file: str
@@ -33,10 +33,10 @@ class Mutation(NamedTuple):
     new: str
 
     def changed(self, source: str) -> str:
-        """Return the source with the mutation in it.
+        """Return the source with the mutation applied.
 
         Raises:
-            ValueError: if what it changes does not stand exactly once there.
+            ValueError: if the code that it changes does not occur exactly once.
         """
         if (count := source.count(self.old)) != 1:
             raise ValueError(f"{self.name}: {self.file} must have this once, not {count} times:\n{self.old}")
@@ -44,7 +44,7 @@ class Mutation(NamedTuple):
 
 
 def read_mutations(text: str) -> list[Mutation]:
-    """Read paragraphs: `== FILE TEST_FILE ...` is of those that follow; each has a name, then `- ` and `+ ` lines."""
+    """Read paragraphs: `== FILE TEST_FILE ...` applies to those below, each a name, then `- ` and `+ ` lines."""
     mutations = []
     file, tests = "", [""]
     for paragraph in text.strip().split("\n\n"):
@@ -61,10 +61,10 @@ MUTATIONS = read_mutations(Path(__file__).with_suffix(".txt").read_text())
 
 
 def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None, *, slow: bool = False) -> tuple[int, str]:
-    """Run tests in a copy, with a mutation or without; return pytest's status, and which test failed first.
+    """Run tests in a copy, with a mutation or without; return pytest's status, and the first test that failed.
 
     Raises:
-        ValueError: if what the mutation changes does not stand exactly once in its file.
+        ValueError: if the code that the mutation changes does not occur exactly once in its file.
     """
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as directory:
@@ -75,7 +75,7 @@ def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None, *, slow:
         if mutation is not None:
             path = copy / mutation.file
             path.write_text(mutation.changed(path.read_text()))
-        # One thread each: several run side by side.
+        # One thread each, because several run side by side.
         environment = {**os.environ, "PYTHONPATH": directory, "OMP_NUM_THREADS": "1"}
         chosen = [] if slow else ["-m", "not slow"]
         command = [sys.executable, "-m", "pytest", "-x", "-q", *chosen, "-p", "no:cacheprovider", *tests]
@@ -85,7 +85,7 @@ def run_tests(tests: tuple[str, ...], mutation: Mutation | None = None, *, slow:
 
 
 def main() -> None:
-    """Run the tests without a mutation, then with each; say which turn them red. Status 1 where one does not."""
+    """Run the tests without a mutation, then with each; print which make them fail. Status 1 if one does not."""
     parser = argparse.ArgumentParser(description="Change one line at a time, and see whether the quick tests notice.")
     parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name has this in it")
     parser.add_argument("--whole", action="store_true", help="run all quick tests, not only those that should notice")
@@ -102,7 +102,7 @@ def main() -> None:
             lambda mutation: run_tests(() if given.whole else mutation.tests, mutation, slow=given.slow), chosen
         )
         for mutation, (status, said) in zip(chosen, results, strict=True):
-            red = status == 1 or status < 0  # a test failed, or a signal ended them; else, they could not be run
+            red = status == 1 or status < 0  # a test failed, or a signal ended them; otherwise they could not be run
             survived += not red
             print(f"{'red' if red else 'SURVIVED'}  {mutation.file}: {mutation.name}: {said}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mutations turn the tests red")

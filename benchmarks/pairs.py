@@ -1,6 +1,6 @@
-"""How the speed benchmarks compare: two sides in turn, each time in a process of its own, the ratio taken pair by pair.
+"""How the speed benchmarks compare two sides: in turn, each in its own process, with the ratio taken pair by pair.
 
-These machines are shared and their speed drifts by a third within an hour: only a ratio of neighbours means anything.
+These machines are shared and their speed drifts by a third within an hour: only a ratio of adjacent runs is meaningful.
 """
 
 import json
@@ -14,24 +14,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-COMMITTED = Path(__file__).with_name("ratios.json")  # what the tree was measured at, by kind of processor
-KINDS = ("amx_bf16", "avx512_bf16", "float32")  # how a processor multiplies fastest
-FALL = 0.15  # of a ratio, which is worth a look
+COMMITTED = Path(__file__).with_name("ratios.json")  # the ratios measured for this tree, by kind of CPU
+KINDS = ("amx_bf16", "avx512_bf16", "float32")  # how a CPU multiplies fastest
+FALL = 0.15  # fall of a ratio that is worth a look
 
 
 class Timing(NamedTuple):
-    """One side, once: the seconds that the clock ran, and those before it (start-up, first steps, compilation)."""
+    """One side, once: the seconds that were timed, and those before (start-up, first steps, compilation)."""
 
     seconds: float
     before: float
 
 
 class Sample(NamedTuple):
-    """What one process came to."""
+    """The result of one process."""
 
-    speed: float  # steps a second
-    before: float  # seconds until the clock ran
-    megabytes: float  # the most that all its processes held together
+    speed: float  # steps per second
+    before: float  # seconds before the timed part
+    megabytes: float  # the peak memory of all its processes together
 
 
 def report(timing: Timing, steps: int) -> None:
@@ -40,13 +40,13 @@ def report(timing: Timing, steps: int) -> None:
 
 
 def sample(script: str, arguments: list[str], source: Path | None = None, core: int | None = None) -> Sample:
-    """Run one side in a process of its own; a compilation that fails is an error here.
+    """Run one side in its own process; a failed compilation is an error here.
 
     Args:
         script: the file to run.
-        arguments: of it.
+        arguments: its arguments.
         source: the tree that `minirl` is imported from, if not the installed one.
-        core: where it must run, if not on all (Linux).
+        core: the core to run on, if not all (Linux).
     """
     command = [] if core is None else ["taskset", "--cpu-list", str(core)]
     command += [sys.executable, "-W", "error:compilation failed", script, *arguments]
@@ -70,10 +70,10 @@ def sample(script: str, arguments: list[str], source: Path | None = None, core: 
 
 
 def megabytes(pid: int, parents: tuple[str, str] | None = None, processes: Path = Path("/proc")) -> float:
-    """Return the most that a process and its living descendants have held so far, each, shared pages counted once.
+    """Return the peak memory so far of a process plus those of its living descendants, with shared pages counted once.
 
-    The most is Linux's own record (VmHWM): Stable-Baselines3 gives memory back after each minibatch, and holds its most
-    for moments that a look once a second misses. What others share of a process's pages is Rss - Pss.
+    The peak is Linux's own record (VmHWM): Stable-Baselines3 returns memory after each minibatch, and its short peaks
+    would be missed by one look per second. Rss - Pss is the part of a process's pages that others share.
     """
     process = processes / str(pid)
     try:
@@ -82,17 +82,17 @@ def megabytes(pid: int, parents: tuple[str, str] | None = None, processes: Path 
         said = dict(line.split(":", maxsplit=1) for line in lines)
         children = " ".join(task.read_text() for task in process.glob("task/*/children")).split()
         mine = addresses, said["Pss_Anon"]
-        if mine == parents:  # it has yet to start its own program, and runs in its parent's memory until then
+        if mine == parents:  # it has not started its own program yet, and still runs in its parent's memory
             return 0.0
         most, now, share = (int(said[name].split()[0]) / 1024 for name in ("VmHWM", "Rss", "Pss"))
-    except (OSError, ValueError, KeyError):  # it is gone, or this is no Linux
+    except (OSError, ValueError, KeyError):  # it is gone, or this is not Linux
         return 0.0
     return most - (now - share) + sum(megabytes(int(child), mine, processes) for child in children)
 
 
 def seconds_between(run_dir: Path, first: int, last: int) -> float:
-    """Return how long a training took from one agent step to a later one, at which its run logged `charts/minutes`."""
-    # Loaded only now: the memory of a training is measured, too, and this reader is no part of it.
+    """Return how long training took from one agent step to a later one, at which its run logged `charts/minutes`."""
+    # Imported only now: the memory of the training is measured, too, and this reader is not part of it.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -102,15 +102,15 @@ def seconds_between(run_dir: Path, first: int, last: int) -> float:
 
 
 def compare(name: str, script: str, peer: str, goal: float, pairs: int, arguments: Callable[[str], list[str]]) -> bool:
-    """Measure pairs in turn, print them, and compare with the committed ratio; return whether the goal is reached.
+    """Measure pairs in turn, print them, and compare with the committed ratio; return whether the goal was reached.
 
     Args:
         name: of the comparison, in `ratios.json`.
         script: the benchmark's own file.
         peer: the other side's name; this side is `minirl`.
-        goal: that the median ratio should reach.
+        goal: the median ratio to reach.
         pairs: how many.
-        arguments: from a side's name to the arguments that measure it.
+        arguments: maps a side's name to the arguments that measure it.
     """
     ratios = []
     for pair in range(1, pairs + 1):
@@ -134,11 +134,11 @@ def compare(name: str, script: str, peer: str, goal: float, pairs: int, argument
 
 
 def processor(description: Path = Path("/proc/cpuinfo")) -> str:
-    """Return which of `KINDS` this processor is; a ratio means something for its own kind only.
+    """Return which of `KINDS` this CPU is; a ratio is only valid for its own kind.
 
-    As `minirl.fast.machine.has_fast_bfloat16`: Intel's without AMX multiply float32 faster.
+    As in `minirl.fast.machine.has_fast_bfloat16`: Intel CPUs without AMX multiply float32 faster.
     """
-    words = description.read_text().split() if description.exists() else []  # there is none but on Linux
+    words = description.read_text().split() if description.exists() else []  # it exists on Linux only
     if "amx_bf16" in words:
         return "amx_bf16"
     return "avx512_bf16" if "avx512_bf16" in words and "GenuineIntel" not in words else "float32"

@@ -1,14 +1,14 @@
-"""PPO's agent steps per second against Stable-Baselines3's, whole training with the same settings.
+"""PPO's agent steps per second against Stable-Baselines3's, in whole training runs with the same settings.
 
-    python benchmarks/ppo_speed.py pong            the source notebook's settings; bfloat16 where that is faster
+    python benchmarks/ppo_speed.py pong            the source notebook's settings; bfloat16 if that is faster
     python benchmarks/ppo_speed.py pong-float32    the same in float32
     python benchmarks/ppo_speed.py cartpole        8 environments
     python benchmarks/ppo_speed.py pendulum        continuous actions, 4 environments
     python benchmarks/ppo_speed.py halfcheetah-1   MuJoCo, observations and rewards normalised, on both sides
     python benchmarks/ppo_speed.py halfcheetah-8   the same with 8 environments
 
-Both train in turn, each in a process of its own (`pairs.py`). The clock runs from one agent step to a later one of the
-same run, so that start-up and compilation drop out; they are printed beside it. Exit status 1 if the median ratio is
+Both train in turn, each in its own process (`pairs.py`). The clock runs from one agent step to a later one of the same
+run, so that start-up and compilation are not timed; they are printed separately. Exit status 1 if the median ratio is
 below the goal.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What both sides train: minirl's settings, which name Stable-Baselines3's too."""
+    """What both sides train: minirl's settings, from which Stable-Baselines3's are derived."""
 
     settings: dict[str, Any]
     clock_from: int  # agent steps; with clock_to, multiples of num_envs * num_steps
@@ -84,7 +84,7 @@ def train_minirl(work: Work) -> Timing:
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as parent:
-        # Compiled as a long run would be: these are too short for it to be chosen.
+        # Compiled as a long run would be: these are too short to choose it.
         config = PPOConfig(total_timesteps=work.clock_to, compile=True, **work.settings)
         train(config, run_dir=Path(parent) / "run")
         total = time.perf_counter() - started

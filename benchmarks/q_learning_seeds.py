@@ -1,4 +1,4 @@
-"""How many seeds of Q-learning reach Q* on the source notebook's grid, with its settings, by how the table starts.
+"""How many seeds of Q-learning reach Q* on the source notebook's grid, with its settings, by the table's initial value.
 
     python benchmarks/q_learning_seeds.py
 
@@ -18,14 +18,14 @@ TOLERANCE = 0.01
 
 
 def main() -> None:
-    """Train and print a line for each start."""
+    """Train and print a line for each initial value."""
     grid = GridWorld()
     states = sorted(grid.reachable() - {grid.goal_state})
     for initial_value in (0.0, 100.0):
         errors = []
         for seed in range(SEEDS):
             config = QLearningConfig(seed=seed, initial_value=initial_value)
-            with contextlib.redirect_stderr(io.StringIO()):  # progress is shown, but not here
+            with contextlib.redirect_stderr(io.StringIO()):  # no progress here
                 learned = train(config)
             errors.append(np.abs(learned - value_iteration(grid, config.gamma))[states].max())
         reached = sum(error < TOLERANCE for error in errors)

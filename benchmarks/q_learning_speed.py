@@ -2,9 +2,9 @@
 
     python benchmarks/q_learning_speed.py
 
-The notebook's loop is written anew here, function by function as it is built there: states are tuples, the table is a
-NumPy array, an action is a move. Both train with the notebook's settings, in turn, in one process; the ratio is taken
-pair by pair. Exit status 1 if the median ratio is below the goal.
+The notebook's loop is rewritten here with the same functions: states are tuples, the table is a NumPy array, an action
+is a move. Both train with the notebook's settings, in turn, in one process; the ratio is taken pair by pair. Exit
+status 1 if the median ratio is below the goal.
 """
 
 import contextlib
@@ -79,13 +79,13 @@ def notebook_speed(config: QLearningConfig) -> float:
 def minirl_speed(config: QLearningConfig, steps: int) -> float:
     """Train as `train_q.py` does, without a run directory; return steps per second."""
     started = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # progress is shown, but not here
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress here
         train(config)
     return steps / (time.perf_counter() - started)
 
 
 def count_steps(config: QLearningConfig) -> int:
-    """Return the number of steps of a training, which the seed decides."""
+    """Return the number of steps of a training run, which depends on the seed."""
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
         train(config, run_dir=directory)
         steps: int = load_checkpoint(Path(directory), "q_learning")["global_step"]

@@ -37,7 +37,7 @@ SIDES = {"one process, 2 workers": (0, 2), "1 rank, 2 workers": (1, 2), "2 ranks
 
 
 def measure_all_reduce(repeats: int) -> None:
-    """Print how long one takes."""
+    """Print how long one all-reduce takes."""
     with process_group():
         for name, size in SIZES.items():
             values, seconds = torch.zeros(size), []
@@ -52,7 +52,7 @@ def measure_all_reduce(repeats: int) -> None:
 
 
 def measure_training(task: str, rounds: int) -> None:
-    """Print the agent steps a second of each side."""
+    """Print the agent steps per second of each side."""
     speeds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side, (ranks, workers) in SIDES.items():
@@ -64,7 +64,7 @@ def measure_training(task: str, rounds: int) -> None:
 
 
 def speed(task: str, ranks: int, workers: int) -> float:
-    """Train once; return agent steps a second."""
+    """Train once; return agent steps per second."""
     flags, first, last = TASKS[task]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     with tempfile.TemporaryDirectory() as place:

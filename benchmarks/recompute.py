@@ -1,10 +1,11 @@
-"""Trains with settings and on paths drawn at random, and computes all of it again in float64, until the time is over.
+"""Trains with random settings on random code paths, and recomputes everything in float64, until the time is up.
 
     python benchmarks/recompute.py --minutes 60
-    python benchmarks/recompute.py --seed 17 --minutes 0     # this one alone, once more
+    python benchmarks/recompute.py --seed 17 --minutes 0     # repeat only this one
 
-What `tests/test_recomputed.py` does on some paths, on any: a line for each says its seed, what it was, and which number
-came nearest to its bound. Status 1 where one is beyond. Every tenth path is compiled, which takes most of the time.
+`tests/test_recomputed.py` does this on some paths, this script on any. It prints a line for each: its seed, its
+settings, and which number came closest to its bound. Status 1 if one exceeds it. Every tenth path is compiled, which
+takes most of the time.
 """
 
 import argparse
@@ -28,13 +29,13 @@ from tests.recompute import Case, check
 
 
 class Draw:
-    """What is drawn from one seed."""
+    """Random choices from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
 
     def one_of(self, *options: Any) -> Any:
-        """One of these."""
+        """One of the options."""
         return options[self.rng.integers(len(options))]
 
     def number(self, low: int, high: int) -> int:
@@ -42,7 +43,7 @@ class Draw:
         return int(self.rng.integers(low, high + 1))
 
     def kills(self, calls: int) -> list[int]:
-        """After how many calls of `Run.checkpoint` a run is killed each time, if at all."""
+        """After how many calls of `Run.checkpoint` a run is killed, for each kill, if any."""
         return [self.number(1, max(1, calls)) for _ in range(self.one_of(0, 0, 1, 2))]
 
     def shared(self, *kinds: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Draw:
 
 
 def draw_ppo(draw: Draw) -> Case:
-    """Some path of PPO."""
+    """A random path of PPO."""
     shared, num_steps = draw.shared("Vectors", "Tiny", "Constant"), draw.number(2, 16)
     batch_size = shared["num_envs"] * num_steps
     config = PPOConfig(
@@ -87,8 +88,8 @@ def draw_ppo(draw: Draw) -> Case:
 
 
 def draw_dqn(draw: Draw) -> Case:
-    """Some path of Double DQN."""
-    shared = draw.shared("Vectors", "Tiny")  # not what is constant: each batch is traced back to its steps
+    """A random path of Double DQN."""
+    shared = draw.shared("Vectors", "Tiny")  # not constant observations: each batch is traced back to its steps
     envs = shared["num_envs"]
     config = DQNConfig(
         **shared,
@@ -114,12 +115,12 @@ def draw_dqn(draw: Draw) -> Case:
 
 
 def own(draw: Draw, config: Any, network: Any) -> Any:
-    """A network of one's own on images, sometimes: in float32, where its values are float32."""
+    """Sometimes a user's own network, on images and in float32, in which its values are."""
     return network if config.env_id == "frames" and config.precision == "float32" and draw.one_of(True, False) else None
 
 
 def draw_q_learning(draw: Draw) -> Case:
-    """Some path of Q-learning."""
+    """A random path of Q-learning."""
     config = QLearningConfig(
         env_id="tests.recorded:States-v0",
         seed=draw.number(0, 1000),

@@ -1,4 +1,4 @@
-"""What runs of RLHF came to, a row each: remakes the table of docs/rlhf.md.
+"""The results of RLHF runs, one row each: reproduces the table of docs/rlhf.md.
 
     python train_rlhf.py --seeds 0-4 --run-dir runs/rlhf-five
     python benchmarks/rlhf_seeds.py runs/rlhf-five/seed0 runs/rlhf-five/seed1 ...
@@ -26,7 +26,7 @@ def row(run_dir: Path) -> list[float]:
     """Return the numbers of `COLUMNS` of a run.
 
     Raises:
-        ConfigError: if it is no run of rlhf that is done.
+        ConfigError: if it is not a finished run of rlhf.
     """
     result = evaluate(run_dir, episodes=TEXTS, seed=SEED)
     if "after" not in result:

@@ -1,10 +1,10 @@
-"""PPO on Pong by default (compiled, bfloat16 where faster) and plainly (eager, float32): do they learn the same?
+"""Does PPO on Pong learn the same by default (compiled, bfloat16 if faster) and plainly (eager, float32)?
 
     python train_ppo.py --seed 42 --total-timesteps 601000                                    # and --seed 1, 2, 3
     python train_ppo.py --seed 42 --total-timesteps 601000 --no-compile --precision float32   # and --seed 1, 2, 3
     python benchmarks/same_learning.py --plain RUN_DIR ... --fast RUN_DIR ... --output FILE
 
-Draws the curves, up to where the shortest of them ends, and prints the table of docs/performance.md.
+Draws the curves up to the end of the shortest, and prints the table of docs/performance.md.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from minirl.q_learning import LOG_EVERY
 from minirl.results.curves import LAST_EPISODES, Curve, read_curve
 from minirl.results.figure import COLOURS, DASHES, new_figure, save_figure
 
-EVERY = 100_000  # agent steps, a row of the table
+EVERY = 100_000  # agent steps per row of the table
 
 
 def table(curves: dict[str, list[Curve]], last: int) -> str:

@@ -1,10 +1,10 @@
-"""Trainings side by side on one machine: what all of them make together, as a share of what one alone makes.
+"""Training runs side by side on one machine: their total speed, as a share of the speed of one alone.
 
     python benchmarks/sharing.py              one alone, two started by hand, two with --num-threads 1, two by --seeds
     python benchmarks/sharing.py dqn          one row of the table
 
-Each is trained in processes of its own, without compiling. Speeds are taken from what they say on their way, from the
-time on when all of them compute, for a while and at least two lines. Nothing else may run.
+Each is trained in its own processes, without compiling. Speeds are taken from the progress lines once all of them
+compute, for a while and at least two lines. Nothing else may run.
 """
 
 import argparse
@@ -36,14 +36,14 @@ WAYS = {  # flags, and how many processes are started
 
 
 class Said(NamedTuple):
-    """How far a run was, and when."""
+    """How far a run had got, and when."""
 
     seconds: float
     steps: int
 
 
 def speed(command: str, number: int) -> float:
-    """Start so many of a command; return how many agent steps a second all its runs make together."""
+    """Start this many of a command; return how many agent steps per second all its runs make together."""
     with tempfile.TemporaryDirectory() as parent:
         processes = [
             subprocess.Popen(

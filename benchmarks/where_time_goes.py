@@ -1,4 +1,4 @@
-"""Where a step of PPO on Pong spends its time, against the least that this machine could do it in.
+"""Where a step of PPO on Pong spends its time, against the least time in which this machine could do it.
 
     python benchmarks/where_time_goes.py
 
@@ -48,7 +48,7 @@ FLOPS = FORWARD + CONFIG.update_epochs * (3 * FORWARD - NOT_NEEDED)  # per agent
 
 
 def seconds(function: Callable[[], object], calls: int) -> float:
-    """Median seconds of a call, after a few that don't count."""
+    """Median seconds of a call, after a few untimed ones."""
     for _ in range(3):
         function()
     times = []
@@ -60,13 +60,13 @@ def seconds(function: Callable[[], object], calls: int) -> float:
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Multiplications and additions a second in a large matrix product."""
+    """Multiplications and additions per second in a large matrix product."""
     a, b = torch.randn(2, 2048, 2048).to(dtype)
     return 2 * 2048**3 / seconds(lambda: a @ b, 10)
 
 
 def emulate(frames: int) -> float:
-    """Frames a second of the bare emulator in this process, random buttons, no screen read."""
+    """Frames per second of the bare emulator in this process, with random buttons and no screen read."""
     env = make_atari_env("PongNoFrameskip-v4", fast=True)
     env.reset(seed=0)
     emulator: ale_py.ALEInterface = env.unwrapped.ale  # type: ignore[attr-defined]
@@ -81,13 +81,13 @@ def emulate(frames: int) -> float:
 
 
 def bare_emulator() -> float:
-    """Agent steps a second, four frames each, of the bare emulator on all cores."""
+    """Agent steps per second, four frames each, of the bare emulator on all cores."""
     with multiprocessing.get_context("spawn").Pool(available_cores()) as pool:
         return sum(pool.map(emulate, [20_000] * available_cores())) / 4
 
 
 def env_speed(num_envs: int, num_workers: int) -> float:
-    """Agent steps a second of the environments alone."""
+    """Agent steps per second of the environments alone."""
     rng = np.random.default_rng(0)
     with make_vector_env(CONFIG.env_id, num_envs, num_workers=num_workers) as envs:
         envs.reset(seed=0)
@@ -96,7 +96,7 @@ def env_speed(num_envs: int, num_workers: int) -> float:
 
 @contextlib.contextmanager
 def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
-    """What a training does for the steps of an update, in turn: each can be called alone, any number of times."""
+    """The parts of training for the steps of an update, in order: each can be called alone, any number of times."""
     with make_vector_env(CONFIG.env_id, CONFIG.num_envs, in_halves=True) as envs:
         agent = ActorCritic(envs.observation_space, envs.action_space).to(device)
         precision = select_precision(CONFIG.precision, device, images=True)
@@ -140,7 +140,7 @@ def pieces(device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
 
 
 def parts() -> dict[str, float]:
-    """Milliseconds of a vector step of environments and of acting, of a whole rollout step, and of a gradient step."""
+    """Milliseconds of a vector step of the environments, of acting, of a whole rollout step and of a gradient step."""
     environments = CONFIG.num_envs / env_speed(CONFIG.num_envs, max(1, available_cores() - 1))
     gradient_steps = CONFIG.update_epochs * CONFIG.batch_size // CONFIG.minibatch_size
     with pieces(CPU) as functions:
@@ -153,7 +153,7 @@ def parts() -> dict[str, float]:
 
 
 def training_speed() -> float:
-    """Agent steps a second of the whole training, compilation left out."""
+    """Agent steps per second of the whole training, without compilation."""
     first, last = 2 * CONFIG.batch_size, 14 * CONFIG.batch_size
     with tempfile.TemporaryDirectory() as parent:
         train(PPOConfig(total_timesteps=last, compile=True), run_dir=Path(parent) / "run", device="cpu")

@@ -1,12 +1,12 @@
-"""What a trick gives to a whole training, or what a commit changed: with and without, in turn, in pairs.
+"""What a trick gains in a whole training run, or what a commit changed: with and without, in turn, in pairs.
 
     python benchmarks/without.py dqn cartpole --trick products        tests/switches.py names the tricks
     python benchmarks/without.py ppo pong --checkout ../before        a checkout of another commit
     python benchmarks/without.py ppo cartpole --trick events --side-by-side
 
-Trained and clocked as in `ppo_speed.py` and `dqn_speed.py`, each side in a process of its own. A ratio above 1 is what
-the trick gives, or by how much this tree is faster. Where the machine's speed changes from second to second, both sides
-side by side, on a core each, and the cores swapped from pair to pair, differ less by chance.
+Trained and timed as in `ppo_speed.py` and `dqn_speed.py`, each side in its own process. A ratio above 1 is the gain of
+the trick, or how much faster this tree is. If the machine's speed changes from second to second, use `--side-by-side`:
+both sides at once, on one core each, with the cores swapped from pair to pair, differ less by chance.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pairs import report, sample
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from tests.switches import SWITCHES, switch_off  # noqa: E402 - the tests are no package that is installed
+from tests.switches import SWITCHES, switch_off  # noqa: E402 - the tests are not an installed package
 
 SCRIPTS = {"ppo": ppo_speed, "dqn": dqn_speed}
 
 
 def main() -> None:
-    """Measure pairs in turn and print them; or one side, for the process that does."""
+    """Measure pairs in turn and print them; or measure one side, for the process that measures pairs."""
     parser = argparse.ArgumentParser(description="What a trick gives to a whole training, or what a commit changed.")
     parser.add_argument("algorithm", choices=SCRIPTS)
     parser.add_argument("work", choices={*ppo_speed.WORKS, *dqn_speed.WORKS})

@@ -1,13 +1,13 @@
-"""What recipes reach on several seeds, and how fast, beside RL-Zoo's own figures and Stable-Baselines3 trained here.
+"""What recipes reach on several seeds, and how fast, against RL-Zoo's own figures and Stable-Baselines3 trained here.
 
     python benchmarks/zoo.py                          the rows of vectors and choices, seeds 1 to 5
     python benchmarks/zoo.py dqn-mountaincar --seeds 1,2
     python benchmarks/zoo.py ppo-hopper --seeds 1 --peer    Stable-Baselines3 with the same settings
-    python benchmarks/zoo.py dqn-mountaincar --speed        steps a second against it, alone and in turn
+    python benchmarks/zoo.py dqn-mountaincar --speed        steps per second against it, alone and in turn
 
-Each row is a file of `recipes/`. A seed is a process with one thread, as many side by side as there are cores; then 100
-greedy games are played with other seeds. It goes on where it was stopped: what is there already, in runs/zoo/, is not
-done again (the peer's runs begin anew). The Zoo's figures are of one run each, by earlier versions of the environments
+Each row is a file in `recipes/`. A seed is a process with one thread, as many side by side as there are cores; then 100
+greedy games are played with other seeds. A stopped benchmark continues: what is already in runs/zoo/ is not done again
+(the peer's runs start over). The Zoo's figures are of one run each, on earlier versions of the environments
 (benchmark.md of DLR-RM/rl-baselines3-zoo).
 """
 
@@ -55,7 +55,7 @@ DISCRETE = {
     "dqn-mountaincar": Row(-100.8, 9.9, "120k"),
     "dqn-lunarlander": Row(154.4, 79.2, "100k"),
 }
-CONTINUOUS = {  # with the Zoo's settings on Box2D, and where the name says so; the others are ours, or the field's
+CONTINUOUS = {  # the Zoo's settings on Box2D, and where the name says so; the others are ours, or common ones
     "ppo-pendulum": Row(-172.2, 104.2, "100k"),
     "ppo-mountaincar-continuous": Row(88.3, 2.6, "20k"),
     "ppo-lunarlander-continuous": Row(270.9, 32.1, "1M"),
@@ -79,7 +79,7 @@ def settings_of(name: str) -> Any:
 
 
 def train_seed(name: str, seed: int, peer: bool) -> dict[str, Any]:
-    """Train a row with a seed, as far as that is not done, and play 100 games; return what came of it."""
+    """Train a row with a seed, unless that is done already, and play 100 games; return the results."""
     run_dir = RUNS / name / f"{'peer' if peer else 'seed'}{seed}"
     if (done := run_dir / "result.json").exists():
         result: dict[str, Any] = json.loads(done.read_text())
@@ -100,7 +100,7 @@ def train_seed(name: str, seed: int, peer: bool) -> dict[str, Any]:
 
 
 def train_peer(name: str, seed: int) -> dict[str, Any]:
-    """Train a row with Stable-Baselines3, and play; return what came of it."""
+    """Train a row with Stable-Baselines3, and play; return the results."""
     from stable_baselines3.common.evaluation import evaluate_policy
 
     config, started = settings_of(name), time.monotonic()
@@ -125,7 +125,7 @@ def run(arguments: list[Any], log: Path | None = None) -> str:
 
 
 def minutes_of(run_dir: Path) -> float:
-    """Return how long a training took, as its run logged it."""
+    """Return how long training took, as its run logged it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -134,7 +134,7 @@ def minutes_of(run_dir: Path) -> float:
 
 
 def table(names: list[str], seeds: list[int], peer: bool) -> str:
-    """Return what is there of these rows as a table."""
+    """Return the results so far of these rows as a table."""
     lines = ["| recipe | steps | mean of the seeds +- their deviation | each seed | the Zoo's run | minutes a seed |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for name in names:
@@ -154,7 +154,7 @@ def table(names: list[str], seeds: list[int], peer: bool) -> str:
 
 
 def clock_of(config: Any) -> tuple[int, int]:
-    """Return the agent steps between which both sides are timed: multiples of what one update or log takes."""
+    """Return the agent steps between which both sides are timed: multiples of the steps per update or log."""
     if hasattr(config, "batch_size") and hasattr(config, "num_steps"):
         updates = max(4, 20_000 // config.batch_size)
         return config.batch_size * max(1, updates // 4), config.batch_size * updates
@@ -162,14 +162,14 @@ def clock_of(config: Any) -> tuple[int, int]:
 
 
 def train_minirl(name: str, num_threads: int | None) -> Timing:
-    """Train a row with this project, without greedy games beside it, by so many threads; None: as many as it takes."""
+    """Train a row with this project, without greedy games, with this many threads; None: its own choice."""
     import dataclasses
     import importlib
 
     config, started = settings_of(name), time.perf_counter()
     first, last = clock_of(config)
     alone = {"eval_frequency": None} if name.startswith("dqn") else {}
-    # Compiled as the whole run is, which this is too short for.
+    # Compiled as the whole run is; this one is too short to choose it.
     config = dataclasses.replace(
         config, total_timesteps=last, compile=True, num_threads=num_threads, checkpoint_frequency=last, **alone
     )
@@ -181,7 +181,7 @@ def train_minirl(name: str, num_threads: int | None) -> Timing:
 
 
 def train_sb3(name: str, num_threads: int | None) -> Timing:
-    """Train a row with Stable-Baselines3 and the same settings, by so many threads; None: as many as PyTorch takes."""
+    """Train a row with Stable-Baselines3 and the same settings, with this many threads; None: PyTorch's choice."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -232,7 +232,7 @@ SIDES = {"minirl": train_minirl, "stable-baselines3": train_sb3}
 
 
 def main() -> None:
-    """Train what is not there yet and print the table; or measure speed."""
+    """Train what is missing and print the table; or measure speed."""
     parser = argparse.ArgumentParser(description="What recipes reach on several seeds.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; by default the discrete ones")
     parser.add_argument("--seeds", default="1,2,3,4,5", help="with commas between them")

@@ -1,4 +1,4 @@
-"""What is refused, and how: a user's mistake, tensors that do not fit, a class that is no longer what it was."""
+"""What is refused, and how: a user's mistake, tensors that do not fit, a class whose code has changed."""
 
 import ast
 import functools
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A setting, flag or file that the user can put right. The message names it and says what would be right."""
+    """A setting, flag or file that the user can correct. The message names it and says what would be right."""
 
 
 def described(error: BaseException) -> str:
-    """Return an error's type and what it says, in one line."""
+    """Return an error's type and message, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -24,7 +24,7 @@ def described(error: BaseException) -> str:
 def require_same_shape(**tensors: "Tensor") -> None:
     """Raise ValueError unless all tensors have one shape.
 
-    PyTorch would broadcast (B,) against (B, 1) to (B, B) without a word, and the loss would still look sane.
+    PyTorch would silently broadcast (B,) against (B, 1) to (B, B), and the loss would still look sane.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
@@ -36,7 +36,7 @@ def require_same_shape(**tensors: "Tensor") -> None:
 def fingerprint(kind: type) -> str:
     """Return a short text that changes with the code of a class, but not with its comments and docstrings.
 
-    What stands in for exactly one class, faster, asks whether it is still that class: whoever edits it gets the edit.
+    A faster replacement for exactly one class checks that the class is unchanged, so that an edit of it takes effect.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     for node in ast.walk(tree):

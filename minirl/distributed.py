@@ -1,9 +1,9 @@
-"""Several processes that train one policy, each on its own share of the environments: `torch.distributed`, torchrun.
+"""Several processes train one policy, each on its own share of the environments: `torch.distributed`, torchrun.
 
     torchrun --nproc-per-node 4 train_ppo.py --num-envs 32          # four ranks, 8 environments each
 
-Every rank plays, and learns from its own samples; before each step of the optimiser the gradients are averaged, so that
-all take the same step, and hold the same weights, bit for bit. Rank 0 writes, and speaks, for all.
+Every rank plays and learns from its own samples; before each optimiser step the gradients are averaged, so that all
+ranks take the same step and hold the same weights, bit for bit. Rank 0 writes files and messages for all.
 
 Without torchrun a process is rank 0 of 1, and every function here returns what it was given.
 """
@@ -31,17 +31,17 @@ from minirl.envs.vector import available_cores
 T = TypeVar("T")
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # set by torchrun
-# How long ranks wait for one: while it may have more to do than they, as when it compiles or writes a file, and else.
-# torchrun gives what hangs 30 seconds more: after a minute all are gone.
+# How long ranks wait for one: when it may have more to do than they, such as compiling or writing a file, and usually.
+# torchrun gives a hanging rank 30 seconds more: after a minute all are gone.
 PATIENT, USUAL = timedelta(minutes=10), timedelta(seconds=25)
 
 
 class RankError(RuntimeError):
-    """Another rank has ended, or does not answer, or has come to other weights."""
+    """Another rank has ended, does not answer, or has different weights."""
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process, or somebody who sets the same variables."""
+    """Whether this process was started by torchrun, or by something that sets the same variables."""
     return os.environ.keys() >= LAUNCHED
 
 
@@ -51,7 +51,7 @@ def together() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process: 0 writes and speaks."""
+    """Return the number of this process: 0 writes files and messages."""
     return dist.get_rank() if together() else 0
 
 
@@ -62,23 +62,23 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Within the block this process is one of the ranks that torchrun has started; without torchrun nothing happens.
+    """Within the block this process is one of torchrun's ranks; without torchrun nothing happens.
 
-    What is on a GPU goes by nccl from one to the other, all else by gloo. A rank computes with its share of the cores,
-    and only rank 0 warns. What ends one rank ends all: the first to fail says why, and the others, which fail because
-    of it, leave without a word, with status 1.
+    GPU tensors are exchanged by nccl, everything else by gloo. A rank computes with its share of the cores, and only
+    rank 0 warns. An error that ends one rank ends all: the first to fail says why, and the others, which fail because
+    of it, exit silently, with status 1.
     """
     if together() or not launched():
         yield
         return
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which is what torchrun sets if nobody has
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun sets if the user has not
         torch.set_num_threads(available_cores())
-    # The first optimiser imports this module, whose functions have the group of that moment for a default. A group that
-    # outlives the block has threads, and where one of them is busy at Python's end, that is a SIGABRT.
+    # The first optimiser imports this module, whose functions have the current group as a default. A group that
+    # outlives the block has threads, and if one of them is busy when Python exits, that is a SIGABRT.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, number, ranks = next(rendezvous("env://", timeout=PATIENT))
-    # torchrun keeps the store when it starts ranks again, and these would look for those before them.
+    # torchrun keeps the store when it restarts ranks, and the new ones would look for the old ones in it.
     store = dist.PrefixStore(f"minirl/{attempt()}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=PATIENT)
     try:
@@ -95,17 +95,17 @@ def process_group() -> Iterator[None]:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has failed so far. Ask once, to know who tells the user."""
+    """Whether no other rank has failed so far. Call it once, to decide which rank tells the user."""
     if not together():
         return os.environ.get("RANK", "0") == "0" or not launched()
     try:
         return bool(noticeboard().add(f"minirl/failed/{attempt()}", 1) == 1)
-    except RuntimeError:  # whoever held it is gone
+    except RuntimeError:  # the process that held the store is gone
         return True
 
 
 def some_rank_failed() -> bool:
-    """Whether one has said why it ends."""
+    """Whether a rank has said why it ends."""
     try:
         return bool(noticeboard().check([f"minirl/failed/{attempt()}"]))
     except RuntimeError:
@@ -113,31 +113,31 @@ def some_rank_failed() -> bool:
 
 
 def noticeboard() -> Any:
-    """Return what all ranks can write to and read; torchrun keeps it when it starts them again."""
+    """Return a store that all ranks can write and read; torchrun keeps it when it restarts them."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
 
 
 def attempt() -> int:
-    """Return how often torchrun has started the ranks again (`--max-restarts`)."""
+    """Return how often torchrun has restarted the ranks (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def remember(run_dir: Path) -> None:
-    """Write down where this run is, for those that torchrun may start after these ranks."""
+    """Note where this run is, for ranks that torchrun may start after these."""
     if together():
         noticeboard().set("minirl/run_dir", str(run_dir))
 
 
 def recall() -> Path | None:
-    """Return where the run is that the ranks before these have begun; None if torchrun has not started them again."""
+    """Return where the run of the ranks before these is; None if torchrun has not restarted them."""
     if not together() or attempt() == 0 or not noticeboard().check(["minirl/run_dir"]):
         return None
     return Path(noticeboard().get("minirl/run_dir").decode())
 
 
 def wait_at_most(timeout: timedelta) -> None:
-    """Say how long ranks wait for one from here on, `PATIENT` or `USUAL`: what takes longer ends the run."""
+    """Set how long ranks wait for one from here on, `PATIENT` or `USUAL`: a longer wait ends the run."""
     if together():
         dist.distributed_c10d._set_pg_timeout(timeout)
 
@@ -160,18 +160,18 @@ def require_shares(**totals: int) -> None:
 
 
 def my_share(total: int) -> slice:
-    """Return which of `total` things, in a row, are this rank's."""
+    """Return which of `total` things, in order, are this rank's."""
     share = total // world_size()
     return slice(rank() * share, (rank() + 1) * share)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of a tensor of each rank, the same bits on all of them."""
+    """Return the sum of a tensor over all ranks, with the same bits on all of them."""
     total: Tensor = torch.ops.minirl.sum_over_ranks(values)
     return total
 
 
-# An operator, which PyTorch's compiler takes as it is.
+# A custom operator, which PyTorch's compiler leaves as it is.
 library = torch.library.Library("minirl", "DEF")
 library.define("sum_over_ranks(Tensor values) -> Tensor")
 torch.library.register_fake("minirl::sum_over_ranks", torch.empty_like, lib=library)
@@ -187,7 +187,7 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Within the block, other ranks are waited for.
+    """A block in which this rank waits for others.
 
     Raises:
         RankError: if one does not answer.
@@ -202,14 +202,14 @@ def answered() -> Iterator[None]:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the mean of a tensor of each rank, the same bits on all of them."""
+    """Return the mean of a tensor over all ranks, with the same bits on all of them."""
     return sum_over_ranks(values) / world_size() if together() else values
 
 
 def average_gradients(optimizer: Optimizer) -> None:
-    """Give each parameter of an optimiser the mean of its gradients on all ranks: that of the whole minibatch.
+    """Give each parameter of an optimiser the mean of its gradients over all ranks, that of the whole minibatch.
 
-    All of them in one flat buffer, in one all-reduce. What has a gradient on one rank must have one on all.
+    They go in one flat buffer, in one all-reduce. A parameter that has a gradient on one rank must have one on all.
     """
     if not together():
         return
@@ -230,7 +230,7 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> int:
-    """Return the largest of a number of each rank."""
+    """Return the maximum of a number over all ranks."""
     if not together():
         return number
     numbers = torch.tensor(number)
@@ -240,7 +240,7 @@ def max_over_ranks(number: int) -> int:
 
 
 def gather_to_rank_0(value: T) -> list[T]:
-    """Return what each rank has, at rank 0; at the others nothing."""
+    """Return the values of all ranks on rank 0, and nothing on the others."""
     if not together():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -250,9 +250,9 @@ def gather_to_rank_0(value: T) -> list[T]:
 
 
 def broadcast_from_rank_0(function: Callable[[], T]) -> T:
-    """Have rank 0 call the function, and the others wait for it; all return what it returned, or raise its error.
+    """Let rank 0 call the function while the others wait; all return what it returned, or raise its error.
 
-    They are `PATIENT`, from here on.
+    From here on, they wait for as long as `PATIENT`.
     """
     if not together():
         return function()
@@ -272,7 +272,7 @@ def broadcast_from_rank_0(function: Callable[[], T]) -> T:
 
 
 def is_plain(error: Exception) -> bool:
-    """Whether an error survives its way to another process."""
+    """Whether an error can be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

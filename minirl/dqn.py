@@ -49,7 +49,7 @@ from minirl.streams import MAX_SEED, Stream
 
 LOG_EVERY = 1_000  # agent steps
 COMPILED_FROM = 50_000  # gradient steps
-LEARNS_FROM = ("learning_starts", "batch_size", "train_frequency")  # the settings that say when
+LEARNS_FROM = ("learning_starts", "batch_size", "train_frequency")  # the settings that decide when learning starts
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DQNConfig:
 
     @property
     def compiles(self) -> bool:
-        """Whether the update is compiled: that takes some 20 seconds, and saves a third of a millisecond each."""
+        """Whether to compile the update: that takes some 20 seconds and saves a third of a millisecond per update."""
         gradient_steps = self.total_timesteps * self.gradient_steps / self.train_frequency
         return gradient_steps >= COMPILED_FROM if self.compile is None else self.compile
 
@@ -127,12 +127,12 @@ class DQNConfig:
 
 
 class QNetwork(SmallSequential):
-    """The action values Q(s, .): a body, an MLP with ReLU for vectors or the Nature CNN for images, then a head.
+    """The action values Q(s, .): a body (an MLP with ReLU for vectors, the Nature CNN for images), then a head.
 
     Observations (B, ...) -> values (B, A).
 
-    With two hidden layers of 24 it has 770 parameters on CartPole, as the source notebook's. `SmallSequential` is an
-    `nn.Sequential`; give the class a `forward(self, obs)` for anything that is no sequence.
+    With two hidden layers of 24 it has 770 parameters on CartPole, like the source notebook's. `SmallSequential` is an
+    `nn.Sequential`; for a network that is not a sequence, give the class a `forward(self, obs)`.
 
     Args:
         observation_space: of one environment.
@@ -164,12 +164,12 @@ def double_dqn_target(
 ) -> Tensor:
     """The target of Q(s, a), y = r + gamma (1 - terminated) Q_target(s', argmax_a Q(s', a)).
 
-    The online network selects and the target network evaluates: one network that does both picks its own overestimates
+    The online network selects and the target network evaluates: one network doing both would pick its own overestimates
     (van Hasselt et al. 2016, eq. 4). The result carries no gradient.
 
     Args:
         rewards: (B,).
-        terminated: (B,) real ends: nothing follows. A truncated episode is not one.
+        terminated: (B,) real ends, after which nothing follows; a truncated episode does not count.
         next_q_online: (B, A) Q(s', .) of the online network.
         next_q_target: (B, A) Q(s', .) of the target network.
         gamma: discount factor.
@@ -198,7 +198,7 @@ def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool 
         q_values: (B, A) Q(s, .), carries the gradient.
         actions: (B,) a.
         targets: (B,) y.
-        huber: smooth-L1.
+        huber: use smooth-L1.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -211,21 +211,21 @@ def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool 
 
 
 class Clock(NamedTuple):
-    """How far a run is: agent steps over all environments, and finished episodes."""
+    """How far a run has got: agent steps over all environments, and finished episodes."""
 
     steps: int
     episodes: int
 
 
 def times_due(every: int, before: int, now: int) -> int:
-    """How many multiples of `every` lie in (before, now]: how often to do now what is due every so many steps."""
+    """How many multiples of `every` lie in (before, now]: how often something done every so many steps is due now."""
     return now // every - before // every
 
 
 def epsilon_at(config: DQNConfig, now: Clock) -> float:
     """Return the probability of a random action.
 
-    It falls linearly over the first `exploration_fraction` of the steps, or by `epsilon_decay` each episode.
+    It falls linearly over the first `exploration_fraction` of the steps, or by the factor `epsilon_decay` per episode.
     """
     if config.epsilon_decay is not None:
         return max(config.end_epsilon, config.start_epsilon * config.epsilon_decay**now.episodes)
@@ -234,19 +234,19 @@ def epsilon_at(config: DQNConfig, now: Clock) -> float:
 
 
 def target_updates_due(config: DQNConfig, before: Clock, now: Clock) -> int:
-    """How often the target network is to be updated, by steps or by episodes."""
+    """How many updates of the target network are due, by steps or by episodes."""
     if config.target_network_episodes is not None:
         return times_due(config.target_network_episodes, before.episodes, now.episodes)
     return times_due(config.target_network_frequency, before.steps, now.steps)
 
 
 def is_finished(config: DQNConfig, now: Clock) -> bool:
-    """Whether the run has all its steps, or all its episodes."""
+    """Whether the run has done all its steps, or all its episodes."""
     return now.steps >= config.last_step or (config.num_episodes is not None and now.episodes >= config.num_episodes)
 
 
 def expected_steps(config: DQNConfig, now: Clock) -> int:
-    """Return the agent steps of the whole run, if episodes stay as long as they were so far."""
+    """Return the agent steps of the whole run, assuming that episodes stay as long as they were so far."""
     if is_finished(config, now):
         return now.steps
     if config.num_episodes is None or now.episodes == 0:
@@ -258,8 +258,8 @@ def make_q_network(config: DQNConfig, observation_space: gym.Space[Any], action_
     """Make the network that the settings ask for.
 
     Raises:
-        ConfigError: if the actions are not Discrete, the observations no vectors or images, or the hidden layers chosen
-            for images.
+        ConfigError: if the actions are not Discrete, the observations are neither vectors nor images, or hidden layers
+            are chosen for images.
     """
     if is_image(observation_space) and config.hidden_sizes != DQNConfig.hidden_sizes:
         raise ConfigError("--hidden-sizes must be left out: images go through the Nature CNN")
@@ -270,7 +270,7 @@ def make_q_network(config: DQNConfig, observation_space: gym.Space[Any], action_
 
 @torch.no_grad()
 def action_values(network: nn.Module, device: torch.device, obs: NDArray[Any]) -> NDArray[np.float32]:
-    """Return Q(s, .) of what environments show: (N, ...) -> (N, A)."""
+    """Return Q(s, .) of observations: (N, ...) -> (N, A)."""
     values: NDArray[np.float32] = network(observation_tensor(obs, device)).cpu().numpy()
     return values
 
@@ -291,7 +291,7 @@ def epsilon_greedy(q_values: NDArray[np.float32], epsilon: float, rng: np.random
 
 
 def make_memory(config: DQNConfig, envs: VectorEnv, rng: np.random.Generator) -> ReplayBuffer:
-    """Make the replay memory; what `FrameStack` shows is stored frame by frame.
+    """Make the replay memory; observations of `FrameStack` are stored frame by frame.
 
     Raises:
         ConfigError: if it is larger than the machine's memory.
@@ -315,7 +315,7 @@ def gradient_step(
     next_observations: Tensor,
     terminated: Tensor,
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on a batch, columns (B, ...); return what is logged of it, by name."""
+    """Take one optimiser step on a batch, columns (B, ...); return its statistics to log, by name."""
     with autocast(precision, observations.device):
         with torch.no_grad():
             next_q_online, next_q_target = online(next_observations), target(next_observations)
@@ -338,7 +338,7 @@ class TargetUpdate:
 
     def __init__(self, target: nn.Module, online: nn.Module, tau: float) -> None:
         self.tau = tau
-        # Looked up once: at every step, it would take a fifth of the time.
+        # Looked up once: doing so at every step would take a fifth of the time.
         self.target_weights: list[Tensor] = list(target.parameters())
         self.online_weights: list[Tensor] = list(online.parameters())
         self.buffers = list(zip(target.buffers(), online.buffers(), strict=True))
@@ -358,7 +358,7 @@ def train(
 
     Args:
         config: the settings.
-        run_dir: where checkpoints, `best.pt` and TensorBoard events go; None writes nothing, and picks no best one.
+        run_dir: where checkpoints, `best.pt` and TensorBoard events go; None writes nothing and picks no best network.
         resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
         device: `auto`, `cpu` or `cuda`.
 
@@ -375,7 +375,7 @@ def train(
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
-    # For exploration and replay. Not the seed itself, which is environment 0's: actions would follow its noise.
+    # For exploration and replay. Not the seed itself, which is environment 0's: actions would correlate with its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(Stream.EXPLORATION, 0)))
     with (
         make_vector_env(
@@ -389,7 +389,7 @@ def train(
         optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
         losses = RecentLosses(torch_device)
-        # What a checkpoint holds: anything with `state_dict` and `load_state_dict` is saved and loaded by a line here.
+        # What a checkpoint holds: add a line here to save and load anything with `state_dict` and `load_state_dict`.
         learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer, "losses": losses}
         target_step = TargetUpdate(target, online, config.tau)
         memory = make_memory(config, envs, rng)
@@ -397,7 +397,7 @@ def train(
 
         precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
         step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
-        in_training = InTraining(online)  # batch norm learns, and dropout is on, in gradient steps only
+        in_training = InTraining(online)  # batch norm learns and dropout is on in gradient steps only
         q_values = functools.partial(action_values, online, torch_device)
         greedy = functools.partial(greedy_actions, online, torch_device)
 
@@ -407,7 +407,7 @@ def train(
             with reading(saved):
                 memory_files.load(memory, saved["memory"])
                 rng.bit_generator.state = saved["rng"]
-            if saved["envs"] is None:  # these could not be saved, and new games have begun
+            if saved["envs"] is None:  # the environments could not be saved, and new games have begun
                 memory.cut()
 
         def networks() -> State:
@@ -427,7 +427,7 @@ def train(
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
-                turns.pass_on()  # to another training on these cores
+                turns.pass_on()  # to another training run on these cores
                 epsilon = epsilon_at(config, now)
                 if config.anneal_lr:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,4 +1,4 @@
-"""What the networks of DQN and PPO share: two bodies, a last layer, distributions, and what they are shown."""
+"""What the networks of DQN and PPO share: bodies, initial weights, distributions, normalisation and observations."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ from minirl.fast.small import SmallSequential
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, Float32Linear)
 
-EPSILON, CLIP = 1e-8, 10.0  # of what is normalised, as in Stable-Baselines3
+EPSILON, CLIP = 1e-8, 10.0  # for normalisation, as in Stable-Baselines3
 
 
 def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
@@ -38,7 +38,7 @@ def orthogonal(layer: Layer, gain: float = math.sqrt(2)) -> Layer:
 
 
 def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
-    """Return fully connected layers `sizes[0] -> sizes[1] -> ...`, an activation after each."""
+    """Return fully connected layers `sizes[0] -> sizes[1] -> ...`, each followed by an activation."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [orthogonal(nn.Linear(inputs, outputs)), activation()]
@@ -48,12 +48,12 @@ def mlp(sizes: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
 class NatureCNN(nn.Module):
     """The convolutional network of Mnih et al. (2015): images (B, C, H, W) -> features (B, 512).
 
-    Bytes are divided by 255 here, on the device; float observations are taken to be in [0, 1] already. Images and
-    weights lie channels-last in memory, which convolves a quarter faster and changes no shape.
+    Bytes are divided by 255 here, on the device; float observations should be in [0, 1] already. Images and weights
+    are channels-last in memory, which makes convolutions a quarter faster and changes no shape.
 
     Args:
         image_shape: (C, H, W).
-        channels: of the three convolutions.
+        channels: output channels of the three convolutions.
     """
 
     num_features = 512
@@ -77,15 +77,15 @@ class NatureCNN(nn.Module):
         """(B, C, H, W) uint8, or float in [0, 1] -> (B, 512)."""
         pixels = images / 255 if images.dtype == torch.uint8 else images
         maps: Tensor = self.convolutions(pixels.contiguous(memory_format=torch.channels_last))
-        features: Tensor = self.dense(maps.permute(0, 2, 3, 1).flatten(1))  # as they lie in memory: no copy
+        features: Tensor = self.dense(maps.permute(0, 2, 3, 1).flatten(1))  # in memory order: no copy
         return features
 
 
 class Categorical(torch.distributions.Categorical):
-    """PyTorch's distribution of actions 0 to A - 1, normalised once, by `log_softmax`, for drawing and learning alike.
+    """PyTorch's distribution of actions 0 to A - 1, normalised once, by `log_softmax`, for both sampling and learning.
 
-    A draw takes one random number, which falls into one of the intervals that the probabilities cut [0, 1) into.
-    PyTorch's own takes A of them, and twice the time.
+    A sample takes one random number, which falls into one of the intervals that the probabilities cut [0, 1) into.
+    PyTorch's own takes A random numbers, and twice the time.
 
     Args:
         logits: (..., A).
@@ -98,11 +98,11 @@ class Categorical(torch.distributions.Categorical):
 
     @property
     def mode(self) -> Tensor:
-        """The first of the likeliest actions, (...)."""
+        """The first of the most likely actions, (...)."""
         return self.logits.argmax(dim=-1)
 
     def entropy(self) -> Tensor:
-        """-sum p log p, (...); what can't happen adds nothing, and has no gradient but 0."""
+        """-sum p log p, (...); impossible actions add nothing, and their gradient is 0."""
         return -(self.probs * self.logits.masked_fill(self.probs == 0, 0.0)).sum(dim=-1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -112,7 +112,7 @@ class Categorical(torch.distributions.Categorical):
             return drawn
         with torch.no_grad():
             ends = self.probs.cumsum(dim=-1)
-            number = torch.rand_like(ends[..., :1]) * ends[..., -1:]  # the sum is 1 but for rounding
+            number = torch.rand_like(ends[..., :1]) * ends[..., -1:]  # the sum is 1 up to rounding
             return (ends <= number).sum(dim=-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -121,13 +121,13 @@ class Categorical(torch.distributions.Categorical):
 
 
 class Categoricals:
-    """Actions of a MultiDiscrete space: an independent `Categorical` for each of their numbers.
+    """Actions of a MultiDiscrete space: an independent `Categorical` for each component.
 
-    log pi(a|s) = sum_i log pi_i(a_i|s), and so the entropy: log-probabilities and entropies are sums.
+    log pi(a|s) = sum_i log pi_i(a_i|s), and the entropy is the sum of the components' entropies.
 
     Args:
-        logits: (B, the sum of `sizes`), those of the first number first.
-        sizes: how many values each number has, in the actions' shape.
+        logits: (B, the sum of `sizes`), the first component's first.
+        sizes: how many values each component has, in the actions' shape.
     """
 
     def __init__(self, logits: Tensor, sizes: NDArray[np.integer]) -> None:
@@ -158,11 +158,11 @@ class Categoricals:
 
 
 class Bernoullis:
-    """Actions of a MultiBinary space: each of their numbers is 1 with probability sigmoid(logit), independently.
+    """Actions of a MultiBinary space: each component is 1 with probability sigmoid(logit), independently.
 
     Args:
-        logits: (B, n), n the numbers of an action.
-        shape: of the actions.
+        logits: (B, n), for actions of n components.
+        shape: of an action.
     """
 
     def __init__(self, logits: Tensor, shape: tuple[int, ...]) -> None:
@@ -170,7 +170,7 @@ class Bernoullis:
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest actions, (B, ...) int8; 0 where both are as likely."""
+        """The most likely actions, (B, ...) int8; 0 if both values are equally likely."""
         return (self.logits > 0).to(torch.int8)
 
     def sample(self) -> Tensor:
@@ -184,25 +184,25 @@ class Bernoullis:
 
     def entropy(self) -> Tensor:
         """-sum p log p + (1 - p) log (1 - p), (B,)."""
-        size = self.logits.abs()  # which number is the likelier one makes no difference
+        size = self.logits.abs()  # which value is more likely makes no difference
         return summed(F.softplus(-size) + size * (-size).sigmoid())
 
 
 class Gaussian:
-    """Actions of a Box: an independent normal distribution N(mu_i(s), sigma_i^2) for each of their numbers.
+    """Actions of a Box: an independent normal distribution N(mu_i(s), sigma_i^2) for each component.
 
         log pi(a|s) = sum_i -(a_i - mu_i)^2 / (2 sigma_i^2) - log sigma_i - log(2 pi) / 2
 
     The standard deviations of `ActorCritic` are the same in all states, as in CleanRL and Stable-Baselines3.
 
-    Draws go beyond the bounds of a Box. What is stored and judged is the draw, and the environment takes the nearest
-    action within (`minirl.envs.guard.as_taken`). Why not SAC's squashed Gaussian, tanh of a draw, which never goes
-    beyond? Its entropy has no formula, its log-probability loses its digits near the bounds, where tanh is flat, and a
-    bound itself can't be chosen: a clipped one takes it with the probability of all that lies beyond.
+    Samples may lie beyond the bounds of a Box. The sample itself is stored and judged, and the environment takes the
+    nearest action within (`minirl.envs.guard.as_taken`). Why not SAC's squashed Gaussian, the tanh of a sample, which
+    never goes beyond? Its entropy has no formula, its log_prob loses precision near the bounds, where tanh is flat, and
+    it can't choose a bound itself; a clipped Gaussian does so with the probability of everything beyond the bound.
 
     Args:
-        mean: (B, n), n the numbers of an action.
-        log_std: n numbers in any shape, or (B, n) where they differ from state to state.
+        mean: (B, n), for actions of n components.
+        log_std: n numbers in any shape, or (B, n) if they depend on the state.
         shape: of an action.
     """
 
@@ -239,12 +239,12 @@ def summed(numbers: Tensor) -> Tensor:
 
 
 def action_distribution(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]]:
-    """Return how many numbers a network gives for a distribution of actions, and what makes one of these (B, n).
+    """Return how many outputs a network needs for a distribution of actions, and what makes one from those (B, n).
 
-    For a Box these are the means, and the logarithms of the standard deviations come beside.
+    For a Box the outputs are the means; the log standard deviations are passed separately.
 
     Raises:
-        ConfigError: if there is none for such actions.
+        ConfigError: if such actions have no distribution.
     """
     require_actions(space)
     shape = space.shape or ()
@@ -258,10 +258,10 @@ def action_distribution(space: gym.Space[Any]) -> tuple[int, Callable[..., Distr
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance, number by number, of all that it has taken in, in float64; a checkpoint holds them.
+    """Running mean and variance, element by element, in float64; a checkpoint holds them.
 
     Args:
-        shape: of one of those that are taken in.
+        shape: of one sample.
     """
 
     mean: Tensor
@@ -275,7 +275,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, batch: Tensor) -> None:
-        """Take in some more, (B, ...) of each rank, in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
+        """Add a batch, (B, ...) of each rank, in one go (Chan et al. 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773).
 
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b),  variance = M2 / n
         """
@@ -291,14 +291,14 @@ class RunningMeanStd(nn.Module):
 
 
 class NormalizeObservation(RunningMeanStd):
-    """Shifts and scales vectors (B, n) to mean 0 and variance 1 as far as was taken in, and clips them to +-10.
+    """Shifts and scales vectors (B, n) by the running mean and variance, to mean 0 and variance 1; clips them to +-10.
 
-    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, but as a layer: whoever loads the network has its
-    statistics, too. They change only where `update` is called.
+    As Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, but as a layer: loading the network also loads its
+    statistics. They change only when `update` is called.
     """
 
     def forward(self, obs: Tensor) -> Tensor:
-        """(B, n) -> (B, n); the same until something is taken in, but for the clipping."""
+        """(B, n) -> (B, n); before the first `update` it only clips."""
         scaled = (obs - self.mean) * (self.variance + EPSILON).rsqrt()
         return scaled.clamp(-CLIP, CLIP).to(obs.dtype)
 
@@ -306,9 +306,9 @@ class NormalizeObservation(RunningMeanStd):
 class NormalizeReward(RunningMeanStd):
     """Divides rewards by the running standard deviation of the discounted return, and clips them to +-10.
 
-        G_t = r_t + gamma G_{t-1} in each environment, anew after an end;  r_t / sqrt(variance of all G up to t)
+        G_t = r_t + gamma G_{t-1} in each environment, restarted after an end;  r_t / sqrt(variance of all G up to t)
 
-    Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`: nothing is subtracted, which would change what is best.
+    As in Gymnasium's wrapper and Stable-Baselines3's `VecNormalize`, no mean is subtracted: that changes what is best.
 
     Args:
         num_envs: N, over all ranks.
@@ -323,11 +323,11 @@ class NormalizeReward(RunningMeanStd):
         self.register_buffer("discounted", torch.zeros(num_envs, dtype=torch.float64))
 
     def forward(self, rewards: NDArray[Any], ended: NDArray[np.bool_]) -> NDArray[Any]:
-        """Take in the rewards (T, N) of some steps; return them (float32), normalised step by step.
+        """Add the rewards (T, N) of some steps; return them (float32), normalised step by step.
 
         Args:
             rewards: of this rank's environments, in the order in which they were played.
-            ended: (T, N), where an episode was over.
+            ended: (T, N), whether an episode ended.
         """
         mine = my_share(len(self.discounted))
         rewards, ended = (all_gather(torch.from_numpy(column.T)).numpy().T for column in (rewards, ended))
@@ -336,7 +336,7 @@ class NormalizeReward(RunningMeanStd):
         for t, (paid, over) in enumerate(zip(rewards, ended, strict=True)):
             history[t] = discounted * self.gamma + paid
             discounted = np.where(over, 0.0, history[t])
-        # The variance after each step, from sums so far of distances to some place in the middle, and their squares.
+        # The variance after each step, from cumulative sums of distances to a central point, and of their squares.
         count, place = float(self.count), history.mean()
         counts = count + history.shape[1] * np.arange(1, len(history) + 1)
         before = float(self.mean) - place
@@ -368,7 +368,7 @@ def is_image(space: gym.Space[object]) -> bool:
 
 
 def channels_last(images: NDArray[Any]) -> NDArray[Any]:
-    """Return images (B, C, H, W) as (B, H, W, C), side by side in memory: no copy where they lie so already."""
+    """Return images (B, C, H, W) as (B, H, W, C), contiguous in memory: no copy if they already are."""
     pixels = images.transpose(0, 2, 3, 1)
     if not pixels.flags.c_contiguous:
         channels = images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1, images.shape[3])
@@ -377,7 +377,7 @@ def channels_last(images: NDArray[Any]) -> NDArray[Any]:
 
 
 def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
-    """Put what environments show, (N, ...), on the device: pixels as bytes, all else as floats."""
+    """Put observations (N, ...) on the device: pixels as bytes, everything else as floats."""
     obs = obs.astype(np.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else np.float32, copy=False)
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)

@@ -141,7 +141,7 @@ class PPOConfig:
         return math.ceil(self.total_timesteps / self.batch_size)
 
     def compiles(self, images: bool) -> bool:
-        """Whether the networks are compiled: that takes some 20 seconds, and saves 10 ms a gradient step on images."""
+        """Whether to compile the networks: that takes some 20 seconds and saves 10 ms per gradient step on images."""
         gradient_steps = self.num_updates * self.update_epochs * self.batch_size // self.minibatch_size
         return gradient_steps >= COMPILED_FROM[images] if self.compile is None else self.compile
 
@@ -149,22 +149,22 @@ class PPOConfig:
 class ActorCritic(nn.Module):
     """The policy pi(a|s) and the value V(s).
 
-    Images (C, H, W) go through one Nature CNN that both heads share; vectors through two MLPs, one for each. The
+    Images (C, H, W) go through one Nature CNN that both heads share; vectors go through two MLPs, one per head. The
     policy's last layer starts near 0 (gain 0.01), so that all actions are about equally likely at first.
-    The action space decides the distribution (`minirl.networks.action_distribution`): a Categorical for Discrete, for a
-    Box a Gaussian, whose log standard deviations are parameters of their own.
+    The action space decides the distribution (`minirl.networks.action_distribution`): a Categorical for Discrete, a
+    Gaussian for a Box. The Gaussian's log standard deviations are separate parameters.
 
     Args:
         observation_space: a Box.
         action_space: Discrete, MultiDiscrete, MultiBinary or a Box of floats.
         norm_obs: normalise vectors first; `train` updates the statistics.
         hidden_sizes: widths of the MLPs' layers.
-        activation: between them, a name of `ACTIVATIONS`.
-        cnn_channels: of the CNN's three convolutions.
+        activation: of the MLPs, a name in `ACTIVATIONS`.
+        cnn_channels: channels of the CNN's three convolutions.
         log_std_init: initial log standard deviation of a Gaussian policy.
 
     Raises:
-        ConfigError: if the spaces are others, or images should be normalised.
+        ConfigError: if the spaces are not of these kinds, or `norm_obs` is set for images.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         num_outputs, self.make_distribution = action_distribution(action_space)
         assert observation_space.shape is not None
-        self.critic_body: nn.Module | None = None  # its own only on vectors
+        self.critic_body: nn.Module | None = None  # a separate body on vectors only
         self.actor_body: nn.Module
         self.normalize = NormalizeObservation(observation_space.shape) if norm_obs else None
         if is_image(observation_space):
@@ -224,15 +224,15 @@ def compute_gae(
         A_t     = delta_t + gamma lambda (1 - (terminated_t or truncated_t)) A_{t+1}
         R_t     = A_t + V(s_t)
 
-    After a termination nothing is bootstrapped; after a truncation the value of the final observation is. Both stop the
-    recursion, for the next step belongs to another episode.
+    A terminated step does not bootstrap; a truncated one bootstraps from the value of the final observation. Both stop
+    the recursion, because the next step belongs to another episode.
 
     Args:
         rewards: (T, N), like all tensors here.
         values: V of the observation that each action was chosen from.
-        next_values: V of the true successor: the final observation where an episode ended at that step.
-        terminated: real ends.
-        truncated: ends by a time limit.
+        next_values: V of the true successor: the final observation if the episode ended at that step.
+        terminated: real ends of episodes.
+        truncated: ends caused by a time limit.
         gamma: discount factor.
         gae_lambda: 0 trusts the values (one-step TD error), 1 the rewards (Monte Carlo).
 
@@ -288,17 +288,17 @@ def value_loss(
     """The value's loss, L = mean((V - R)^2).
 
     No factor 1/2, as in the paper and Stable-Baselines3; with CleanRL's 1/2 the same `vf_coef` weighs half as much.
-    With both `old_values` and `clip_coef`, the larger of the losses of V and of V_old + clip(V - V_old, -eps, eps),
-    element by element, as in OpenAI's baselines.
+    With both `old_values` and `clip_coef`, the loss is, element by element, the larger of those of V and of
+    V_old + clip(V - V_old, -eps, eps), as in OpenAI's baselines.
 
     Args:
         values: (B,) V(s), carries the gradient.
         returns: (B,) R.
-        old_values: (B,) V_old(s), when the data were collected.
+        old_values: (B,) V_old(s), from when the data were collected.
         clip_coef: eps.
 
     Raises:
-        ValueError: if the shapes differ, or there is a `clip_coef` and nothing to clip around.
+        ValueError: if the shapes differ, or `clip_coef` comes without `old_values`.
     """
     require_same_shape(values=values, returns=returns)
     squared_error = (values - returns).square()
@@ -349,27 +349,27 @@ def ppo_loss(
         "policy_loss": policy_term.detach(),
         "value_loss": value_term.detach(),
         "entropy": entropy_term.detach(),
-        "approx_kl": (log_ratio.expm1() - log_ratio).clamp(min=0).mean(),  # r - 1 would lose small ones
+        "approx_kl": (log_ratio.expm1() - log_ratio).clamp(min=0).mean(),  # r - 1 would lose small values
         "clipfrac": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
     }
     return loss, stats
 
 
 def normalized(advantages: Tensor) -> Tensor:
-    """Return (A - mean) / std, (B,); 0 where all are the same, which is why one of them is subtracted first.
+    """Return (A - mean) / std, (B,); 0 if all are equal, which is why one of them is subtracted first.
 
-    Mean and std are those of the whole minibatch, of all ranks; CleanRL's `ppo_atari_multigpu.py` takes each rank's.
+    Mean and std are over the whole minibatch of all ranks; CleanRL's `ppo_atari_multigpu.py` uses each rank's own.
     """
     whole = all_gather(advantages)
     shifted, whole = advantages - whole[0], whole - whole[0]
-    # In float16 1e-8 is 0.
+    # 1e-8 is 0 in float16.
     return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN where all returns are the same.
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN if all returns are equal.
 
-    Returns that differ only by rounding count as the same: they are sums of advantages and values.
+    Returns that differ only by rounding count as equal: they are sums of advantages and values.
     """
     rounding = 8 * torch.finfo(returns.dtype).eps * returns.abs().max().double()
     variance = returns.double().var()
@@ -378,10 +378,10 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class Rollout:
-    """T steps of N environments: a column (T, N, ...) for each quantity, allocated when it is first put.
+    """T steps of N environments: one column (T, N, ...) per quantity, allocated when it is first put.
 
     A column keeps the dtype and layout of its first values: pixels stay uint8, channels-last. Tensors stay on the
-    device; NumPy arrays, from the environments, are copied there once, when they are read.
+    device; NumPy arrays, from the environments, are copied there once, when read.
 
     Raises:
         ValueError: if a quantity changes its shape or dtype, or is missing at some of the steps.
@@ -391,11 +391,11 @@ class Rollout:
         self.shape = (num_steps, num_envs)
         self.device = device
         self.columns: dict[str, Any] = {}
-        self.kinds: dict[str, tuple[int, tuple[int, ...], Any]] = {}  # dimensions, shape but for the rows, dtype
-        self.filled: Counter[str] = Counter()  # how many of the T N places were put since they were last read
+        self.kinds: dict[str, tuple[int, tuple[int, ...], Any]] = {}  # dimensions, shape without the rows, dtype
+        self.filled: Counter[str] = Counter()  # how many of the T N entries were put since the last read
 
     def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
-        """Store what step t gave in some of the environments: tensors and arrays (rows, ...) by name."""
+        """Store the results of step t in some of the environments: tensors and arrays (rows, ...) by name."""
         for name, values in quantities.items():
             kind = values.ndim, values.shape[1:], values.dtype
             if name not in self.columns:
@@ -419,12 +419,12 @@ class Rollout:
         return torch.as_tensor(self.columns[name], device=self.device)
 
     def normalize_rewards(self, scaled: NormalizeReward) -> None:
-        """Put normalised rewards in the place of what the environments paid."""
+        """Replace the environments' rewards by normalised ones."""
         ended = self.columns["terminated"] | self.columns["truncated"]
         self.columns["rewards"] = scaled(self.columns["rewards"], ended)
 
     def samples(self, **more: Tensor) -> Columns:
-        """Return all columns, and these (T, N), sample by sample: (T N, ...)."""
+        """Return all columns, and `more` (T, N), sample by sample: (T N, ...)."""
         whole = math.prod(self.shape)
         for name, number in self.filled.items():
             if number < whole:
@@ -437,7 +437,7 @@ def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_spac
     """Make the network that the settings ask for.
 
     Raises:
-        ConfigError: if the spaces will not do, or are not those that a setting is for.
+        ConfigError: if the spaces are not supported, or a setting does not apply to them.
     """
     images = is_image(observation_space)
     if images and (config.hidden_sizes, config.activation) != (PPOConfig.hidden_sizes, PPOConfig.activation):
@@ -476,13 +476,13 @@ def collect_rollout(
     obs: NDArray[Any],
     rollout: Rollout,
 ) -> tuple[NDArray[Any], list[tuple[int, Episode]]]:
-    """Play T steps with the agent's policy (`act`) from `obs` (N, ...) on, into `rollout`.
+    """Play T steps with the agent's policy (`act`), starting from `obs` (N, ...), and store them in `rollout`.
 
     Returns:
-        The next `obs`, and each finished episode with the step t that it ended in.
+        The next `obs`, and each finished episode with the step t at which it ended.
     """
     obs, device, episodes = obs.copy(), rollout.device, list[tuple[int, Episode]]()
-    final_values = torch.zeros(rollout.shape, device=device)  # of the last observations of episodes that were cut
+    final_values = torch.zeros(rollout.shape, device=device)  # of the final observations of truncated episodes
 
     def value(observations: NDArray[Any]) -> Tensor:
         with autocast(precision, device):
@@ -504,14 +504,14 @@ def collect_rollout(
             final_values[t, cut] = value(step.final_observations[step.truncated])
         episodes += [(t, episode) for episode in step.episodes]
     following = torch.cat([rollout["values"][1:], value(obs)[None]])
-    # V(s'), of the final observation where an episode was cut; where one has terminated, `compute_gae` ignores it.
+    # V(s'), of the final observation if the episode was truncated; if it terminated, `compute_gae` ignores V(s').
     rollout.columns["next_values"] = torch.where(rollout["truncated"], final_values, following)
     return obs, episodes
 
 
 @torch.no_grad()
 def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False) -> NDArray[Any]:
-    """The likeliest actions, or some drawn from the policy: observations (N, ...) -> (N, ...)."""
+    """The most likely actions, or samples from the policy: observations (N, ...) -> (N, ...)."""
     distribution, _ = agent(observation_tensor(obs, next(agent.parameters()).device))
     actions: NDArray[Any] = (distribution.sample() if sample else distribution.mode).cpu().numpy()
     return actions
@@ -520,7 +520,7 @@ def choose_actions(agent: nn.Module, obs: NDArray[Any], *, sample: bool = False)
 def minibatch_loss(
     agent: nn.Module, config: PPOConfig, precision: torch.dtype, batch: Columns, clip_coef: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a minibatch, columns (B, ...), and the numbers of it that are logged."""
+    """The loss of a minibatch, columns (B, ...), and its statistics to log."""
     with autocast(precision, clip_coef.device):
         distribution, values = agent(batch["observations"])
     return ppo_loss(
@@ -547,7 +547,7 @@ def gradient_step(
     indices: Tensor,
     clip_coef: Tensor,
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on the samples `indices` (B,); return what is logged of it, by name.
+    """Take one optimiser step on the samples `indices` (B,); return its statistics to log, by name.
 
     With several ranks, each passes its part of the minibatch.
     """
@@ -555,7 +555,7 @@ def gradient_step(
     loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
     optimizer.zero_grad()
     loss.backward()
-    average_gradients(optimizer)  # over all ranks, where there are several
+    average_gradients(optimizer)  # over all ranks, if there are several
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
     optimizer.step()
     return {**stats, "grad_norm": grad_norm}  # before clipping
@@ -564,25 +564,25 @@ def gradient_step(
 def update_policy(
     step: Callable[[Columns, Tensor, Tensor], dict[str, Tensor]], samples: Columns, config: PPOConfig, clip_coef: float
 ) -> dict[str, float]:
-    """Run `update_epochs` epochs of shuffled minibatches; return the means of what is logged of them.
+    """Run `update_epochs` epochs of shuffled minibatches; return the means of their statistics to log.
 
-    `step` is `gradient_step` with its first four arguments bound. Each rank shuffles its own samples, and has an equal
-    part of every minibatch.
+    `step` is `gradient_step` with its first four arguments bound. Each rank shuffles its own samples and contributes an
+    equal part of every minibatch.
     """
     device, batch_size = samples["advantages"].device, len(samples["advantages"])
-    clip = torch.full((), clip_coef, device=device)  # a tensor: for each new float it would be compiled again
+    clip = torch.full((), clip_coef, device=device)  # a tensor: each new float would compile `step` again
     history: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
         for indices in torch.randperm(batch_size, device=device).split(config.minibatch_size // world_size()):
             history.append(step(samples, indices, clip))
-        # Once an epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops within an epoch, at 1.5 x.
+        # Checked once per epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops mid-epoch, at 1.5 x.
         if config.target_kl is not None and mean_over_ranks(history[-1]["approx_kl"]) > config.target_kl:
             break
     return mean_losses(history)
 
 
 def mean_losses(history: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the mean of each number of some minibatches, of all ranks, by TensorBoard's tags."""
+    """Return the mean of each statistic over some minibatches and all ranks, by TensorBoard tag."""
     numbers = [torch.stack([of_one[name] for of_one in history]).mean() for name in history[0]]
     means = mean_over_ranks(torch.stack(numbers)).tolist()
     return {f"losses/{name}": mean for name, mean in zip(history[0], means, strict=True)}
@@ -623,7 +623,7 @@ def train(
         agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device).eval()
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]
-        # What a checkpoint holds: anything with `state_dict` and `load_state_dict` is saved and loaded by a line here.
+        # What a checkpoint holds: add a line here to save and load anything with `state_dict` and `load_state_dict`.
         learned: dict[str, Part] = {"model": agent, "optimizer": optimizer}
         if config.norm_reward:
             learned["norm_reward"] = norm_reward = NormalizeReward(config.num_envs, config.gamma)
@@ -634,11 +634,11 @@ def train(
         policy = compiled(act, agent, precision, enabled=config.compiles(images))
         step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
         gae = cuda_graphed(compute_gae, torch_device)
-        in_training = InTraining(agent)  # batch norm learns, and dropout is on, in updates only, as Stable-Baselines3's
+        in_training = InTraining(agent)  # batch norm learns and dropout is on in updates only, as in Stable-Baselines3
 
         load_parts(learned, saved)
         obs = start_envs(envs, config.seed, saved)
-        # Allocates the largest column now: where memory is short, before the run directory is written.
+        # Allocates the largest column now: a lack of memory shows before the run directory is written.
         rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))
 
         def state() -> State:
@@ -648,7 +648,7 @@ def train(
         with run, tuned(agent, config.num_threads) as turns:
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
-                turns.pass_on()  # to another training on these cores
+                turns.pass_on()  # to another training run on these cores
                 remaining = 1 - update / config.num_updates
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
                 if config.anneal_lr:
@@ -675,7 +675,7 @@ def train(
                     losses = update_policy(step, samples, config, clip_coef)
                 require_finite_losses(losses, "update", update + 1)
                 if config.norm_obs and agent.normalize is not None:
-                    # Only after the update: until then the policy that learns must be the one that has played.
+                    # Only after the update: until then the policy that learns must be the one that played.
                     agent.normalize.update(samples["observations"])
 
                 global_step = (update + 1) * config.batch_size

@@ -37,7 +37,7 @@ from minirl.runs.settings import check_settings, setting
 from minirl.streams import MAX_SEED, Stream, derived_seed
 
 QTable = NDArray[np.float64]  # (S, A)
-LOG_EVERY = 100  # episodes, and as many are in each mean: they are too short to log each
+LOG_EVERY = 100  # episodes, averaged: they are too short to log each
 MAX_SWEEPS = 1_000_000  # of value iteration
 
 
@@ -53,8 +53,8 @@ class QLearningConfig:
     )
     anneal_alpha: bool = setting(False, "lower alpha linearly to 0 at the end; noisy environments need it")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
-    # The notebook's table starts at 0: 10 of 300 seeds then never learn the values of the path that they do not take,
-    # with errors of up to 97. Started at the best reward, every action looks good until it is tried (Sutton and Barto
+    # The notebook's table starts at 0: then 10 of 300 seeds never learn the values of the path that they do not take,
+    # with errors of up to 97. If it starts at the best reward, every action looks good until tried (Sutton and Barto
     # 2018, section 2.6), and 300 of 300 seeds end within 1e-9 of Q* (benchmarks/q_learning_seeds.py).
     initial_value: float = setting(100.0, "what the table starts as; 0 is the notebook's, and fails on some seeds")
     epsilon: float = setting(0.3, "probability of a random action", at_least=0, at_most=1, group="exploration")
@@ -67,19 +67,19 @@ class QLearningConfig:
 
 
 def epsilon_greedy(q_values: NDArray[np.float64], epsilon: float, rng: np.random.Generator | random.Random) -> int:
-    """Return a random action with probability `epsilon`, otherwise the first of the best.
+    """Return a random action with probability `epsilon`, else the first of the best.
 
-    One random number u decides both: u < epsilon explores, and u / epsilon is then uniform in [0, 1) itself.
+    One random number u decides both: u < epsilon explores, and u / epsilon is then uniform in [0, 1).
 
     Args:
         q_values: (A,) Q(s, .) of one state.
         epsilon: between 0 and 1.
-        rng: the random numbers; Python's own generator takes a tenth of NumPy's time for a single one.
+        rng: the generator; Python's own takes a tenth of NumPy's time for a single number.
     """
     u = rng.random()
     if u < epsilon:
         return int(u / epsilon * len(q_values))
-    values: list[float] = q_values.tolist()  # Python compares a handful of numbers in a fourth of NumPy's time
+    values: list[float] = q_values.tolist()  # Python compares a handful of numbers in a quarter of NumPy's time
     return values.index(max(values))
 
 
@@ -102,12 +102,12 @@ def q_update(
         action: a.
         reward: r.
         next_state: s'.
-        terminated: the episode really ended here, so that no future is added. False where it was only cut.
+        terminated: the episode really ended here, so no future value is added; False if it was only truncated.
         alpha: learning rate.
         gamma: discount factor.
 
     Returns:
-        The TD error before the step, r + gamma max_a' Q(s', a') - Q(s, a).
+        The TD error before the update, r + gamma max_a' Q(s', a') - Q(s, a).
     """
     reward = float(reward)  # a NumPy float32 would round the target
     target = reward if terminated else reward + gamma * max(q_table[next_state].tolist())
@@ -126,13 +126,13 @@ def value_iteration(env: gym.Env[Any, Any], gamma: float, tolerance: float = 1e-
         tolerance: the largest change of an entry at which to stop, relative to the largest entry if that is above 1.
 
     Raises:
-        ValueError: if the environment has no model, or the values grow without end (gamma 1 and a rewarding loop).
+        ValueError: if the environment has no model, or the values grow without bound (gamma 1 and a rewarding loop).
     """
     model = getattr(env.unwrapped, "P", None)
     if model is None:
         raise ValueError(f"{env} has no model P: value iteration needs one")
     shape = len(model), len(model[0])
-    # One row per possible outcome: of which entry (s, a), with which probability, and so on.
+    # One row per possible outcome: its entry (s, a), its probability, and so on.
     outcomes = [(s * shape[1] + a, *outcome) for s, a in np.ndindex(shape) for outcome in model[s][a]]
     entry, probability, next_state, reward, terminated = (np.array(column) for column in zip(*outcomes, strict=True))
     goes_on = gamma * ~terminated.astype(bool)
@@ -154,7 +154,7 @@ def greedy_actions(q_table: QTable, states: NDArray[Any]) -> NDArray[np.int64]:
 
 
 class Played(NamedTuple):
-    """What an episode came to: its return, its length in steps, and the sum of its |TD errors|."""
+    """The totals of an episode: its return, its length in steps, and the sum of its |TD errors|."""
 
     episodic_return: float
     length: int
@@ -170,7 +170,7 @@ def play_episode(
     epsilon: float,
     max_steps: int,
 ) -> Played:
-    """Play one episode and learn from each step; after `max_steps` it is cut. The table is updated in place."""
+    """Play one episode of at most `max_steps` and learn from each step. The table is updated in place."""
     episodic_return, length, total_error = 0.0, 0, 0.0
     state, _ = env.reset()
     ended = False
@@ -195,7 +195,7 @@ def train(
         config: the settings.
         run_dir: where checkpoints and TensorBoard events go; None writes nothing.
         resume: continue from the checkpoint in `run_dir`, as if the run had not stopped.
-        device: checked as in the other algorithms, and not used: a table is in the CPU's memory.
+        device: checked as in the other algorithms but not used: the table is in the CPU's memory.
 
     Raises:
         ConfigError: if the environment or the run directory can't be used.
@@ -206,12 +206,12 @@ def train(
     select_device(device)
     run_dir, saved = saved_run("q_learning", run_dir, resume, "q_table", "episode", "recent", "rng", "envs", "obs")
     seed_everything(config.seed)
-    # One environment, for what a checkpoint needs of it; the loop steps what is inside directly, which is faster.
+    # A vector of one, because checkpoints save that; the loop steps the environment inside directly, which is faster.
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
     guard, max_steps = envs.local_envs[0], time_limit(gym.spec(registered_id(config.env_id)))
     env = guard.env
     q_table = new_table(env, config.initial_value)
-    # Not the seed itself, which is the environment's: exploration would follow its noise.
+    # Not the seed itself, which is the environment's: exploration would correlate with its noise.
     rng = random.Random(derived_seed(config.seed, Stream.EXPLORATION))
     episode = global_step = 0
     recent: deque[Played] = deque(maxlen=LOG_EVERY)
@@ -257,7 +257,7 @@ def train(
 
 
 def means(played: Iterable[Played]) -> dict[str, float]:
-    """Return the mean return, length and |TD error| of some episodes, by TensorBoard's tags."""
+    """Return the mean return, length and |TD error| of some episodes, by TensorBoard tag."""
     returns, lengths, total_errors = zip(*played, strict=True)
     return {
         "charts/episodic_return": sum(returns) / len(returns),
@@ -267,7 +267,7 @@ def means(played: Iterable[Played]) -> dict[str, float]:
 
 
 def make_tabular_env(env_id: str) -> gym.Env[int, int]:
-    """Make an environment whose observations and actions are numbers from 0.
+    """Make an environment whose observations and actions are integers from 0.
 
     Raises:
         ConfigError: if there is no such environment, or its observations or actions are something else.
@@ -287,14 +287,14 @@ def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
 
 
 def new_table(env: gym.Env[int, int], value: float) -> QTable:
-    """Return a Q-table (S, A) of this value.
+    """Return a Q-table (S, A) filled with this value.
 
     Raises:
         ConfigError: if it is larger than the machine's memory.
     """
     try:
         return np.full(table_shape(env), value)
-    except (MemoryError, ValueError) as error:  # the latter where its size is no number of bytes
+    except (MemoryError, ValueError) as error:  # ValueError if its size in bytes overflows
         wanted = "so few states that a table of them fits into this machine's memory"
         raise ConfigError(f"--env-id must have {wanted}, not {table_shape(env)[0]:,}: {described(error)}") from error
 
@@ -303,7 +303,7 @@ def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
     """Return the Q-table of a checkpoint.
 
     Raises:
-        ConfigError: if it is not one of this environment's size.
+        ConfigError: if it does not have this environment's size.
     """
     with reading(saved):
         table: QTable = saved["q_table"].double().numpy()

@@ -1,8 +1,8 @@
 """Replay memory: the last transitions of N environments, sampled uniformly (Lin 1992; Mnih et al. 2015).
 
 A stack of four frames shares three with the one before it, and a transition holds two stacks: stored as they are, a
-million transitions of Atari take 56 GB. Here each frame is stored once, 7 GB, and the stacks are put together when they
-are sampled, byte for byte as they were.
+million transitions of Atari take 56 GB. Here each frame is stored once, which takes 7 GB, and the stacks are rebuilt
+when they are sampled, byte for byte as they were.
 """
 
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from minirl.networks import channels_last, is_image
 
-COLUMNS = {"actions": np.int64, "rewards": np.float32, "terminated": np.bool_}  # of a transition, beside observations
-SPARE = 20  # one row in so many is spare, for the last frames of episodes
+COLUMNS = {"actions": np.int64, "rewards": np.float32, "terminated": np.bool_}  # of a transition, without observations
+SPARE = 20  # one spare row for this many transitions, for the final frames of episodes
 
 
 class Batch(NamedTuple):
@@ -24,8 +24,8 @@ class Batch(NamedTuple):
         observations: (B, ...).
         actions: (B,) int64.
         rewards: (B,) float32.
-        next_observations: (B, ...) the true successors: the last observation where an episode ended.
-        terminated: (B,) bool, real ends; a cut episode bootstraps from its last observation.
+        next_observations: (B, ...) the true successors: the final observation if an episode ended.
+        terminated: (B,) bool, real ends; a truncated episode bootstraps from its final observation.
     """
 
     observations: NDArray[Any]
@@ -40,14 +40,14 @@ class ReplayBuffer:
 
     Args:
         capacity: transitions, over all environments; a multiple of their number.
-        observation_space: of one environment. Byte images stay bytes, all else is kept as float32.
+        observation_space: of one environment. Byte images stay bytes, everything else is stored as float32.
         num_envs: N, environments that are stepped together.
         stacked: observations are the last C frames of an episode, which starts with C copies of its first frame, as
-            `FrameStack` makes them; then each frame is stored once. False for any other images, colours say.
+            `FrameStack` makes them; then each frame is stored once. False for other images, such as colour images.
         seed: of the sampling, or the generator to draw from.
 
     Raises:
-        ValueError: if the capacity is not a positive multiple of the number of environments, or `stacked` is said of
+        ValueError: if the capacity is not a positive multiple of the number of environments, or `stacked` is set for
             observations that are not byte images (C, H, W).
     """
 
@@ -65,7 +65,7 @@ class ReplayBuffer:
         self.num_envs = num_envs
         self.length = capacity // num_envs  # of each environment's ring
         self.rng = np.random.default_rng(seed)
-        self.added = 0  # transitions of each environment, ever
+        self.added = 0  # transitions ever added, per environment
         shape = (num_envs, self.length)
         self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
         kind = _Frames if stacked else _Pairs
@@ -92,7 +92,7 @@ class ReplayBuffer:
             rewards: (N,).
             next_observations: (N, ...) the true successors, never the first observation of the next episode.
             terminated: (N,) real ends.
-            truncated: (N,) cuts.
+            truncated: (N,) ends caused by a time limit.
         """
         slot = self.added % self.length
         for name, values in {"actions": actions, "rewards": rewards, "terminated": terminated}.items():
@@ -101,14 +101,14 @@ class ReplayBuffer:
         self.added += 1
 
     def cut(self) -> None:
-        """Cut the episodes: the next observations that come belong to new ones, of a resumed run say."""
+        """Cut the episodes: the next observations belong to new ones, for example in a resumed run."""
         self.observations.cut()
 
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement.
 
         Raises:
-            ValueError: if there are fewer than `batch_size`, or that is below 1.
+            ValueError: if there are fewer than `batch_size`, or `batch_size` is below 1.
         """
         sizes = self._sizes()
         total = sum(sizes)
@@ -121,16 +121,16 @@ class ReplayBuffer:
             env = ends.searchsorted(index, side="right")
             newest = ends[env]
         slot = (self.added + index - newest) % self.length  # counted back from each environment's newest transition
-        where = env * self.length + slot  # in all rings, one after the other
+        where = env * self.length + slot  # position in all rings laid end to end
         observations, next_observations = self.observations.read(env, slot, where)
         columns = {name: column.take(where) for name, column in self.columns.items()}
         return Batch(observations=observations, next_observations=next_observations, **columns)
 
     def since(self, first: int) -> dict[str, NDArray[Any]]:
-        """Return the transitions of each environment from number `first` on, counted from the first ever, to be saved.
+        """Return, to save them, each environment's transitions from number `first` on, counted from the first ever.
 
         Raises:
-            ValueError: if they are not all there any more.
+            ValueError: if some are no longer in the memory.
         """
         if not max(0, self.added - self.length) <= first <= self.added:
             raise ValueError(f"the transitions from {first} on are not all in the memory")
@@ -146,7 +146,7 @@ class ReplayBuffer:
         self.observations.put(slots, arrays)
 
     def counters(self) -> dict[str, list[int]]:
-        """Return how far the rings are."""
+        """Return how far the rings have got."""
         return {"added": [self.added], **self.observations.counters()}
 
     def set_counters(self, counters: dict[str, list[int]]) -> None:
@@ -161,7 +161,7 @@ class ReplayBuffer:
 
 
 class _Pairs:
-    """Observations and their successors, both whole: for vectors."""
+    """Observations and their successors, both stored whole: for all but stacked frames."""
 
     def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
         assert space.shape is not None
@@ -204,11 +204,11 @@ class _Pairs:
 class _Frames:
     """Stacks of images, each frame stored once, in one ring of rows for each environment.
 
-    A row holds the newest frame of an observation. An episode of T steps takes T + 1 rows, the last one for its final
-    observation, to which no transition belongs. `age` says how many frames of the same episode come before a row, up
-    to a stack's worth: where they run out, the stack was filled with copies of the first, as `FrameStack` does.
+    A row holds the newest frame of an observation. An episode of T steps takes T + 1 rows; the last is for its final
+    observation, from which no transition starts. `age` is how many frames of the same episode come before a row, up to
+    a stack's worth; if there are too few, copies of the first one filled the stack, as in `FrameStack`.
 
-    Rows are counted from the beginning of time; row r lies at r modulo the length of the ring.
+    Rows are counted from the first one ever; row r is stored at r modulo the length of the ring.
     """
 
     def __init__(self, num_envs: int, length: int, space: gym.Space[Any]) -> None:
@@ -221,7 +221,7 @@ class _Frames:
         self.age = np.zeros((num_envs, self.num_rows), np.int64)
         self.row_of = np.zeros((num_envs, length), np.int64)  # the row of each transition
         self.row = np.zeros(num_envs, np.int64)  # the row of each environment's current observation
-        self.oldest = np.zeros(num_envs, np.int64)  # transition whose frames are all still there, ever counted
+        self.oldest = np.zeros(num_envs, np.int64)  # oldest transition with all its frames, counted from the first
         self.added = 0
         self.envs = np.arange(num_envs)
 
@@ -233,14 +233,14 @@ class _Frames:
         self.frames[self.envs, there] = next_observations[:, -1]
         self.age[self.envs, there] = np.minimum(self.age[self.envs, here] + 1, self.stack - 1)
         self.row_of[:, slot] = self.row
-        # The next observation's row is the successor's, or the one behind it where a new episode starts.
+        # The next observation's row is the successor's, or the one after it if a new episode starts.
         self.row += 1 + ended
         self.age[ended, self.row[ended] % self.num_rows] = 0
         self.added += 1
         self._forget()
 
     def _forget(self) -> None:
-        """Let go of the transitions whose oldest frame the next step will overwrite."""
+        """Drop the transitions whose oldest frame the next step will overwrite."""
         length = self.row_of.shape[1]
         self.oldest = np.maximum(self.oldest, self.added - length)
         while True:
@@ -254,9 +254,9 @@ class _Frames:
     def read(
         self, env: NDArray[np.int64], slot: NDArray[np.int64], where: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Put stacks together, (B, C, H, W) each: of observations, and of their successors, which end a frame later.
+        """Rebuild stacks, (B, C, H, W) each: of observations, and of their successors, which end one frame later.
 
-        In memory a pixel's C values lie side by side (channels-last), as convolutions want them.
+        In memory a pixel's C values are adjacent (channels-last), as convolutions need them.
         """
         row = self.row_of[env, slot]
         back = np.minimum(np.arange(self.stack)[::-1, None], self.age[env, row % self.num_rows])
@@ -266,7 +266,7 @@ class _Frames:
         return current.transpose(0, 3, 1, 2), following.transpose(0, 3, 1, 2)
 
     def cut(self) -> None:
-        if self.added:  # the row that is there is the last transition's successor
+        if self.added:  # the current row is the last transition's successor
             self.row += 1
             self.age[self.envs, self.row % self.num_rows] = 0
             self._forget()
@@ -290,12 +290,12 @@ class _Frames:
             self.frames[env, rows], self.age[env, rows] = arrays[f"frames-{env}"], arrays[f"age-{env}"]
 
     def _rows_since(self, env: int, first: int) -> NDArray[np.int64]:
-        """Return where the rows of the transitions from number `first` on lie, up to the current observation's.
+        """Return the places of the rows from transition number `first` to the current observation.
 
-        The frames of the first stack that come before its own row are among them: what is saved stands alone.
+        They include the earlier frames of the first stack, so that what is saved is complete.
         """
         oldest = max(first, int(self.oldest[env]))
-        kept = oldest < self.added  # or all are forgotten, and only the current observation's stack is left
+        kept = oldest < self.added  # otherwise all are dropped, and only the current observation's stack is left
         row = int(self.row_of[env, oldest % self.row_of.shape[1]] if kept else self.row[env])
         row -= int(self.age[env, row % self.num_rows])
         return np.arange(row, self.row[env] + 1) % self.num_rows

@@ -39,10 +39,10 @@ from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
 HELD_OUT, CHUNK = 2_000, 512  # pairs that the reward model is evaluated on; texts generated or scored at once
-WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage in which the learning rate rises; gradient steps of reward model
+WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage in which the rate rises; gradient steps of the reward model
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
-Step = tuple[dict[str, float], list[Episode]]  # what is to be logged of one
+Step = tuple[dict[str, float], list[Episode]]  # what to log of one step
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class RLHFConfig:
         return math.ceil(self.num_episodes / self.batch_size)
 
     def plan(self, num_pairs: int) -> dict[str, tuple[int, int]]:
-        """Return of each stage the texts of a step, two a pair, and the number of steps."""
+        """Return for each stage the texts per step (two per pair) and the number of steps."""
         batches = self.reward_epochs * math.ceil(num_pairs / self.reward_batch_size)
         sizes = (self.lm_batch_size, 2 * self.reward_batch_size, self.batch_size)
         steps = zip(sizes, (self.lm_steps, batches, self.num_updates), strict=True)
@@ -167,7 +167,7 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, written: Tensor, kl_coef: f
 
     Summed over a text it is r(text) - kl_coef log(pi(text) / p_reference(text)), whose mean is the objective (Ziegler
     et al. 2019, eq. 2). `scores` is (N,), `log_ratio` (N, T), and `written` (N, T) is True where a token was generated;
-    the others, of prompts and padding, get 0.
+    tokens of prompts and padding get 0.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -178,12 +178,12 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, written: Tensor, kl_coef: f
 
 
 def last_token(written: Tensor) -> Tensor:
-    """Which token of each text is the last that was generated: (N, T) -> (N, T)."""
+    """Whether each token is the last generated one of its text: (N, T) -> (N, T)."""
     return written & ~F.pad(written[:, 1:], (0, 1))
 
 
 def whitened(rewards: Tensor, written: Tensor) -> Tensor:
-    """Return rewards (N, T) scaled to deviation 1 over generated tokens; the mean is kept, or length would pay."""
+    """Scale rewards (N, T) to standard deviation 1 over generated tokens; the mean is kept, or length would pay."""
     mean, deviation = rewards[written].mean(), rewards[written].std()
     return ((rewards - mean) / (deviation + 1e-8) + mean).where(written, 0.0)
 
@@ -197,7 +197,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float) -> float:
 def generate(model: LanguageModel, prompts: Texts) -> tuple[Texts, Tensor, Tensor]:
     """Sample a continuation of each prompt until `END` or the end of the row.
 
-    Prompts may differ in length: a row is fed its own prompt before it samples. Only the end of a row is padded.
+    Prompts may differ in length: each row is fed its whole prompt before it samples. Only the end of a row is padded.
 
     Returns:
         The texts; log pi of each generated token, and the value before it, (N, L - 1).
@@ -240,7 +240,7 @@ def text_advantages(
     rewards: Tensor, values: Tensor, written: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns of texts, (N, T) like all tensors here: a text is an episode that terminates at its
-    last token. Those of tokens that were not generated mean nothing."""
+    last token. Those of tokens that were not generated are meaningless."""
     rewards, values, last = rewards.T, values.T, last_token(written).T
     next_values = torch.cat([values[1:], values[-1:]])
     advantages, returns = compute_gae(rewards, values, next_values, last, torch.zeros_like(last), gamma, gae_lambda)
@@ -248,7 +248,7 @@ def text_advantages(
 
 
 def make_pairs(model: LanguageModel, prompts: Texts, vocabulary: Vocabulary, config: RLHFConfig) -> Pairs:
-    """Have the model continue each of some prompts twice, and the hidden rule choose, with its errors."""
+    """Let the model continue each of some prompts twice, and the hidden rule choose, with its errors."""
     number = HELD_OUT + config.num_pairs
     prompts = prompts.rows(torch.randint(len(prompts.tokens), (number,), device=prompts.tokens.device))
     first, second = (Texts.joined([generate(model, part)[0] for part in prompts.split(CHUNK)]) for _ in range(2))
@@ -272,7 +272,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup: float = 0.0) -> float:
-    """Set the learning rate: it rises linearly over the first share of a stage, `warmup`, and falls to 0 at its end."""
+    """Set the learning rate: it rises linearly over the first share `warmup` of a stage, then falls to 0 at its end."""
     rate *= done / warmup if done < warmup else (1 - done) / (1 - warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -306,7 +306,7 @@ def train_reward_model(
     for step in range(first, last):
         rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
         epoch, number = divmod(step, steps_each)
-        # An epoch's order comes from a seed of its own, so that a resumed run finds its place in it.
+        # Each epoch's order has its own seed, so that a resumed run finds its place in it.
         generator = torch.Generator().manual_seed(derived_seed(config.seed, Stream.PAIR_ORDER, epoch))
         order = torch.randperm(len(chosen.tokens), generator=generator).to(chosen.tokens.device)
         batch = order.split(config.reward_batch_size)[number]
@@ -319,7 +319,7 @@ def train_reward_model(
             if not math.isnan(pairs.best_accuracy):
                 losses["reward/best_accuracy"] = pairs.best_accuracy
         if step + 1 == last:
-            with torch.no_grad():  # the language model's own texts get scores of mean 0 and deviation 1
+            with torch.no_grad():  # its own texts get scores of mean 0 and standard deviation 1
                 scores = torch.cat([reward_scores(reward, texts) for texts in (chosen, rejected)])
                 reward.scores.weight.div_(scores.std() + 1e-8)
                 reward.scores.bias.sub_(scores.mean()).div_(scores.std() + 1e-8)
@@ -329,7 +329,7 @@ def train_reward_model(
 def gradient_step(
     policy: LanguageModel, optimizer: torch.optim.Optimizer, config: RLHFConfig, samples: Columns, indices: Tensor
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on the texts `indices` (B,); return what is logged of it, by name."""
+    """Take one optimiser step on the texts `indices` (B,); return its statistics to log, by name."""
     tokens, written = samples["tokens"][indices], samples["written"][indices]
     old = {name: samples[name][indices][written] for name in ("log_probs", "values", "advantages", "returns")}
     distribution, log_prob, values = token_log_probs(policy, tokens)
@@ -360,7 +360,7 @@ def train_policy(
     config: RLHFConfig,
     first: int = 0,
 ) -> Iterator[Step]:
-    """Stage 3: PPO on the reward model's scores, from update `first` on. `kl_coef` () moves with `--kl-target`."""
+    """Stage 3: PPO on the reward model's scores, from update `first` on. `kl_coef` () adapts to `--kl-target`."""
     device = prompts.tokens.device
     for update in range(first, config.num_updates):
         rate = set_rate(optimizer, config.learning_rate, update / config.num_updates if config.anneal_lr else 0)
@@ -394,7 +394,7 @@ def train_policy(
 def train(
     config: RLHFConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> LanguageModel:
-    """Train, up to `config.stage`, and return the policy; before the last stage, that is the language model.
+    """Train up to `config.stage` and return the policy; without the last stage, that is the language model.
 
     Args:
         config: the settings.
@@ -442,7 +442,7 @@ def train(
     run = Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved)
     with run, tuned(model, config.num_threads) as turns:
         run.checkpoint(done, state)
-        before = 0  # texts of the stages before
+        before = 0  # texts of earlier stages
         for stage, (size, num_steps) in plan.items():
             optimizer = optimizers[stage]
             first, before = (done - before) // size, before + size * num_steps
@@ -460,7 +460,7 @@ def train(
                     reference.load_state_dict(model.state_dict())
                 steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
             for scalars, episodes in steps:
-                turns.pass_on()  # to another training on these cores
+                turns.pass_on()  # to another training run on these cores
                 done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)

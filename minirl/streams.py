@@ -1,4 +1,4 @@
-"""Seeds: one for a run, and from it independent random streams, one for each purpose."""
+"""Seeds: one for a run, and independent random streams derived from it, one for each purpose."""
 
 from enum import IntEnum
 
@@ -14,7 +14,7 @@ class Stream(IntEnum):
     EVALUATION = 2
     RESUMED = 3  # new episodes of a run whose environments could not be saved
     VIDEO = 4
-    CONFIRMATION = 5  # further games of a network that seems to be the best so far
+    CONFIRMATION = 5  # further games of a network that may be the best so far
     SPACES = 6  # samples of an environment's spaces
     PAIR_ORDER = 7
     TEXTS = 8

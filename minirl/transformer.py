@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Cache = list[tuple[Tensor, Tensor]]  # of each block, the keys and values of the tokens so far
+Cache = list[tuple[Tensor, Tensor]]  # for each block, the keys and values of the tokens so far
 
 
 class Block(nn.Module):
-    """Attention to the tokens so far, then an MLP; each sees its input normalised (pre-norm), and adds to it."""
+    """Attention to the tokens so far, then an MLP; each normalises its input (pre-norm) and adds its output to it."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, L, width), and keys and values of tokens before -> (B, L, width), and those of all tokens."""
+        """(B, L, width), and keys and values of earlier tokens -> (B, L, width), and those of all tokens."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (B, heads, L, width / heads) each
         if past is not None:
@@ -31,16 +31,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Features of each token of a text, which know it and the tokens before it, and no later one.
+    """Features of each token of a text, which depend on it and on earlier tokens, but on no later ones.
 
-    There is no dropout: a text must be as likely when it is learned from as it was when it was written.
+    There is no dropout: a text must be as likely in training as it was when it was generated.
 
     Args:
-        num_tokens: how many different ones there are.
-        context: tokens of a text at most.
+        num_tokens: how many different tokens there are.
+        context: maximum tokens of a text.
         width: of the features.
-        num_layers: blocks.
-        num_heads: of attention; divides the width.
+        num_layers: number of blocks.
+        num_heads: attention heads; must divide the width.
     """
 
     def __init__(self, num_tokens: int, context: int, width: int, num_layers: int, num_heads: int) -> None:
@@ -50,13 +50,13 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         for weight in self.parameters():
             if weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)  # as GPT-2's
+                nn.init.normal_(weight, std=0.02)  # as in GPT-2
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Tokens (B, L) -> features (B, L, width).
 
-        With a `cache`, empty at first, it keeps keys and values there, and `tokens` go on from those before: several at
-        first, and then one at a time.
+        A `cache`, empty at first, keeps keys and values, and `tokens` continue the earlier ones: several in the first
+        call, then one at a time.
         """
         start = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)

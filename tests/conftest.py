@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Hooks and fixtures for all tests."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 DEVICES = ("cpu", "cuda")
-PATIENCE = 600  # seconds, on a machine that does other things, too; the slowest test takes a sixth of that
+PATIENCE = 600  # seconds, on a machine that also does other work; the slowest test takes a sixth of that
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,28 +18,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Let the tests, and what they start, see that a terminal is gone: under `nohup` they would not."""
+    """Let the tests and the processes that they start receive SIGHUP: under `nohup` they would not."""
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On another device than the processor, run the tests that take one, and no others."""
+    """On a device other than the CPU, run only the tests that take a device."""
     if config.getoption("--device") != "cpu":
         items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    """Where to train, evaluate and draw: `--device`."""
+    """The device to train, evaluate and draw on: `--device`."""
     name: str = request.config.getoption("--device")
     return name
 
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the last part of compiling, the C++: what is traced, and under which conditions, stays."""
-    import torch  # not before it is needed: it takes seconds
+    """Skip the last part of compiling, the C++; tracing and guards stay the same."""
+    import torch  # only when needed: it takes seconds
 
     torch_compile = torch.compile
 

@@ -1,4 +1,4 @@
-"""An emulator without a ROM, scripted frame by frame, with the parts of ale-py's interface that the wrappers use."""
+"""A scripted emulator without a ROM, with the parts of ale-py's interface that the wrappers use."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class FakeALE:
 
 
 class FakeAtari(gym.Env[Any, Any]):
-    """Every pixel of frame n of a game is `(game * 50 + n) % 256`: a frame tells its game and its number.
+    """Every pixel of frame n of a game is `(game * 50 + n) % 256`, so a frame shows its game and its number.
 
     Args:
         lives: at the start of a game.

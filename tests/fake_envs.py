@@ -17,7 +17,7 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
 class Counter(gym.Env[Any, Any]):
-    """Observes (episode, step, seed of the first reset, last action); pays the step; ends or is cut at given steps."""
+    """Observes (episode, step, seed of the first reset, last action); pays the step; terminates or truncates on cue."""
 
     def __init__(
         self, ends_at: int | None = None, cut_at: int | None = None, start: int = 0, reseeded: bool = False
@@ -102,7 +102,7 @@ class EndsInReset(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class Stuck(Counter):
-    """Never comes back from its first step."""
+    """Never returns from its first step."""
 
     def step(self, action: int) -> Step:
         time.sleep(1000)
@@ -115,7 +115,7 @@ class Unmakable(Counter):
 
 
 class Echo(gym.Env[Any, Any]):
-    """Shows the action that it was given, and keeps it; pays its sum. Cut after 5 steps.
+    """Shows the action that it was given, and keeps it; pays its sum. Truncated after 5 steps.
 
     Args:
         space: of actions.
@@ -215,7 +215,7 @@ class Growing(Drawn):
 
 
 class Wanderer(Drawn):
-    """Changes the working directory, as simulators do that look for their files."""
+    """Changes the working directory, like simulators that look for their files."""
 
     def __init__(self, ends_at: int | None = None, render_mode: str | None = None) -> None:
         super().__init__(ends_at, render_mode)

@@ -1,7 +1,7 @@
-"""Links from the documents to lines of code: `python -m tests.links` brings their line numbers up to date.
+"""Links from the documents to lines of code: `python -m tests.links` updates their line numbers.
 
-Such a link quotes the code that it leads to, [`ratio = ...`](../minirl/ppo.py#L219), and what it quotes stands on one
-line of the file only: that line can always be found again.
+Such a link quotes the code that it leads to, [`ratio = ...`](../minirl/ppo.py#L219), and the quote occurs on only one
+line of the file, so that the line can always be found again.
 """
 
 import re
@@ -13,9 +13,9 @@ CODE_LINK = re.compile(r"\[`(?P<code>[^`]+)`\]\((?P<file>[^)#]+)#L\d+\)")
 
 
 def relink(document: Path) -> tuple[str, list[str]]:
-    """Return a document's text with each link to code at the line that it quotes, and a line for each that has none.
+    """Return a document's text with links to code at the lines that they quote, and a message for each without one.
 
-    A quoted piece of code may stand on no line of its file any more, or on several: its link stays as it is.
+    If quoted code is no longer on any line of its file, or on several, its link stays as it is.
     """
     wrong: list[str] = []
 

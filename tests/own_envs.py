@@ -1,6 +1,6 @@
-"""Environments as people write them: each keeps something in another place, or pays in another type of number.
+"""Environments as users write them: each keeps its state in an unusual place, or pays in an unusual number type.
 
-`env_id` "tests.own_envs:Name-v0" shows vectors, and "tests.own_envs:NameTable-v0" the number of a state.
+`env_id` "tests.own_envs:Name-v0" observes vectors, and "tests.own_envs:NameTable-v0" the number of a state.
 """
 
 import random
@@ -11,16 +11,16 @@ import gymnasium as gym
 import numpy as np
 
 STATES = 6
-LENGTH = 7  # steps until an episode is cut
+LENGTH = 7  # steps until an episode is truncated
 
 Step = tuple[Any, Any, Any, Any, dict[str, Any]]
 
 
 class Walk(gym.Env[Any, Any]):
-    """Places in a row: action 1 goes right, 0 left, and by chance the other way; pays the place, and some noise.
+    """Places in a row: action 1 goes right, 0 left, sometimes the other way at random; pays the place plus noise.
 
     Args:
-        table: whether it shows the number of the place, or that and the step as a vector.
+        table: observe the number of the place, instead of a vector of that and the step.
     """
 
     def __init__(self, table: bool = False) -> None:
@@ -67,7 +67,7 @@ class Pays(Walk):
 
 
 class OwnGenerator(Walk):
-    """Draws from a generator of its own, made where it is seeded."""
+    """Draws from its own generator, created when it is seeded."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
@@ -93,7 +93,7 @@ class GlobalPython(Walk):
 
 
 class Counts(Walk):
-    """Its noise depends on how many episodes there were."""
+    """Its noise depends on the number of episodes so far."""
 
     episodes = 0
 
@@ -106,7 +106,7 @@ class Counts(Walk):
 
 
 class Names(Walk):
-    """Keeps its luck under names that Gymnasium has for other things."""
+    """Keeps the state of its noise under names that Gymnasium uses for other things."""
 
     def __init__(self, table: bool = False) -> None:
         super().__init__(table)
@@ -170,14 +170,14 @@ class Samples(Walk):
 
 
 class World:
-    """Somebody's physics, which can't be read."""
+    """A physics engine whose state can't be read."""
 
     def __init__(self) -> None:
         self.position = 0.0
 
 
 class Falls(gym.Env[Any, Any]):
-    """Its state lies in its world, which each episode has anew, or none has."""
+    """Its state is in its world, which is new for each episode, or for none."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     action_space = gym.spaces.Box(-1, 1, (2,))
@@ -198,7 +198,7 @@ class Falls(gym.Env[Any, Any]):
 
 
 class Nested(Samples):
-    """Shows what it draws from a space of spaces."""
+    """Observes samples from a nested space."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Nested(Samples):
 
 
 class Holds(gym.Env[Any, Any]):
-    """Plays another environment, which it holds as wrappers do, and is none."""
+    """Plays another environment, which it holds like a wrapper without being one."""
 
     def __init__(self, table: bool = False) -> None:
         self.env = Samples(table)
@@ -221,7 +221,7 @@ class Holds(gym.Env[Any, Any]):
 
 
 class Closure(Walk):
-    """Keeps its luck in a function."""
+    """Keeps the state of its noise in a function's closure."""
 
     def __init__(self, table: bool = False) -> None:
         super().__init__(table)
@@ -236,10 +236,10 @@ class Closure(Walk):
 
 
 class Hidden(Walk):
-    """Keeps its luck where nobody looks, as a library might. What depends on it is `what`.
+    """Keeps its luck, a number, where `capture` does not look, as a library might. `what` depends on it.
 
     Args:
-        table: as of `Walk`.
+        table: as in `Walk`.
         what: `observation`, `reward` or `end`.
         seconds: for how long it sleeps at each step.
     """
@@ -271,7 +271,7 @@ KINDS = {"Float64": np.float64, "Float32": np.float32, "Int64": np.int64, "Bool"
 for kind_name, kind in KINDS.items():
     register(f"Pays{kind_name}", Pays, kind=kind)
 
-# Those that a resumed run goes on with as if nothing had happened.
+# Those with which a resumed run continues as if nothing had happened.
 EXACT = (OwnGenerator, GlobalNumpy, GlobalPython, Counts, Holds, Names, Shared, Above, Samples, Closure)
 for make in (Walk, Hidden, *EXACT):
     register(make.__name__, make)

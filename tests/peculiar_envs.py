@@ -1,6 +1,6 @@
-"""Small environments that each do one odd thing, as people's own do: `env_id` "tests.peculiar_envs:Name-v0".
+"""Small environments that each do one odd thing, as users' environments do: `env_id` "tests.peculiar_envs:Name-v0".
 
-Each is there twice, with a vector as observation and, as `NameTable-v0`, with a number of a Discrete space.
+Each exists twice: with a vector as observation and, as `NameTable-v0`, with a number of a Discrete space.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from numpy.typing import NDArray
 
 PLACES = 6
-ODD_STEP = 3  # of an episode, the one at which something odd happens
+ODD_STEP = 3  # the step of an episode at which something odd happens
 VECTOR = Box(-1, 1, (2,), np.float32)
 
 
@@ -21,7 +21,7 @@ def as_vector(place: int) -> NDArray[np.float32]:
 
 
 class Line(gym.Env[Any, Any]):
-    """Six places in a row. Each step goes on to the next and pays 1; at the last one the episode is over: 5 steps.
+    """Six places in a row. Each step goes to the next and pays 1; the episode ends at the last one, after 5 steps.
 
     Args:
         space: of observations.
@@ -78,7 +78,7 @@ class OldReset(Line):
 
 
 class LikeMiniGrid(Line):
-    """Shows what MiniGrid's environments do: a view of 7 x 7 cells, a direction and a sentence; 5 places to go."""
+    """Observes what MiniGrid's environments do: a view of 7 x 7 cells, a direction and a sentence; 5 places to go."""
 
     def __init__(self, size: int = 5, render_mode: str | None = None) -> None:
         view = Box(0, 255, (7, 7, 3), np.uint8)

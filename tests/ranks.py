@@ -3,12 +3,12 @@
 It may be started by torchrun or alone. DEED is one of
 
 - `plain`: nothing.
-- `same`: whatever its ranks, it draws the random numbers of two ranks with 4 environments each.
-- `die`, `raise`, `hang`, `stop`: rank 1 does it in its 4th rollout, or is asked to stop by SIGTERM, if torchrun has not
-  started it anew. Where torchrun did so, before the first one.
+- `same`: with any number of ranks, it draws the random numbers of two ranks with 4 environments each.
+- `die`, `raise`, `hang`, `stop`: rank 1 does so (for `stop`, it gets SIGTERM) in its 4th rollout, unless torchrun has
+  restarted it. If torchrun has restarted it, before the first one.
 
-What each process has learned goes to OUT, with its rank behind. It says so if threads of
-the group outlive the training.
+What each process has learned goes to OUT, with its rank appended. It prints a line if threads of the group outlive the
+training.
 """
 
 import atexit
@@ -33,7 +33,7 @@ NUM_ENVS, MINIBATCH, RANKS = 8, 64, 2
 
 @atexit.register
 def say_what_outlives() -> None:
-    """Python ends such threads at its own end, wherever they are, and sometimes all with them (SIGABRT)."""
+    """Python kills such threads when it exits, wherever they are, and sometimes that aborts it (SIGABRT)."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     if outlive := [name for name in names if "gloo" in name]:
         print(f"outlive the training: {outlive}", file=sys.stderr, flush=True)
@@ -45,7 +45,7 @@ def seeded(number: int) -> torch.Generator:
 
 
 def draw_as_two_ranks() -> None:
-    """Have one process draw what two would, and learn from the same minibatches."""
+    """Let one process draw what two would, and learn from the same minibatches."""
     draws, epochs = itertools.count(), itertools.count()
 
     def rand_like(values: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def draw_as_two_ranks() -> None:
         return torch.rand((rows, *values.shape[1:]), generator=seeded(next(draws)))[my_share(rows)]
 
     def randperm(size: int, device: Any) -> Tensor:
-        """Of all ranks' samples (T, N): each minibatch is one half of the first rank's, one of the second's."""
+        """A permutation of all ranks' samples (T, N): half of each minibatch is rank 0's, half rank 1's."""
         epoch = next(epochs)
         orders = [
             draw_order(size * world_size() // RANKS, generator=seeded(RANKS * epoch + number))
@@ -78,7 +78,7 @@ def draw_as_two_ranks() -> None:
 
 
 def misbehave(deed: str) -> None:
-    """Have rank 1 do it in its 4th rollout."""
+    """Let rank 1 do it in its 4th rollout."""
     collect_rollout, rollouts = ppo.collect_rollout, itertools.count(1)
 
     def collect(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Settings as `recipes/` has them."""
+"""Settings from `recipes/`."""
 
 import dataclasses
 from typing import Any
@@ -18,5 +18,5 @@ def parsed(script: str, *argv: str) -> tuple[Any, dict[str, Any]]:
 
 
 def recipe(name: str) -> Any:
-    """Return the config of a recipe, by its file's name without the ending."""
+    """Return the config of a recipe, by its file's name without the suffix."""
     return parsed(f"train_{name.split('-')[0]}.py", f"@{RECIPES / name}.args")[0]

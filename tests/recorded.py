@@ -1,8 +1,8 @@
-"""Environments that write down each step of theirs, and networks of one's own for them.
+"""Environments that record each of their steps, and custom networks for them.
 
-`env_id` "tests.recorded:Vectors-v0" and so on; stacks of frames are made by `frames`. Where the environment variable
-`STEPS_DIR` names a directory, each environment appends its steps to a file there, called by its seed: in worker
-processes, too. What it shows is random enough to be unlike all else, so that it can be traced to its step.
+`env_id` "tests.recorded:Vectors-v0" and so on; stacks of frames are made by `frames`. If the environment variable
+`STEPS_DIR` names a directory, each environment appends its steps to a file there, named after its seed, also in worker
+processes. Observations are random enough to be unique, so that each can be traced to its step.
 """
 
 import os
@@ -22,7 +22,7 @@ from minirl.networks import Categorical
 
 SIDE = 44  # of an image: the CNN's last maps are 2 x 2
 FRAMES = 4  # in a stack
-EPISODE = 9  # steps until it is cut
+EPISODE = 9  # steps until it is truncated
 
 
 class Step(NamedTuple):
@@ -38,8 +38,8 @@ class Step(NamedTuple):
 
 
 class Recorded(gym.Env[Any, Any]):
-    """A point on a line, pushed by the actions and by chance; beyond 2 the episode ends, after `EPISODE` steps it is
-    cut. Rewards are random.
+    """A point on a line, pushed by the actions and at random; the episode terminates beyond 2, and is truncated after
+    `EPISODE` steps. Rewards are random.
 
     Args:
         kind: what it shows, `vectors`, `frames` or `states`; `tiny`, vectors of 1e-5; `constant`, the same vector
@@ -96,7 +96,7 @@ class Recorded(gym.Env[Any, Any]):
 
 
 def frames() -> gym.Env[Any, Any]:
-    """In the order that Atari games have: what shows stacks lies outermost, and the memory stores frames once."""
+    """As in Atari games, the frame stack is the outermost wrapper, so that the memory stores frames once."""
     return FrameStack(EpisodeStatistics(Recorded("frames")), FRAMES)
 
 
@@ -115,7 +115,7 @@ def read(path: Path) -> list[Any]:
 
 
 def keep(path: Path, count: int) -> None:
-    """Drop all but the first steps of a file: what was played after the checkpoint that a run goes on from."""
+    """Drop all but the first steps of a file: the rest was played after the checkpoint that a run resumes from."""
     steps = read(path)[:count]
     path.write_bytes(b"".join(pickle.dumps(step) for step in steps))
 

@@ -1,12 +1,12 @@
-"""What the algorithms compute, once more: in float64, formula by formula, with no code of the package.
+"""What the algorithms compute, recomputed in float64, formula by formula, without any code of the package.
 
-Equal to float64 is no float32 number. How far off one may be is asked of the formulas themselves: each intermediate
-number is disturbed at random, in relative size by the unit roundoff of its format (`Rounding`), and what comes out is
-compared with what came out undisturbed. Rounding errors of a sum of n terms behave as random ones (Higham and Mary
-2019, https://doi.org/10.1137/18M1226312): n roundings of one sign would give n units, random ones sqrt(n).
-The bound of a number is `SPREADS` root mean squares of a few draws. A wrong sign, factor, index or mask is larger by
-orders of magnitude in float32; in bfloat16, where results are good to a percent, what changes less than that is not
-seen, which is why each path is run in float32, too.
+No float32 result equals the float64 one. The allowed error comes from the formulas themselves: each intermediate number
+is disturbed at random, in relative size by the unit roundoff of its format (`Rounding`), and the result is compared
+with the undisturbed one. Rounding errors of a sum of n terms behave like random ones (Higham and Mary 2019,
+https://doi.org/10.1137/18M1226312): n roundings of one sign would give n units, random ones sqrt(n).
+The bound of a number is `SPREADS` root mean squares of a few draws. The error of a wrong sign, factor, index or mask is
+larger by orders of magnitude in float32; in bfloat16, where results are good to a percent, smaller changes are not
+seen, which is why each path is also run in float32.
 """
 
 import math
@@ -22,8 +22,8 @@ Numbers = dict[str, Tensor]
 SINGLE, BFLOAT16 = 2.0**-24, 2.0**-8  # unit roundoffs: half of the last of 24 bits, of 8 bits
 SPREADS = 10  # few draws, so that their root mean square may be half of what it should be; errors beyond 5 are unlikely
 DRAWS = 5
-# Numbers are disturbed by so many times what rounding does, and what comes of it is divided by that: what lies so near
-# an edge (of a ReLU, a clip, the better of two actions) that rounding may put it on the other side is there in some.
+# Numbers are disturbed by this many times the rounding error, and the result's error is divided by it: then some draws
+# also cross an edge (of a ReLU, a clip, the better of two actions) that rounding might cross.
 WIDER = 4
 
 
@@ -34,12 +34,12 @@ class Rounding:
         self, seed: int | None = None, products: float = SINGLE, unit: float = SINGLE, smallest: float = 0.0
     ) -> None:
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.products = products  # unit roundoff of what matrices and convolutions multiply
-        self.unit = unit  # of all else
-        self.smallest = smallest  # number of the format: what is not far above it is rounded to a multiple of it
+        self.products = products  # unit roundoff of what matrix products and convolutions multiply
+        self.unit = unit  # of everything else
+        self.smallest = smallest  # number of the format: numbers not far above it are rounded to a multiple of it
 
     def __call__(self, x: Tensor, terms: int = 1, unit: float | None = None) -> Tensor:
-        """Disturb a result, of a sum of so many terms."""
+        """Disturb a result that is a sum of this many terms."""
         if self.generator is None:
             return x
         unit = self.unit if unit is None else unit
@@ -50,7 +50,7 @@ class Rounding:
         return disturbed + self.smallest * noise if self.smallest else disturbed
 
     def product(self, x: Tensor, terms: int = 1) -> Tensor:
-        """Disturb what is multiplied, or came out of it: rounded to the format of products, summed up in float32."""
+        """Disturb a factor or a product: rounded to the format of products, summed up in float32."""
         return self(x, unit=max(self.products, self.unit * math.sqrt(terms)))
 
 
@@ -62,7 +62,7 @@ def with_bounds(compute: Callable[[Rounding], Numbers], products: float) -> dict
     bounds = {}
     for name, value in exact.items():
         squares = sum(float((other[name] - value).norm()) ** 2 for other in drawn) / draws / WIDER**2
-        # Each number is stored as a float32 in the end.
+        # Each number is finally stored as a float32.
         bounds[name] = (value, SPREADS * math.sqrt(squares) + 2 * SINGLE * float(value.norm()))
     return bounds
 
@@ -87,7 +87,7 @@ def convolution(w: Weights, name: str, x: Tensor, r: Rounding, stride: int) -> T
 
 
 def tanh(x: Tensor, r: Rounding) -> Tensor:
-    """As it says."""
+    """The hyperbolic tangent."""
     return r.product(x.tanh())
 
 
@@ -126,12 +126,12 @@ def own_body(w: Weights, images: Tensor, r: Rounding, *, training: bool) -> tupl
 
 
 def scaled(x: Tensor, mean: Tensor, variance: Tensor, r: Rounding) -> Tensor:
-    """(x - mean) / standard deviation, between -10 and 10: computed in float64, and stored as float32."""
+    """(x - mean) / standard deviation, clipped to +-10: computed in float64, and stored as float32."""
     return r(((x - mean) / (variance + 1e-8).sqrt()).clamp(-10, 10))
 
 
 def actor_critic(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Tensor, Weights]:
-    """Logits or means (B, A), values (B,), and buffers as they are afterwards."""
+    """Logits or means (B, A), values (B,), and the buffers afterwards."""
     buffers: Weights = {}
     if "normalize.mean" in w:
         obs = scaled(obs, w["normalize.mean"], w["normalize.variance"], r)
@@ -149,7 +149,7 @@ def actor_critic(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tup
 
 
 def q_network(w: Weights, obs: Tensor, r: Rounding, *, training: bool) -> tuple[Tensor, Weights]:
-    """Q(s, .) (B, A), and buffers as they are afterwards."""
+    """Q(s, .) (B, A), and the buffers afterwards."""
     if "body.first.weight" in w:
         features, buffers = own_body(w, obs, r, training=training)
         return linear(w, "head", features, r), buffers
@@ -194,7 +194,7 @@ def gae(
 
 
 def normalized(advantages: Tensor, r: Rounding) -> Tensor:
-    """To mean 0 and (unbiased) standard deviation 1. The mean of what is left of one of them is rounded, too."""
+    """To mean 0 and (unbiased) standard deviation 1. The mean, after subtracting one of them, is rounded, too."""
     count = len(advantages)
     shifted = r(advantages - advantages[0])
     if not shifted.any():
@@ -204,20 +204,20 @@ def normalized(advantages: Tensor, r: Rounding) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, unit: float) -> float:
-    """1 - Var(R - V) / Var(R); NaN where all returns are the same to rounding, 8 of their last bits."""
+    """1 - Var(R - V) / Var(R); NaN if all returns are equal up to rounding, 8 of their last bits."""
     if float(returns.max() - returns.min()) <= 8 * 2 * unit * float(returns.abs().max()):
         return math.nan
     return 1 - float((returns - values).var() / returns.var())
 
 
 def log_softmax(logits: Tensor, r: Rounding) -> Tensor:
-    """log pi (..., A). The compiler's e^x and log are good to one of the last bit: twice the rounding of one number."""
+    """log pi (..., A). The compiler's e^x and log are accurate to one unit of the last bit: twice a rounding error."""
     shifted = r(logits - logits.max(-1, keepdim=True).values)
     return r(shifted - r(r(r(shifted.exp(), 4).sum(-1, keepdim=True), logits.shape[-1]).log(), 4))
 
 
 def entropy(log_pi: Tensor, r: Rounding) -> Tensor:
-    """-sum p log p, (...,) of log-probabilities (..., A); what can't happen adds nothing."""
+    """-sum p log p, (...,) of log-probabilities (..., A); impossible actions add nothing."""
     possible = log_pi.masked_fill(log_pi.isinf(), 0.0)
     return -r(r(log_pi.exp(), 4) * possible, log_pi.shape[-1]).sum(-1)
 
@@ -235,7 +235,7 @@ def policy(w: Weights, outputs: Tensor, actions: Tensor, r: Rounding) -> tuple[T
 
 
 def moments(history: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of all observations so far (n, ...); 0 and 1 where there is none."""
+    """Mean and variance of all observations so far (n, ...); 0 and 1 if there are none."""
     if not len(history):
         return torch.zeros(history.shape[1:]).double(), torch.ones(history.shape[1:]).double()
     mean = history.mean(0)
@@ -243,7 +243,7 @@ def moments(history: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_rewards(rewards: Tensor, ended: Tensor, gamma: float) -> Tensor:
-    """Rewards (T, N) of a whole run, each by the standard deviation of all discounted returns until then."""
+    """Rewards (T, N) of a whole run, each divided by the standard deviation of all discounted returns until then."""
     found, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for t in range(len(rewards)):
         for row in range(rewards.shape[1]):
@@ -263,7 +263,7 @@ def surrogate_loss(
     r: Rounding,
     most: float = math.inf,
 ) -> Tensor:
-    """-mean(min(r A, clip(r) A)); ratios are at most e^`most`, so that they are numbers of some format."""
+    """-mean(min(r A, clip(r) A)); ratios are at most e^`most`, so that they stay finite in a format."""
     ratio = r(r(log_prob - old_log_prob).clip(max=most).exp(), 4)
     clipped = ratio.clip(1 - clip_coef, 1 + clip_coef)
     return -r(torch.minimum(r(ratio * advantages), r(clipped * advantages)), len(ratio)).sum() / len(ratio)
@@ -293,10 +293,10 @@ def ppo_terms(
     ent_coef: float,
     value_clip_coef: float | None,
 ) -> Numbers:
-    """The loss of PPO and what is logged of it, of columns (B,).
+    """The loss of PPO and its statistics to log, of columns (B,).
 
     r - 1 - log r of nearly equal policies is the square of a difference that is all rounding, and e^x - 1 is good to
-    some 8 units where it is computed by way of tanh (`minirl.fast.passes.digits_near_0`).
+    some 8 units if it is computed from tanh (`minirl.fast.passes.digits_near_0`).
     """
     count = len(values)
     policy_term = surrogate_loss(log_prob, old_log_prob, advantages, clip_coef, r)
@@ -356,7 +356,7 @@ def adam_moments(
 def adam_weights(
     weight: Tensor, m: Tensor, v: Tensor, step: int, learning_rate: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """A weight after a step, from its moments after it; also how far float32 may be from it, element by element.
+    """A weight after a step, from the moments after it; also how far float32 may be off, element by element.
 
     In a compiled step beta and beta^t are float32: half a unit in beta is t / 2 in beta^t, whose power adds 2, and of
     what 1 - beta^t leaves that is a larger share. The rest is some ten operations, and the weight is rounded once.
@@ -373,7 +373,7 @@ def adam_weights(
 def q_learning(
     table: Tensor, steps: list[tuple[int, int, float, int, bool]], alphas: list[float], gamma: float
 ) -> list[float]:
-    """Go over steps (s, a, r, s', terminated), each with its alpha; the table changes. Return all TD errors."""
+    """Learn from steps (s, a, r, s', terminated), each with its alpha, in place; return all TD errors."""
     errors = []
     for (state, action, reward, next_state, terminated), alpha in zip(steps, alphas, strict=True):
         future = 0.0 if terminated else gamma * float(table[next_state].max())

@@ -1,4 +1,4 @@
-"""What a run has logged."""
+"""Reads what a run has logged."""
 
 from pathlib import Path
 

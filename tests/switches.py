@@ -1,4 +1,4 @@
-"""What makes minirl fast, each with the plain thing that can stand in its place: for a test and for a benchmark."""
+"""The tricks that make minirl fast, each with its plain replacement, for a test and for a benchmark."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ class _MovedOneByOne(TargetUpdate):
 
 
 class _Writer:
-    """`Events`, by way of PyTorch's writer and its thread."""
+    """`Events`, but with PyTorch's writer and its thread."""
 
     def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
         self.writer = SummaryWriter(str(run_dir), purge_step=purge_step)
@@ -55,7 +55,7 @@ class _Writer:
         self.writer.close()
 
 
-# A trick -> the places that it stands in, and what is put there to switch it off.
+# A trick -> the places where it is used, and the replacement there that switches it off.
 SWITCHES: dict[str, dict[str, Any]] = {
     "allocator": {"minirl.fast.machine.keep_freed_memory": lambda: None},
     "compiling": {"minirl.ppo.compiled": _plainly, "minirl.dqn.compiled": _plainly},
@@ -78,6 +78,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def switch_off(trick: str, patch: pytest.MonkeyPatch) -> None:
-    """Put the plain thing in the place of a trick, in this process; workers, which are new ones, keep it."""
+    """Replace a trick by the plain version in this process; workers, which are new processes, keep the trick."""
     for place, plain in SWITCHES[trick].items():
         patch.setattr(place, plain)

@@ -139,7 +139,7 @@ PONG = "PongNoFrameskip-v4"
 
 
 class Darker(Grayscale):
-    """Somebody's own."""
+    """A user's own wrapper."""
 
     def observation(self, observation: Any) -> Any:
         return super().observation(observation) // 2
@@ -197,7 +197,7 @@ def test_frames_of_other_sizes_are_stacks_of_that_size() -> None:
 
 
 def test_the_code_that_something_faster_stands_in_for_is_still_that_code() -> None:
-    """Whoever changes one of these on purpose changes `SkipAndShrink` or the replay memory, too, and then the text."""
+    """A deliberate change of one also needs a change of `SkipAndShrink` or the replay memory, then of `KNOWN`."""
     assert {kind: fingerprint(kind) for kind in atari.KNOWN} == atari.KNOWN
 
 

@@ -85,7 +85,7 @@ def test_a_processor_without_a_description_multiplies_float32(tmp_path: Path) ->
 def describe_process(
     folder: Path, pid: int, *, addresses: str, anonymous: int, pss: int, once: int = 0, children: str = ""
 ) -> None:
-    """Write what Linux says of a process, memory in kB; it has held `once` more than now."""
+    """Write what Linux reports of a process, memory in kB; it once held `once` more than now."""
     (folder / f"{pid}/task/{pid}").mkdir(parents=True)
     (folder / f"{pid}/task/{pid}/children").write_text(children)
     sizes = f"Rss: {2 * pss} kB\nPss: {pss} kB\nPss_Anon: {anonymous} kB\n"
@@ -129,7 +129,7 @@ BENCHMARKS: dict[str, Any] = {
 def test_the_gpus_benchmark_runs_without_one(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that nobody who is lent a GPU finds typing errors on it. Small, and not compiled."""
+    """So that borrowed GPU time is not wasted on typing errors. Small, and not compiled."""
     for place in ("minirl.ppo.Run", "minirl.dqn.Run", "minirl.fast.gpu.RECORDED"):
         monkeypatch.setattr(place, functools.reduce(getattr, place.split(".")[1:], __import__("minirl")))  # put back
     monkeypatch.setattr("gpu_speed.CONFIG", PPOConfig(**TINY))

@@ -84,7 +84,7 @@ def an_auxiliary_loss(
 
 
 def another_state(number: int, network: Network, optimizer: torch.optim.Optimizer, coefficients: Coefficients) -> None:
-    """Load an optimiser's state in the middle, in a layout that is none of its own."""
+    """Load an optimiser's state in the middle, in a memory layout other than its own."""
     if number == 4:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
@@ -192,7 +192,7 @@ def test_what_a_call_returns_stays_what_it_was() -> None:
 @pytest.mark.parametrize("size", [1e-5, 1e-7])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ELU])
 def test_what_is_near_0_keeps_its_digits(activation: type[nn.Module], size: float) -> None:
-    """The compiler offers tanh by way of exp, and ELU as e^x - 1: the head's gradient would be 2 % off, or 200 %."""
+    """The compiler computes tanh from exp, and ELU as e^x - 1: the head's gradient would be 2 % off, or 200 %."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8, bias=False), activation(), nn.Linear(8, 1))
     obs = size * torch.randn(16, 4)
@@ -227,7 +227,7 @@ def test_a_power_less_1_is_exact_everywhere() -> None:
     ("number", "bias", "sizes"), [(92, 0, "fake"), (92, 1, "fake"), (91, 0, "fake"), (92, 0, "symbolic")]
 )
 def test_large_products_of_float32_go_to_onednn(number: int, bias: int, sizes: Literal["fake", "symbolic"]) -> None:
-    """92 x 128 x 128 multiplications are large, 91 x 128 x 128 are not; of any number of rows nobody knows."""
+    """92 x 128 x 128 multiplications are large, 91 x 128 x 128 are not; for a symbolic number of rows it is unknown."""
 
     def products(x: Tensor, weight: Tensor, terms: Tensor) -> tuple[Tensor, ...]:
         every = (
@@ -308,7 +308,7 @@ class Killed(BaseException):
 def test_a_compilation_that_was_stopped_in_its_last_link_is_done_once_more(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C reaches the C++ compiler, too, while the training goes on until it has saved."""
+    """Ctrl-C reaches the C++ compiler, too, while training continues until it has saved."""
     build = cpp_builder.run_compile_cmd
     left: list[Path] = []
 
@@ -403,7 +403,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_a_line_says_why(what: str) ->
 
 
 def test_looking_for_gradients_changes_nothing() -> None:
-    """The first call looks which parameters have one, with copies: no statistics, no random numbers, no step."""
+    """The first call finds the parameters that have one, with copies: no statistics, random numbers or step change."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
     unused = nn.Parameter(torch.ones(1))
@@ -499,7 +499,7 @@ def test_a_small_linear_layer_is_products_and_sums_and_gives_the_same(
 
 
 def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
-    """As `backward` and `zero_grad` do; it is only ever traced, so its plain Python is looked at here."""
+    """As `backward` and `zero_grad` do; it is otherwise only traced, so its plain Python is tested here."""
     weight = nn.Parameter(torch.tensor([3.0]))
     weight.grad = torch.zeros(1)
     steppable = Steppable(torch.optim.SGD([weight], lr=0.5))

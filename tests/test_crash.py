@@ -60,7 +60,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
     number: signal.Signals | None, status: int, tmp_path: Path
 ) -> None:
-    """As when `tee` is ended by the same Ctrl-C, just before, or by itself."""
+    """For example, `tee` is ended by the same Ctrl-C just before, or ends by itself."""
     settings = "--num-episodes 10000000 --checkpoint-frequency 1000000000"
     script = [sys.executable, "train_q.py", *settings.split(), "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(script, cwd=ROOT, stderr=subprocess.PIPE)
@@ -133,7 +133,7 @@ def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("limit", "file"), [(25_000, ""), (10_000, "checkpoint.pt ")])
 def test_a_full_disk_ends_a_run_in_one_line(limit: int, file: str, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk; the events of this run take 32 kB, a checkpoint 20."""
+    """A limit on the size of files simulates the disk; the events of this run take 32 kB, a checkpoint 20."""
     command = [sys.executable, "train_q.py", "--run-dir", str(tmp_path / "run"), "--num-episodes", "20000"]
     result = subprocess.run(
         command,

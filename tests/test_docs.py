@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, quoted code stands where they say, commands and snippets work as written."""
+"""The documents: links lead somewhere, quoted code is where they say, commands and snippets work as written."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """What stands outside code blocks and formulas."""
+    """The text outside code blocks and formulas."""
     return re.sub(r"\$[^$\n]+\$", "", FENCE.sub("", text))
 
 
@@ -282,7 +282,7 @@ def test_a_snippet_prints_what_it_says() -> None:
 
 
 def test_training_from_python_calls_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snippet takes a minute, so what it calls is replaced by something that looks at the arguments."""
+    """The snippet takes a minute, so what it calls is replaced by something that checks the arguments."""
     calls: list[Any] = []
 
     def train(*args: Any, **kwargs: Any) -> None:

@@ -1,10 +1,10 @@
 """Every public pure function on inputs drawn at random: dtypes, layouts in memory, constant and extreme numbers.
 
-What comes out, gradients too, is compared with the float64 formulas of `tests.reference`, number by number. How far it
-may be from them is asked of these formulas: `Rounding` disturbs each intermediate number by the unit roundoff of the
-coarsest dtype among the inputs, eps / 2, and a result may be off by `SPREADS` root mean squares of `DRAWS` such draws,
-and by eps for its own format. Formulas in float64 can't be disturbed by its own unit: by float32's, and the spread is
-scaled down.
+Results and gradients are compared with the float64 formulas of `tests.reference`, number by number. These formulas also
+give the allowed error: `Rounding` disturbs each intermediate number by the unit roundoff of the coarsest dtype among
+the inputs, eps / 2, and a result may be off by `SPREADS` root mean squares of `DRAWS` such draws, plus eps for its own
+format. Formulas in float64 can't be disturbed by float64's own unit; they are by float32's, and the spread is scaled
+down.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Draw:
         return options[self.rng.integers(len(options))]
 
     def numbers(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Numbers of a dtype (...), whose squares and sums it can hold, too: usual, the same, large, tiny, mixed."""
+        """Numbers of a dtype (...) that can also hold their squares and sums: usual, equal, large, tiny, mixed."""
         if not dtype.is_floating_point:
             return torch.from_numpy(self.rng.integers(-5 if dtype.is_signed else 0, 6, shape)).to(dtype)
         info = self.narrowest
@@ -65,7 +65,7 @@ class Draw:
         return torch.from_numpy(values).to(dtype)
 
     def laid_out(self, values: Tensor) -> Tensor:
-        """The same numbers, otherwise in memory: as they come, transposed, with gaps, channels-last, or all one."""
+        """The same numbers, laid out in memory as they come, transposed, with gaps, channels-last, or expanded."""
         how = self.choice("contiguous", "transposed", "gaps", "channels-last", "expanded")
         if how == "transposed":
             return values.mT.contiguous().mT if values.ndim > 1 else values

@@ -19,8 +19,8 @@ from tests.test_resume import ROOT, assert_same
 EDITS = sorted(path.parent for path in ROOT.glob("edits/*/*.patch"))
 PATIENCE = 3_600  # seconds; each line of flags.args is compiled three times
 SHORT = 600  # agent steps of a training that is not compiled: to see that it can be
-# Runs command lines in turn: to load PyTorch takes longer than most of them. The last is killed past an agent step, if
-# one is given: by itself, so that it is at no other moment on a busy machine.
+# Runs command lines in one process: loading PyTorch takes longer than most of them. If an agent step is given, the last
+# command kills itself past it, so that the moment is the same on a busy machine.
 IN_TURN = """
 import os, runpy, signal, sys
 from minirl.runs.run import Run
@@ -42,7 +42,7 @@ edits = pytest.mark.parametrize("edit", EDITS, ids=[path.name for path in EDITS]
 
 
 def environment(copy: Path) -> dict[str, str]:
-    # Above the copy git must see no repository: it would apply nothing, and say nothing.
+    # git must see no repository above the copy: it would silently apply nothing.
     return {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(copy.parent)}
 
 
@@ -70,9 +70,9 @@ def step_of(run_dir: Path, algorithm: str) -> int:
 
 
 def train_kill_resume_evaluate(copy: Path, lines: list[str]) -> None:
-    """Do that with each line of `flags.args`: the trainings up to the kill in one process, what follows in another."""
+    """Do that with each line of `flags.args`: the runs up to the kill in one process, the rest in another."""
     algorithms = [line.split(" ")[0][len("train_") : -len(".py")] for line in lines]
-    python = [sys.executable, "-W", "error:compilation", "-c", IN_TURN]  # one that fails is an error here
+    python = [sys.executable, "-W", "error:compilation", "-c", IN_TURN]  # a failed compilation is an error here
     afterwards = []
     for number, (line, algorithm) in enumerate(zip(lines, algorithms, strict=True)):
         command = f"{line} --device cpu --final-games 0"

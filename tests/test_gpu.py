@@ -1,4 +1,4 @@
-"""What a GPU records and replays. On the processor a stand-in replays; with `--device cuda` the GPU does."""
+"""What a GPU records and replays. On the CPU a stand-in replays; with `--device cuda` the GPU does."""
 
 import contextlib
 import copy
@@ -179,7 +179,7 @@ def learned(device: str, *, enabled: bool) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def never_waiting(enabled: bool) -> Iterator[None]:
-    """On a GPU, PyTorch makes an error of waiting for it."""
+    """On a GPU, PyTorch raises an error if something waits for it."""
     if enabled:
         torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""What a compiled function reads from Python is seen when it changes, wherever it stands."""
+"""A compiled function notices when a value that it reads from Python changes, wherever that is stored."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from minirl.fast.rewrites import Traceable
 
 
 class Thing:
-    """What a loss may read from: an object of the user's own."""
+    """A user's own object, which a loss may read from."""
 
     inherited = 1.0
 

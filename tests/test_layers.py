@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom. Imports run downwards, and nowhere in a circle."""
+"""The layers of the package: which module may import which. Imports go downwards, and never in a circle."""
 
 import ast
 import graphlib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Lowest first; each is a room, of modules or packages, whose files may import each other.
+# Lowest first; each layer has modules or packages whose files may import each other.
 FLOORS = [
     ("minirl",),  # the package's own __init__, not all that is in it
     ("minirl.checks", "minirl.streams"),

@@ -1,4 +1,4 @@
-"""What people's own environments may be like (`tests.own_envs`), with all three algorithms."""
+"""What users' own environments may be like (`tests.own_envs`), with all three algorithms."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ KILLS = {"ppo": 3, "dqn": 60, "q_learning": 30}  # calls of `Run.checkpoint`, of
 
 @pytest.fixture(autouse=True)
 def _time_enough(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """To try out a copy, on a busy machine too."""
+    """To test a copy, also on a busy machine."""
     if "seconds" not in request.fixturenames:
         monkeypatch.setattr(restore_check, "PATIENCE", 60.0)
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_cannot_be_read_never_takes_the_place_of_a_good_one(va
     assert list(tmp_path.iterdir()) == [path]
 
 
-# A run that was killed and resumed against the same left alone, which also holds that one seed gives one run.
+# A killed and resumed run against the same run left alone, which also shows that one seed gives one run.
 
 CASES: list[Any] = [(algorithm, make.__name__, 1) for algorithm in ("ppo", "q_learning") for make in EXACT]
 CASES += [("dqn", make.__name__, 1) for make in (OwnGenerator, GlobalNumpy, Holds, Shared, Samples)]
@@ -142,7 +142,7 @@ def test_judging_changes_nothing_of_the_training(workers: int, name: str, tmp_pa
     assert (tmp_path / "judged" / "best.pt").exists()
 
 
-# The promise is tried out.
+# The promise is tested.
 
 
 @pytest.mark.parametrize("what", ["reward", "observation", "end"])

@@ -1,4 +1,4 @@
-"""What environments may return, and what happens otherwise: each row of the table in docs/reliability.md.
+"""What environments may return, and what happens if they return something else: the table in docs/reliability.md.
 
 The environments are those of tests/peculiar_envs.py, played by all three algorithms.
 """
@@ -64,7 +64,7 @@ def train(algorithm: str, env_id: str, run_dir: Path, *flags: str) -> None:
 
 
 def assert_one_line_and_their_frames(errors: str, line: str, raised: str | None) -> None:
-    """Check what is told at the end: a line that is the pattern `line`, and their traceback if they raised."""
+    """Check the final output: a line that matches the pattern `line`, and the environment's traceback if it raised."""
     message, *trace = errors[errors.index("error: ") :].splitlines()
     assert re.fullmatch(f"error: {line}", message), message
     if raised is None:

@@ -1,4 +1,4 @@
-"""Pictures of what was learned and of what is seen: the artists on them say what the tables and networks say."""
+"""Pictures of what was learned and of observations: their matplotlib artists agree with the tables and networks."""
 
 from pathlib import Path
 from typing import Any

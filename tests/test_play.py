@@ -1,4 +1,4 @@
-"""The judge of a training: which games it plays, how many, and when."""
+"""Evaluation during training: which games are played, how many, and when."""
 
 import math
 from pathlib import Path

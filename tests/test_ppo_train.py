@@ -346,7 +346,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path, device: str) -> 
     resumed = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert resumed["global_step"] == 96
     assert json.loads((run_dir / "config.json").read_text())["total_timesteps"] == 96
-    # 4 epochs of 2 minibatches an update: Adam has counted on from 32, it has not started anew
+    # 4 epochs of 2 minibatches per update: Adam has continued its count from 32, not restarted
     assert {int(state["step"]) for state in resumed["optimizer"]["state"].values()} == {6 * 8}
     assert len(resumed["returns"]) == 8 + 4
     assert [step for step, _ in read_scalars(run_dir)["losses/entropy"]] == [16, 32, 48, 64, 80, 96]

@@ -55,7 +55,7 @@ def adam(agent: ActorCritic, config: PPOConfig, *, enabled: bool = False, learni
 
 
 def descent(agent: ActorCritic, config: PPOConfig, learning_rate: float = 0.1) -> Any:
-    """Steps of plain gradient descent, which unlike Adam's tell the size of a gradient."""
+    """Steps of plain gradient descent, which unlike Adam's reveal the size of a gradient."""
     optimizer = torch.optim.SGD(agent.parameters(), lr=learning_rate)
     return functools.partial(gradient_step, agent, optimizer, config, torch.float32)
 

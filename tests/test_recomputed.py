@@ -1,4 +1,4 @@
-"""Each update and each logged number is computed again, in float64, from the raw steps: see `tests.recompute`."""
+"""Each update and each logged number is recomputed, in float64, from the raw steps: see `tests.recompute`."""
 
 from pathlib import Path
 from typing import Any

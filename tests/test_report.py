@@ -1,4 +1,4 @@
-"""What a finished training adds to TensorBoard, and that nothing of it can spoil the training."""
+"""What a finished training run adds to TensorBoard, and that none of it can spoil the run."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends as the same run left alone: every bit of what it learned and counted."""
+"""A killed and resumed run ends like the same run left alone: every bit of what it learned and counted."""
 
 import dataclasses
 import random
@@ -223,7 +223,7 @@ def test_checkpoints_change_nothing(algorithm: str, train: Any, config: Any, tmp
     ],
 )
 def test_sigkill_at_any_moment(script: str, flags: str, tmp_path: Path) -> None:
-    """The real thing, a process and SIGKILL: after any of them there is a checkpoint, and the end is the same."""
+    """A real process and SIGKILL: after any kill there is a checkpoint, and the end is the same."""
     always = ["--device", "cpu", "--final-games", "0"]
     command = [sys.executable, f"train_{script}.py", *always]
     settings = [*flags.split(), "--checkpoint-frequency", "200"]
@@ -322,7 +322,7 @@ def test_a_memory_is_not_written_twice_and_old_files_go(tmp_path: Path) -> None:
 
 
 def test_what_a_checkpoint_lacks_is_named() -> None:
-    """As one lacks a second network from before the edit that brought it."""
+    """For example, a second network, in a checkpoint from before the edit that added it."""
     parts = {"model": nn.Linear(1, 1), "predictor": nn.Linear(1, 1)}
     line = "^there/checkpoint.pt must be of a run as this one, and has no predictor$"
     with pytest.raises(ConfigError, match=line):

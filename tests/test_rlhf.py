@@ -174,7 +174,7 @@ def test_the_output_is_tied_to_the_embedding_and_scores_start_at_0() -> None:
 
 
 def test_writing_and_learning_agree_on_every_token(device: str) -> None:
-    """The log-probabilities and values of the writing, token by token with a cache, and of the update, at once."""
+    """The log-probabilities and values from generation, token by token with a cache, and from the update, at once."""
     torch.manual_seed(1)
     model = LanguageModel(6, SMALL)
     for weight in model.parameters():
@@ -241,7 +241,7 @@ def adam(model: LanguageModel) -> torch.optim.Adam:
 
 
 def test_the_language_model_learns_what_there_is_to_know() -> None:
-    """Of texts `1 2 x 3` with x 4 or 5 in equal parts, the entropy of a text is ln 2; padding costs nothing."""
+    """For texts `1 2 x 3` with x 4 or 5 in equal parts, the entropy of a text is ln 2; padding costs nothing."""
     config = dataclasses.replace(SMALL, lm_steps=200, lm_batch_size=16, lm_learning_rate=3e-2)
     corpus = padded([([1, 2], [4, 3]), ([1, 2], [5, 3])], 10)
     torch.manual_seed(0)
@@ -317,7 +317,7 @@ def test_an_epoch_goes_over_every_pair_once_in_another_order(monkeypatch: pytest
 
 
 def test_a_gradient_step_is_ppos_loss_of_the_tokens_that_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding and prompts, whatever their numbers are, do not reach the loss."""
+    """Padding and prompts, whatever their values, do not affect the loss."""
     config = dataclasses.replace(SMALL, norm_adv=False, ent_coef=0.01, max_grad_norm=1e9)
     policy = small_model()
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""A run of RLHF as a whole: its report, evaluation and picture, its stages one after the other, texts of one's own."""
+"""A whole run of RLHF: its report, evaluation and picture, its stages one after the other, the user's own texts."""
 
 import dataclasses
 import json

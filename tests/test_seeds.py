@@ -145,7 +145,7 @@ def test_ctrl_c_saves_every_seed_and_says_how_to_go_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGKILL])
 def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.Signals | None, tmp_path: Path) -> None:
-    """As when `tee` has ended, by the same Ctrl-C or by itself, or when it is this process that is killed."""
+    """For example, `tee` has ended, by the same Ctrl-C or by itself, or this process is killed."""
     settings = "--num-episodes 10000000 --checkpoint-frequency 1000000000 --seeds 0-1 --run-dir all"
     process = start("train_q.py", settings, tmp_path)
     wait_until_under_way(process, [0, 1])
@@ -162,7 +162,7 @@ def test_when_nobody_listens_any_more_every_seed_saves_and_stops(number: signal.
 
 
 def wait_until_under_way(process: subprocess.Popen[str], seeds: list[int]) -> None:
-    """Wait until each of these seeds has said how far it is."""
+    """Wait until each of these seeds has reported its progress."""
     assert process.stderr is not None
     heard = ""
     while not all(re.search(rf"seed {seed}: [\d,]+ of", heard) for seed in seeds):

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def by_numpy(network: nn.Module, inputs: Tensor) -> bool:
-    """Whether NumPy computed it: an output of NumPy's memory knows no gradient, nor does it need one."""
+    """Whether NumPy computed it: an output in NumPy's memory has no gradient, and needs none."""
     assert isinstance(network, SmallSequential)
     with torch.no_grad():
         network(inputs)
@@ -180,7 +180,7 @@ def test_a_q_network_acts_in_numpy_and_another_one_as_it_is_read(monkeypatch: py
 
 
 class Frozen(nn.BatchNorm1d):
-    """Stays in evaluation mode, as people write it."""
+    """Stays in evaluation mode, as users write it."""
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)

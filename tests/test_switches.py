@@ -1,4 +1,4 @@
-"""Each thing that makes minirl fast can be taken away with no change but in time."""
+"""Each trick that makes minirl fast can be switched off, which changes only the time."""
 
 import functools
 from typing import Any

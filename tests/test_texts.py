@@ -1,4 +1,4 @@
-"""Texts: the grammar against itself, the hidden rule by hand, vocabularies, and files of one's own."""
+"""Texts: the grammar against itself, the hidden rule by hand, vocabularies, and the user's own files."""
 
 import itertools
 import json

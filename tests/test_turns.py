@@ -1,4 +1,4 @@
-"""Trainings that share a machine: in turns, fair ones, and never for ever; and what they say of it."""
+"""Training runs that share a machine: their turns are fair and never last for ever; and the warning about it."""
 
 import contextlib
 import math

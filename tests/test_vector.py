@@ -325,7 +325,7 @@ def pids_of_session(session: int) -> list[int]:
 
 
 def wait_until_no_process_is_left(session: int) -> None:
-    """Wait until they have gone: a test that waits for ever is ended (`_no_test_hangs`)."""
+    """Wait until they are gone; `_no_test_hangs` ends a test that would wait for ever."""
     while pids_of_session(session):
         time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""Recorded games: what was drawn is what is seen, at the right speed, and a training does not notice."""
+"""Recorded games: a video shows what was drawn, at the right speed, and recording does not change training."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def stripes(number: int, height: int = 40, width: int = 60) -> list[Picture]:
 
 
 def read_mp4(path: Path) -> tuple[list[Picture], float]:
-    """Return the pictures of a file and how many there are a second."""
+    """Return the pictures of a file and how many there are per second."""
     capture = cv2.VideoCapture(str(path))
     pictures: list[Any] = []
     readable, picture = capture.read()
@@ -92,7 +92,7 @@ def greedy_game(algorithm: str, learned: Any, config: Any, global_step: int) -> 
 
 
 def assert_same_end(tmp_path: Path, algorithm: str, one: str, other: str) -> State:
-    """Check that two runs came to the same checkpoint, random states and all, and return it."""
+    """Check that two runs ended with the same checkpoint, random states included, and return it."""
     checkpoint = load_checkpoint(tmp_path / one, algorithm)
     assert_same(checkpoint, load_checkpoint(tmp_path / other, algorithm))
     return checkpoint

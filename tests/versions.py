@@ -1,10 +1,10 @@
-"""The quick tests with every Python of this machine, and with the lowest and the newest packages that setup.cfg allows.
+"""Runs the quick tests with every Python here, and with the lowest and the newest packages that setup.cfg allows.
 
     python -m tests.versions
     python -m tests.versions --python 3.12
 
-Each combination is a new environment in a temporary directory, some gigabytes of downloads. In the end a line for each
-says how its tests went, or why it was not tried: NumPy 2.0, say, is not made for Python 3.13.
+Each combination is a new environment in a temporary directory, some gigabytes of downloads. At the end a line for each
+says how its tests went, or why it was not tried: for example, NumPy 2.0 is not made for Python 3.13.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-# That one is about the pinned versions, which these are not.
+# The deselected test is about the pinned versions, which these are not.
 TESTS = [
     "-m",
     "not slow",
@@ -29,16 +29,16 @@ TESTS = [
 
 
 def find_python(version: str) -> str | None:
-    """Return an interpreter of this version: the one on the path, or one that pyenv has and does not show."""
+    """Return an interpreter of this version: the one on the path, or one that pyenv has but does not expose."""
     hidden = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
     for python in [shutil.which(f"python{version}") or "", *map(str, hidden)]:
         if python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0:
-            return python  # pyenv's stand-ins fail where none is chosen
+            return python  # pyenv's shims fail if no version is chosen
     return None
 
 
 def lowest_versions() -> list[str]:
-    """Return what the package needs at run time, each held to the lowest minor version of setup.cfg."""
+    """Return what the package needs at run time, each constrained to the lowest minor version in setup.cfg."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     return [line.replace(" >= ", "==") + ".*" for line in settings["options"]["install_requires"].split("\n") if line]

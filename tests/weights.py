@@ -1,4 +1,4 @@
-"""What a network has learned, to compare."""
+"""A network's weights and gradients, for comparisons."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def parameters(network: nn.Module) -> Tensor:
 
 
 def assert_close_elsewhere_and_in_bfloat16(logged: list[Tensor], gradients: list[Tensor], *, rtol: float) -> None:
-    """Compare a gradient step in float32 on the processor with the same on a device, in float32 and in bfloat16."""
+    """Compare a gradient step in float32 on the CPU with the same on a device, in float32 and in bfloat16."""
     assert logged[2].dtype == gradients[2].dtype == torch.float32
     torch.testing.assert_close(logged[1], logged[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logged[2], logged[0], rtol=rtol, atol=rtol / 10)

@@ -1,8 +1,8 @@
-"""Episodes that are played again: how an environment is put back whose physics can't be copied.
+"""Episodes that are played again: how to restore an environment whose physics can't be copied.
 
-Box2D's world lies in its library's memory, and nothing can read it whole. But where each episode has a world of its
-own, it is made of the random numbers that it began with, of the actions since, and of what wrappers have drawn between
-them: played again from there, it comes to the same state, bit for bit. LunarLander makes a new world for each episode;
+Box2D's world is in its library's memory, and nothing can read all of it. But if each episode has its own world, it
+depends only on the random numbers that it began with, on the actions since, and on what wrappers have drawn between
+them: played again from there, it reaches the same state, bit for bit. LunarLander makes a new world for each episode;
 BipedalWalker and CarRacing empty the old one, which is not the same to the last bit.
 """
 
@@ -14,16 +14,16 @@ from gymnasium.utils import seeding
 
 
 class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
-    """Around the core of an environment with a `world`: keeps what its episode is made of.
+    """Wraps the core of an environment with a `world`, and records what its episode depends on.
 
-    Where the last reset made a new world, `minirl.envs.state` captures this in place of the core.
+    If the last reset made a new world, `minirl.envs.state` captures this record in place of the core.
 
     Attributes:
-        began: the state of the core's generator of random numbers before the episode's reset.
+        began: the state of the core's random number generator before the episode's reset.
         actions: those of the episode so far.
-        drawn: pairs of the number of an action, and the generator's state before it, where a wrapper has drawn from it.
-        now: the generator's state when this was captured.
-        renewed: whether the episode has a world of its own.
+        drawn: for each action before which a wrapper drew from the generator, its number and the generator's state.
+        now: the generator's state at the capture.
+        renewed: whether the episode has its own world.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -37,7 +37,7 @@ class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
         self._left: Any = None  # the generator's state after the core's last step
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode."""
+        """Start an episode."""
         generator = self.core.np_random if seed is None else seeding.np_random(seed)[0]
         self.began, self.actions, self.drawn, world = generator.bit_generator.state, [], [], self.core.world
         first = self.env.reset(seed=seed, options=options)
@@ -45,7 +45,7 @@ class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
         return first
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Keep the action, and take it."""
+        """Record the action, and take it."""
         state = self.core.np_random.bit_generator.state
         if state != self._left:
             self.drawn.append([len(self.actions), state])
@@ -55,7 +55,7 @@ class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
         return result
 
     def parts(self) -> dict[str, Any]:
-        """Return what is captured, by name: the core, or what its episode is made of, the actions in one array."""
+        """Return what is captured, by name: the core, or the record of its episode, with the actions in one array."""
         if not self.renewed:
             return {"env": self.env}
         spaces = {name: getattr(self, name) for name in ("action_space", "observation_space")}
@@ -63,7 +63,7 @@ class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
         return {"began": self.began, "actions": np.array(self.actions), "drawn": self.drawn, "now": now, **spaces}
 
     def play(self) -> None:
-        """Play the episode again that is in `began`, `actions` and `drawn`."""
+        """Replay the episode that is in `began`, `actions` and `drawn`."""
         actions, drawn, generator = list(self.actions), dict(self.drawn), self.core.np_random.bit_generator
         generator.state = self.began
         self.reset()
@@ -74,7 +74,7 @@ class PlayedAgain(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def played_again(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Return an environment whose core is `PlayedAgain`, below its wrappers."""
+    """Wrap the core of an environment in `PlayedAgain`, below its wrappers; return the environment."""
     if not isinstance(env, gym.Wrapper):
         return PlayedAgain(env)
     innermost = env

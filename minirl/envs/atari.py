@@ -1,8 +1,8 @@
-"""Atari preprocessing: one class per step, each usable alone.
+"""Atari preprocessing: one class per step, each usable on its own.
 
-`make_atari_env` puts them on in this order, raw frames at the top and what the network sees at the bottom:
+`make_atari_env` applies them in this order, with raw frames at the top and the network's input at the bottom:
 
-    emulator            RGB frames (210, 160, 3), 60 a second, one action a frame
+    emulator            RGB frames (210, 160, 3), 60 per second, one action per frame
     NoopReset           start each game after 1 to 30 frames of doing nothing
     MaxAndSkip          one agent step = 4 frames: rewards summed, maximum over the last two frames
     EpisodeStatistics   score and length of the whole game
@@ -15,8 +15,8 @@
     FrameStack          (4, 84, 84)
 
 The steps are those of Mnih et al. (2015), "Human-level control through deep reinforcement learning", as OpenAI's
-baselines and then Stable-Baselines3 fixed them: the same seed and actions give the same frames, rewards and ends as
-the latter's `AtariWrapper`, bit for bit. Only the stack differs from its `VecFrameStack`: it starts as four copies
+baselines and then Stable-Baselines3 implemented them: the same seed and actions give the same frames, rewards and ends
+as the latter's `AtariWrapper`, bit for bit. Only the stack differs from its `VecFrameStack`: it starts as four copies
 of the first frame, not as three black ones.
 """
 
@@ -39,7 +39,7 @@ from minirl.envs.state import layers_of
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
 
-Frame = NDArray[Any]  # uint8 everywhere but after Normalize
+Frame = NDArray[Any]  # uint8 everywhere except after Normalize
 Info = dict[str, Any]
 Options = dict[str, Any] | None
 StepResult = tuple[Frame, SupportsFloat, bool, bool, Info]
@@ -51,8 +51,8 @@ NOOP = 0
 class NoopReset(gym.Wrapper[Frame, int, Frame, int], PlaysInReset):
     """Do nothing for 1 to `noop_max` frames after each reset, so that no two games start alike.
 
-    The number is drawn from the environment's own generator, which only a seeded reset sets. What the game pays
-    meanwhile is in `reset_reward`, so that the score of the game stays whole.
+    The number is drawn from the environment's own generator, which only a seeded reset sets. Rewards in these frames
+    are in `reset_reward`, so that the score of the game stays complete.
 
     Raises:
         ValueError: if `noop_max` is below 1.
@@ -65,7 +65,7 @@ class NoopReset(gym.Wrapper[Frame, int, Frame, int], PlaysInReset):
         self.noop_max = noop_max
 
     def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
-        """Reset, then press nothing for a while."""
+        """Reset, then do nothing for a while."""
         obs, info = self.env.reset(seed=seed, options=options)
         self.reset_reward = 0.0
         for _ in range(self.unwrapped.np_random.integers(1, self.noop_max + 1)):
@@ -80,7 +80,7 @@ class NoopReset(gym.Wrapper[Frame, int, Frame, int], PlaysInReset):
 class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
     """Repeat each action for `skip` frames; return the sum of rewards and the maximum over the last two frames.
 
-    The maximum is there because the console draws some sprites on even frames only and some on odd ones.
+    The maximum is needed because the console draws some sprites only on even frames and some only on odd ones.
 
     Raises:
         ValueError: if `skip` is below 1.
@@ -95,11 +95,11 @@ class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
         self.last_two = np.zeros((2, *env.observation_space.shape), env.observation_space.dtype)
 
     def step(self, action: int) -> StepResult:
-        """Take `skip` frames, fewer where the episode ends before.
+        """Take `skip` frames, or fewer if the episode ends before.
 
-        An end before the last frame leaves older frames in the maximum, those of the step before. After a game over
-        no update sees that image, after a cut its value is bootstrapped from; it is kept so that games are bit for bit
-        those of Stable-Baselines3.
+        An end before the last frame leaves older frames in the maximum, from the step before. If the game terminated,
+        no update sees that image; if it was truncated, its value is bootstrapped from. This is kept so that games are
+        bit for bit those of Stable-Baselines3.
         """
         total_reward = 0.0
         for frame_number in range(self.skip):
@@ -132,7 +132,7 @@ class EpisodicLife(gym.Wrapper[Frame, int, Frame, int]):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         lives = self._count_lives()
-        # Some games (Qbert) show zero lives for a few frames before they say that they are over: not a loss to report
+        # Some games (Qbert) show zero lives for a few frames before they report the end: that loss must not be reported
         # twice. And lives can also be won.
         if 0 < lives < self.lives:
             terminated = True
@@ -140,7 +140,7 @@ class EpisodicLife(gym.Wrapper[Frame, int, Frame, int]):
         return obs, reward, terminated, truncated, info
 
     def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
-        """Start a new game if the last one is over or a seed is given; otherwise go on with the next life."""
+        """Start a new game if the last one is over or a seed is given; otherwise continue with the next life."""
         if self.game_over or seed is not None:
             obs, info = self.env.reset(seed=seed, options=options)
         else:
@@ -168,8 +168,8 @@ class FireReset(gym.Wrapper[Frame, int, Frame, int]):
     def reset(self, *, seed: int | None = None, options: Options = None) -> tuple[Frame, Info]:
         """Reset, then two agent steps: FIRE and action 2.
 
-        Where the second press ends the game, this returns the start of the next one; Stable-Baselines3 returns the
-        last frame of the game that is over.
+        If the second press ends the game, this returns the start of the next one; Stable-Baselines3 returns the last
+        frame of the game that is over.
         """
         obs, info = self.env.reset(seed=seed, options=options)
         for button in (1, 2):
@@ -207,7 +207,7 @@ class Resize(gym.ObservationWrapper[Frame, int, Frame]):
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
 
     def observation(self, observation: Frame) -> Frame:
-        """(H, W) -> (size, size), colours kept where there are any."""
+        """(H, W) -> (size, size), colours kept if there are any."""
         return cv2.resize(observation, (self.size, self.size), interpolation=cv2.INTER_AREA)
 
 
@@ -220,7 +220,7 @@ class ClipReward(gym.RewardWrapper[Frame, int]):
 
 
 class Normalize(gym.ObservationWrapper[Frame, int, Frame]):
-    """Turn bytes into float32 in [0, 1], for those who want floats early: four times the memory."""
+    """Turn bytes into float32 in [0, 1], if floats are wanted early: four times the memory."""
 
     def __init__(self, env: AtariEnv) -> None:
         super().__init__(env)
@@ -234,7 +234,7 @@ class Normalize(gym.ObservationWrapper[Frame, int, Frame]):
 class FrameStack(gym.Wrapper[Frame, int, Frame, int]):
     """Show the last `num_frames` frames together, oldest first: (num_frames, *frame shape).
 
-    One image says where the ball is, several say where it goes. After a reset the stack is `num_frames` copies of the
+    One image shows where the ball is, several show where it goes. After a reset the stack is `num_frames` copies of the
     first frame (as in the source notebook; Stable-Baselines3's `VecFrameStack` and Dopamine start from zeros).
     """
 
@@ -259,7 +259,7 @@ class FrameStack(gym.Wrapper[Frame, int, Frame, int]):
         return self.frames, info
 
     def step(self, action: int) -> StepResult:
-        """Drop the oldest frame, add the newest. Every step returns an array of its own."""
+        """Drop the oldest frame, add the newest. Every step returns a new array."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.frames = np.concatenate((self.frames[1:], frame[None]))
         return self.frames, reward, terminated, truncated, info
@@ -280,13 +280,13 @@ def make_atari_env(
 ) -> AtariEnv:
     """Make an Atari game with all preprocessing: observations (frame_stack, 84, 84), uint8 or float32 if normalised.
 
-    Both kinds of ids are right: `PongNoFrameskip-v4` has no sticky actions, `ALE/Pong-v5` repeats the last action with
-    probability 0.25 each frame, as its authors ask for. The frame skip inside the latter is switched off, or it would
-    skip twice. A game cut at 108,000 frames (half an hour) is `truncated`, not `terminated`.
+    Both kinds of ids work: `PongNoFrameskip-v4` has no sticky actions, `ALE/Pong-v5` repeats the last action with
+    probability 0.25 at each frame, as its authors recommend. The frame skip inside the latter is switched off, or it
+    would skip twice. A game cut at 108,000 frames (half an hour) is `truncated`, not `terminated`.
 
     Args:
         env_id: a Gymnasium id of an Atari game.
-        noop_max: at most so many frames of nothing at the start of a game; 0 for none.
+        noop_max: maximum frames of doing nothing at the start of a game; 0 for none.
         frame_skip: frames per agent step.
         frame_stack: frames per observation.
         episodic_life: end the learner's episode at each lost life.
@@ -294,7 +294,7 @@ def make_atari_env(
         normalize: observations in [0, 1] instead of bytes.
         render_mode: Gymnasium's; `"rgb_array"` to record, `"human"` for a window.
         size: rows and columns of a frame.
-        fast: have `SkipAndShrink` stand in for three of the wrappers, where they are what it stands in for.
+        fast: let `SkipAndShrink` replace three of the wrappers, if they are exactly those that it reproduces.
 
     Returns:
         An environment whose `info["episode"]` is `{"r", "l"}` of the full game at its real end: r the unclipped score,
@@ -324,7 +324,7 @@ def make_atari_env(
     return faster(env) if fast and render_mode is None else env
 
 
-# The code of the wrappers that something faster stands in for, or steps past: `fingerprint` tells whether it is.
+# Fingerprints of the wrappers that `SkipAndShrink` replaces or bypasses: it may do so only if their code is this.
 KNOWN = {
     NoopReset: "7f8e3dd73be1163c",
     MaxAndSkip: "55f0f9a7fc297a9e",
@@ -335,13 +335,13 @@ KNOWN = {
     Resize: "c7ed822559e57147",
     FrameStack: "dd79b39f58105100",
 }
-TRANSPARENT = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)  # of Gymnasium's
+TRANSPARENT = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)  # Gymnasium's
 
 
 def faster(env: AtariEnv) -> AtariEnv:
-    """Put `SkipAndShrink` in the place of `MaxAndSkip`, `Grayscale` and `Resize`: the same frames, rewards and ends.
+    """Replace `MaxAndSkip`, `Grayscale` and `Resize` by `SkipAndShrink`: the same frames, rewards and ends.
 
-    That is done where the environment holds exactly these, as they were written, with nothing unknown between them and
+    This is done if the environment has exactly these, with their code unchanged and nothing unknown between them and
     the emulator; otherwise it is returned as it is, and a line says so once.
     """
     layers = list(layers_of(env))
@@ -380,7 +380,7 @@ def why_not_faster(layers: list[AtariEnv]) -> str | None:
 
 
 def shows_stacks(env: gym.Env[Any, Any]) -> bool:
-    """Whether each observation is the last frames of an episode as `FrameStack` shows them: bytes, oldest first."""
+    """Whether each observation is the last frames of an episode, as from `FrameStack`: bytes, oldest first."""
     stacks = type(env) is FrameStack and env.observation_space.dtype == np.uint8
     if stacks and fingerprint(FrameStack) != KNOWN[FrameStack]:
         _say_once("observations are remembered whole, four times the memory: FrameStack is not what it was")
@@ -399,5 +399,5 @@ def _action_meanings(env: AtariEnv) -> list[str]:
 
 
 def _keep_episode(earlier: Info, later: Info) -> Info:
-    """Return `later`, with the score of a game that ended before it, inside a reset, so that no game is lost."""
+    """Return `later` with the score of a game that ended before it, in a reset, so that no game is lost."""
     return {"episode": earlier["episode"], **later} if "episode" in earlier else later

@@ -1,8 +1,8 @@
 """Three steps of the Atari preprocessing as one, for training: the same frames, rewards and ends, in less time.
 
-`MaxAndSkip`, `Grayscale` and `Resize` say what is done; a test holds this to them, bit for bit, on real games. Time is
-won by reading the screen only of the two frames that are used, by reading it as the emulator's colour numbers, a byte
-a pixel, and by working only on what has changed since the step before: of Pong, a hundredth of the pixels is turned
+`MaxAndSkip`, `Grayscale` and `Resize` define the result; a test compares it with theirs, bit for bit, on real games.
+Time is saved by reading the screen only for the two frames that are used, as the emulator's colour numbers, one byte
+per pixel, and by working only on what has changed since the last step: in Pong, a hundredth of the pixels is turned
 gray and a sixteenth of the screen shrunk.
 """
 
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 Screen = NDArray[np.uint8]
 Info = dict[str, Any]
 
-NO_FRAME = 1  # a colour number that no screen has (they are even), for frames that were never read: black
+NO_FRAME = 1  # a colour number on no screen (those are even), for frames that were never read: black
 
 
 class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
     """Repeat each action for four frames; return the maximum over the last two, gray and small: (size, size).
 
-    Steps go straight to the emulator of the game at the bottom; resets go through the wrappers between.
+    Steps go straight to the emulator of the game at the bottom; resets go through the wrappers in between.
 
     Screens are compared in words of eight pixels, and shrunk in tiles: for a size of 84, 210 x 160 pixels are 42 x 4
-    tiles of 5 x 40, each of which becomes 2 x 21 pixels, whatever is around it.
+    tiles of 5 x 40, each of which becomes 2 x 21 pixels that depend on nothing around it.
 
     Raises:
         ValueError: if there is no Atari game at the bottom.
@@ -44,14 +44,14 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         assert env.observation_space.shape is not None
         height, width, _ = env.observation_space.shape
         self.ale = game.ale
-        self.buttons = [button.value for button in game._action_set]  # the emulator's number of each action
-        # The last two frames, in colour numbers: of this step, and of the one before.
+        self.buttons = [button.value for button in game._action_set]  # the emulator's number for each action
+        # The last two frames, in colour numbers: of this step, and of the previous one.
         self.now, self.before = (np.full((2, height, width), NO_FRAME, np.uint8) for _ in range(2))
-        self.gray = np.zeros((height, width), np.uint8)  # the brighter of the last two, by channel
+        self.gray = np.zeros((height, width), np.uint8)  # the maximum of the last two, by channel
         self.small = np.zeros((self.size, self.size), np.uint8)  # `gray`, shrunk
         self.colours = np.zeros((256, 3), np.uint8)
         self.known = bytes([NO_FRAME])  # the colours seen so far
-        self.gray_of_two = np.zeros((256, 256), np.uint8)  # what `gray` is, by the colour numbers of both frames
+        self.gray_of_two = np.zeros((256, 256), np.uint8)  # the value of `gray` for the colour numbers of both frames
         rows, columns = self.grid = math.gcd(height, self.size), math.gcd(width, self.size)
         tiles = np.arange(rows * columns).reshape(self.grid)
         self.tile_of_word = tiles.repeat(height // rows, axis=0).repeat(width // columns // 8, axis=1)
@@ -59,23 +59,23 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
 
     @classmethod
     def fits(cls, skipping: Any, resizing: Any) -> bool:
-        """Whether it can do what a `MaxAndSkip` and a `Resize` do: the sizes of their frames, and how many are skipped.
+        """Whether it can replace a `MaxAndSkip` and a `Resize`, by their frame sizes and the frames skipped.
 
-        A tile must become whole pixels, and its words of eight pixels must not lie in two tiles.
+        A tile must become whole pixels, and no word of eight pixels may lie in two tiles.
         """
         _, width, *colours = skipping.observation_space.shape
         whole_words = width // math.gcd(width, resizing.size) % 8 == 0
         return bool(skipping.skip == cls.skip and colours == [3] and whole_words)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Screen, Info]:
-        """Reset, and shrink the frame that is there."""
+        """Reset, and shrink the current frame."""
         frame, info = self.env.reset(seed=seed, options=options)
         gray = np.empty_like(self.gray)
         cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY, dst=gray)
         return _shrink(gray, self.size, self.size), info
 
     def step(self, action: int) -> tuple[Screen, float, bool, bool, Info]:
-        """Take four frames, fewer where the episode ends before."""
+        """Take four frames, or fewer if the episode ends before."""
         ale, button = self.ale, self.buttons[action]
         total_reward = 0.0
         self.now, self.before = self.before, self.now
@@ -102,27 +102,27 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         self.ale.getScreen(screen)
         words = _words(screen)
         changed: NDArray[np.bool_] = words != _words(self.before[frame])
-        if words[changed].tobytes().translate(None, self.known):  # without the known ones, some are left
+        if words[changed].tobytes().translate(None, self.known):  # there are unknown colours
             self._learn_colours(screen)
         return changed
 
     def _learn_colours(self, screen: Screen) -> None:
-        """Look up the colours of the screen. The emulator has one palette a game, and shows no more of it at once."""
+        """Look up the colours of the screen. The emulator has one palette per game, but shows only those in use."""
         self.colours[screen] = self.ale.getScreenRGB()
         self.known = bytes(set(self.known + screen.tobytes()))
         brighter = np.maximum(self.colours[:, None], self.colours[None, :])
         cv2.cvtColor(brighter, cv2.COLOR_RGB2GRAY, dst=self.gray_of_two)
 
     def _redraw(self, changed: NDArray[np.intp]) -> None:
-        """Bring `gray` and `small` up to date where words of the last two frames changed."""
+        """Update `gray` and `small` where words of the last two frames changed."""
         if not len(changed):
             return
         colours = _words(self.now).reshape(2, -1).take(changed, axis=1).view(np.uint8)
-        # The two bytes of a pixel as one number. Which comes first makes no difference to the brighter of the two.
+        # The two bytes of a pixel as one number. Their order makes no difference to the maximum of the two.
         pairs = np.ascontiguousarray(colours.T).view(np.uint16)
         _words(self.gray).reshape(-1)[changed] = self.gray_of_two.take(pairs).reshape(-1).view(np.uint64)
 
-        # Looked up: to divide `changed` takes half a microsecond in a loop of its own, and 12 after the emulator.
+        # A look-up: dividing `changed` takes half a microsecond in its own loop, but 12 after the emulator.
         touched = np.zeros(self.grid, bool)
         touched.reshape(-1)[self.tile_of_word.take(changed)] = True
         where = touched.nonzero()
@@ -132,14 +132,14 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
         small[where] = stacked.reshape(-1, height, width)
 
     def _tiles(self, picture: Screen) -> Screen:
-        """The same memory, cut: (rows of tiles, columns of tiles, height of a tile, width of a tile)."""
+        """The same memory, as tiles: (rows of tiles, columns of tiles, height of a tile, width of a tile)."""
         height, width = picture.shape
         rows, columns = self.grid
         return picture.reshape(rows, height // rows, columns, width // columns).swapaxes(1, 2)
 
 
 def _words(screen: Screen) -> NDArray[np.uint64]:
-    """The same memory, eight pixels a number: (..., width) -> (..., width / 8)."""
+    """The same memory, with eight pixels per number: (..., width) -> (..., width / 8)."""
     return screen.view(np.uint64)
 
 

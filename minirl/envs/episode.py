@@ -9,7 +9,7 @@ from minirl.envs.state import layers_of
 
 
 class PlaysInReset:
-    """A layer that plays on while it resets: `reset_reward` is what that paid, and belongs to the episode."""
+    """A layer that takes steps while it resets: `reset_reward` is their reward, and belongs to the episode."""
 
     reset_reward = 0.0
 
@@ -22,8 +22,8 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
     that l counts agent steps.
 
     Attributes:
-        finished: (r, l) of the episodes that have come to their end; whoever reads it takes them out. An info is
-            everybody's: what stands there as "episode" may be somebody else's number of an episode.
+        finished: (r, l) of the episodes that have ended; the reader takes them out. An info is open to every wrapper:
+            its "episode" may be another one's number of an episode.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -33,7 +33,7 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
         self.finished: list[tuple[float, int]] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start counting anew, from what a layer below was paid while it reset (`NoopReset`)."""
+        """Restart the count, from the reward that a layer below got while it reset (`NoopReset`)."""
         obs, info = self.env.reset(seed=seed, options=options)
         below = (layer for layer in layers_of(self.env) if isinstance(layer, PlaysInReset))
         self.episodic_return = sum((layer.reset_reward for layer in below), 0.0)
@@ -41,7 +41,7 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Count the step; at an end of the episode, report."""
+        """Count the step; report at the end of the episode."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         if type(reward) is not float:
             reward = plain_reward(reward)

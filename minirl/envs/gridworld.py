@@ -24,7 +24,7 @@ COLOURS = {".": (255, 255, 255), "#": (70, 70, 70), "G": (90, 190, 90), "S": (21
 
 
 class GridWorld(gym.Env[Any, Any]):
-    """A square grid with one start, one goal and any number of obstacles. In `P` the goal and obstacles lead nowhere.
+    """A square grid with one start, one goal and any number of obstacles. In `P`, the goal and obstacles lead nowhere.
 
     Args:
         size: rows and columns.
@@ -70,7 +70,7 @@ class GridWorld(gym.Env[Any, Any]):
         return self.state, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        """Move one cell, or stay and pay where that is not possible."""
+        """Move one cell, or stay and pay if that is not possible."""
         ((_, self.state, reward, terminated),) = self.P[self.state][action]
         return self.state, reward, terminated, False, {}
 
@@ -125,10 +125,10 @@ class GridWorld(gym.Env[Any, Any]):
 
 
 def check_layout(size: int, start: Cell, goal: Cell, obstacles: tuple[Cell, ...]) -> None:
-    """Check that the cells of a layout lie in the grid, each for itself.
+    """Check that the cells of a layout are in the grid and do not coincide.
 
     Raises:
-        ValueError: naming the first that does not.
+        ValueError: naming the first cell that is wrong.
     """
     if not isinstance(size, int) or size < 2:
         raise ValueError(f"size must be a whole number of at least 2, not {size}")

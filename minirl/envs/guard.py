@@ -1,9 +1,9 @@
-"""Somebody's environment, seen from here: what it returns is made plain where it enters, and its faults are told.
+"""The boundary to a user's environment: what it returns is converted to plain types, and its faults are reported.
 
-Whoever plays an environment plays it through a `Guard`, in this process and in workers, in training, evaluation and
-videos: the rest of the code sees Python's numbers, and arrays of the announced shape and dtype, whatever the
-environment calls a number. docs/reliability.md has the table of what may be returned. For what is right already this
-costs a comparison of types; all else is looked at in functions of their own.
+Every environment is played through a `Guard`, in this process and in workers, in training, evaluation and videos: the
+rest of the code sees Python's numbers, and arrays of the declared shape and dtype, whatever types the environment uses.
+docs/reliability.md has the table of what may be returned. For correct values this costs a comparison of types;
+everything else is handled in separate functions.
 """
 
 import functools
@@ -31,9 +31,9 @@ OLD_API = {
     "step": "follows the old Gym API: `step` must return (observation, reward, terminated, truncated, info)",
     "seed": "follows the old Gym API: `reset` must take `seed` and `options`",
 }
-int64 = functools.cache(np.int64)  # an action; to make one anew takes ten times as long
+int64 = functools.cache(np.int64)  # an action; making one each time takes ten times as long
 NUMBERS = "biuf"  # kinds of NumPy's types
-# Where code lies that is not the environment's: ours, Gymnasium's, and Python's that imports modules.
+# Paths of code that is not the environment's: ours, Gymnasium's, and Python's import machinery.
 OURS = (
     "<frozen importlib",
     *(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (minirl, gym, importlib)),
@@ -41,12 +41,12 @@ OURS = (
 
 
 class EnvError(RuntimeError):
-    """An environment raised, or returned what can't be learned from.
+    """An environment raised, or returned something that can't be learned from.
 
-    The message is one line that names the environment and the step; what it raised is the cause.
+    The message is one line that names the environment and the step; the exception that it raised is the cause.
 
     Attributes:
-        trace: the traceback of what it raised, cut to its own frames; empty where none is its own.
+        trace: the traceback of what it raised, cut to its own frames; empty if there are none.
     """
 
     def __init__(self, message: str, trace: str = "") -> None:
@@ -55,11 +55,11 @@ class EnvError(RuntimeError):
 
 
 class UnusableError(Exception):
-    """What an environment returned can't be used. The message goes on after the environment's name."""
+    """What an environment returned can't be used. The message continues after the environment's name."""
 
 
 class Guard:
-    """An environment to play: its numbers are plain, and its faults are `EnvError`s.
+    """An environment to play: its numbers are plain Python or NumPy types, and its faults are `EnvError`s.
 
     Args:
         env: the environment.
@@ -75,10 +75,10 @@ class Guard:
         self.states = states_of(space) if isinstance(space, gym.spaces.Discrete) else range(0)
         number, env_id = "" if row is None else f" {row}", "without an id" if env.spec is None else env.spec.id
         self.name = f"environment{number} ({env_id})"
-        self.steps = 0  # since it was made
+        self.steps = 0  # since its creation
 
     def __str__(self) -> str:
-        """Return its name and where it stands, as a message begins."""
+        """Return its name and its current step, the beginning of a message."""
         return f"{self.name}, at its step {self.steps:,}," if self.steps else f"{self.name}, in its first reset,"
 
     def reset(self, *, seed: int | None = None) -> tuple[Any, Info]:
@@ -89,7 +89,7 @@ class Guard:
         """
         try:
             obs, info = self.env.reset() if seed is None else seeded_reset(self.env, seed)
-            if not isinstance(info, dict):  # two numbers, say, that are the whole observation
+            if not isinstance(info, dict):  # for example two numbers that are the whole observation
                 raise UnusableError(OLD_API["reset"])
             return self._plain(obs), info
         except Exception as error:
@@ -97,9 +97,9 @@ class Guard:
             raise fault from cause
 
     def step(self, action: Any) -> Step:
-        """Take an action: as `gymnasium.Env.step`, with plain numbers. Choices count from 0, whatever their `start` is.
+        """Take an action: as `gymnasium.Env.step`, with plain numbers. Choices count from 0, for any `start`.
 
-        The environment gets what `action_space.sample()` and Gymnasium's vector environments give it (`as_taken`).
+        The environment gets what `action_space.sample()` and Gymnasium's vector environments would pass (`as_taken`).
 
         Raises:
             EnvError: if the environment raises, or returns something else.
@@ -120,7 +120,7 @@ class Guard:
             raise fault from cause
 
     def render(self) -> Any:
-        """Return what the environment draws.
+        """Return the environment's rendering.
 
         Raises:
             EnvError: if it raises.
@@ -141,10 +141,10 @@ class Guard:
 
 
 def as_taken(space: gym.Space[Any]) -> Callable[[Any], Any]:
-    """Return what makes an action that an environment takes of one that a policy gives.
+    """Return a function that turns a policy's action into one that an environment takes.
 
-    An `np.int64` of a Discrete space; else an array of the space's shape and dtype, the environment's to keep. Choices
-    count from the space's `start`. Of a Box it is the nearest within the bounds; NaN is NaN.
+    For a Discrete space that is an `np.int64`; otherwise an array of the space's shape and dtype, which the environment
+    may keep. Choices count from the space's `start`. For a Box it is the nearest within the bounds; NaN stays NaN.
     """
     start = getattr(space, "start", 0)
     if isinstance(space, gym.spaces.Discrete):
@@ -165,7 +165,7 @@ def plain_reward(reward: Any) -> float:
     """Return a reward as a float.
 
     Raises:
-        UnusableError: if it is no number.
+        UnusableError: if it is not a number.
     """
     try:
         if isinstance(reward, str | bytes):
@@ -179,7 +179,7 @@ def plain_state(state: Any, states: range) -> int:
     """Return a state as an int.
 
     Raises:
-        UnusableError: if it is none of `states`: Python's index -1 would be the last one.
+        UnusableError: if it is not in `states`: as a Python index, -1 would be the last one.
     """
     try:
         number = operator.index(_single(state, "a state"))
@@ -191,10 +191,10 @@ def plain_state(state: Any, states: range) -> int:
 
 
 def plain_array(obs: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Return an observation as an array of this shape and dtype; NumPy would stretch other shapes to fit.
+    """Return an observation as an array of this shape and dtype; NumPy would broadcast other shapes.
 
     Raises:
-        UnusableError: if it has another shape, or is no array of numbers, or whole numbers would become others.
+        UnusableError: if it has another shape, is not an array of numbers, or the cast would change whole numbers.
     """
     try:
         array = np.asarray(obs)
@@ -212,7 +212,7 @@ def plain_array(obs: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 
 
 def _single(value: Any, what: str) -> Any:
-    """Return the number in an array of one, as Gymnasium's checker does, with a warning; all else as it is."""
+    """Return the number in an array of one, as Gymnasium's checker does, with a warning; anything else unchanged."""
     if isinstance(value, np.ndarray) and value.ndim > 0 and value.size == 1:
         gym.logger.warn(f"An environment returns {what} as an array of shape {value.shape}: its one number is taken.")
         return value.item()
@@ -225,7 +225,7 @@ def _shown(value: Any) -> str:
 
 
 def blame(error: Exception, where: str, method: str) -> tuple[EnvError, BaseException | None]:
-    """Return what to raise for something that went wrong in a method of an environment, and its cause.
+    """Return what to raise for an error in a method of an environment, and its cause.
 
     Args:
         error: what was raised.
@@ -246,7 +246,7 @@ def blame(error: Exception, where: str, method: str) -> tuple[EnvError, BaseExce
 
 
 def culprit_of(error: BaseException) -> tuple[BaseException, str]:
-    """Return which of an error and its causes was raised in code that is not ours, and its traceback cut to that code.
+    """Return which of an error and its causes was raised in the environment's code, and its traceback cut to that code.
 
     If none was: the error itself, and no traceback.
     """
@@ -254,7 +254,7 @@ def culprit_of(error: BaseException) -> tuple[BaseException, str]:
     while candidate is not None:
         trace = traceback.TracebackException.from_exception(candidate)
         _cut(trace)
-        if trace.stack or isinstance(candidate, SyntaxError):  # the latter names the file itself
+        if trace.stack or isinstance(candidate, SyntaxError):  # a SyntaxError names the file itself
             return candidate, "".join(trace.format())
         candidate = candidate.__cause__ or candidate.__context__
     return error, ""
@@ -268,5 +268,5 @@ def _cut(trace: traceback.TracebackException) -> None:
 
 
 def is_theirs(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is the environment's, or of what it calls."""
+    """Whether a frame belongs to the environment or to code that it calls."""
     return not frame.filename.startswith(OURS)

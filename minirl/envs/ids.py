@@ -1,4 +1,4 @@
-"""What an environment's id stands for."""
+"""What an environment id stands for."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ warn: Any = functools.cache(gym.logger.warn)
 
 
 def warn_once(msg: str, *args: object, category: type[Warning] | None = None, stacklevel: int = 1) -> None:
-    """Warn, but of each thing once: Gymnasium's checker does for each environment, and again for each evaluation's."""
+    """Warn of each thing only once: Gymnasium's checker warns for each environment, those of evaluations included."""
     warn((msg % args).replace("%", "%%"), category=category, stacklevel=stacklevel + 1)
 
 
@@ -32,7 +32,7 @@ def registered_id(env_id: str) -> str:
     `my_module:MyEnv-v0` imports `my_module`, which registers `MyEnv-v0`; `MyEnv` alone is the newest version.
 
     Raises:
-        ConfigError: if there is no such module, or the id is no id.
+        ConfigError: if there is no such module, or the id is not valid.
         EnvError: if the module raises.
     """
     module, _, name = env_id.rpartition(":")
@@ -49,26 +49,26 @@ def is_atari(env_id: str) -> bool:
     """Whether `env_id` names a registered game of the Arcade Learning Environment.
 
     Raises:
-        ConfigError, EnvError: see `registered_id`; of the others, too.
+        ConfigError, EnvError: see `registered_id`, as in the functions below.
     """
     return lies_in(env_id, "ale_py")
 
 
 def is_box2d(env_id: str) -> bool:
-    """Whether it is one of Gymnasium's environments with Box2D's physics."""
+    """Whether it is one of Gymnasium's environments with Box2D physics."""
     return lies_in(env_id, "gymnasium.envs.box2d")
 
 
 def extra_of(env_id: str) -> str | None:
-    """Return the extra of setup.cfg that an environment's physics comes with."""
+    """Return the extra in setup.cfg that provides an environment's physics."""
     return "box2d" if is_box2d(env_id) else "mujoco" if lies_in(env_id, "gymnasium.envs.mujoco") else None
 
 
 def is_slow(env_id: str, num_envs: int) -> bool:
-    """Whether to have other processes make a part of a step is faster: Atari, MuJoCo; of four on, Box2D and Acrobot.
+    """Whether worker processes make steps faster: Atari and MuJoCo; from four environments on, Box2D and Acrobot.
 
-    A step of HalfCheetah takes 140 microseconds, one of CartPole 7, of LunarLander 30, of Acrobot 35; a message to a
-    worker 50.
+    A step of HalfCheetah takes 140 microseconds, of CartPole 7, of LunarLander 30, of Acrobot 35; a message to a worker
+    takes 50.
     """
     if is_atari(env_id) or extra_of(env_id) == "mujoco":
         return True
@@ -76,18 +76,18 @@ def is_slow(env_id: str, num_envs: int) -> bool:
 
 
 def lies_in(env_id: str, module: str) -> bool:
-    """Whether an environment is made by what lies in a module or package."""
+    """Whether an environment's entry point is in a module or package."""
     spec = gym.registry.get(registered_id(env_id))
     return spec is not None and str(spec.entry_point).startswith(module)
 
 
 @contextlib.contextmanager
 def making(env_id: str) -> Iterator[None]:
-    """Turn what goes wrong with an id, or in making its environment, into one line for the user.
+    """Turn errors from an id, or from making its environment, into one line for the user.
 
     Raises:
         ConfigError: if Gymnasium can't make it.
-        EnvError: if code of its own raises.
+        EnvError: if the environment's own code raises.
     """
     try:
         yield

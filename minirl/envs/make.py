@@ -16,7 +16,7 @@ from minirl.envs.ids import is_atari, is_box2d, is_slow, making, registered_id
 from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
-# Steps after which an episode is cut where the environment sets no limit: a greedy policy can walk in circles for ever.
+# Steps after which an episode is truncated if the environment sets no limit: a greedy policy can walk in circles.
 LONGEST_EPISODE = 100_000
 
 
@@ -36,7 +36,7 @@ def make_env(
 
     Raises:
         ConfigError: if there is no such environment, its observations are not arrays, or it has no such frames.
-        EnvError: if code of its own raises while it is made.
+        EnvError: if its own code raises while it is made.
     """
     with making(env_id):
         if is_atari(env_id):
@@ -44,7 +44,7 @@ def make_env(
         if frame_size != 84:
             raise ConfigError(f"--frame-size must be left out, for {env_id} is no Atari game")
         spec = gym.spec(registered_id(env_id))
-        # Not every environment has the argument: pass it only where it is wanted.
+        # Not every environment has the argument: pass it only if it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
         env: gym.Env[Any, Any] = gym.make(spec, max_episode_steps=time_limit(spec), **options)
         if is_box2d(env_id):
@@ -59,11 +59,11 @@ def make_env(
 def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     """Make an environment without Gymnasium's own wrappers, which cost more than a step of a small environment.
 
-    Its time limit is the caller's to keep.
+    The caller must apply its time limit.
 
     Raises:
         ConfigError: if there is no such environment.
-        EnvError: if code of its own raises while it is made.
+        EnvError: if its own code raises while it is made.
     """
     with making(env_id):
         spec = copy.deepcopy(gym.spec(registered_id(env_id)))
@@ -72,12 +72,12 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
 
 
 def time_limit(spec: EnvSpec) -> int:
-    """Return after how many steps an episode is cut."""
+    """Return after how many steps an episode is truncated."""
     return LONGEST_EPISODE if spec.max_episode_steps is None else spec.max_episode_steps
 
 
 def env_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how environments are shown to a run with these settings, as arguments of `make_env`."""
+    """Return the arguments of `make_env` for the environments of a run with these settings."""
     one_hot = settings.get("algorithm") != "q_learning"
     return {"one_hot": one_hot, **({"frame_size": settings["frame_size"]} if "frame_size" in settings else {})}
 
@@ -85,13 +85,13 @@ def env_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 def make_vector_env(
     env_id: str, num_envs: int | slice, *, num_workers: int | None = None, in_halves: bool = False, **shown: Any
 ) -> VectorEnv:
-    """Make `num_envs` copies of an environment, stepped together; Atari's in two halves, if asked to.
+    """Make `num_envs` copies of an environment, stepped together; Atari games in two halves, if asked for.
 
     `shown` is for `make_env`: `one_hot`, `frame_size`.
 
-    Of environments that several processes share, a slice says which.
+    If several processes share the environments, a slice says which ones to make.
 
-    Without `num_workers`, what is slow (`is_slow`) is played by one process per core, and everything else by this one.
+    Without `num_workers`, slow environments (`is_slow`) are played by one process per core, others by this process.
 
     Raises:
         ConfigError, EnvError: see `make_env`.

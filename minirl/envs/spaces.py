@@ -1,4 +1,4 @@
-"""What environments show, made fit for networks: vectors of 0 and 1, and which wrapper of Gymnasium's does the rest."""
+"""Observations made fit for networks: vectors of 0 and 1, and which Gymnasium wrapper does the rest."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ CHOICES = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary
 
 
 class OneHot(gym.ObservationWrapper[NDArray[Any], Any, Any]):
-    """Show a number of a Discrete space as a vector of zeros and a one; of MultiDiscrete and MultiBinary, all of them.
+    """Show a number of a Discrete space as a one-hot vector; for MultiDiscrete and MultiBinary, show all their numbers.
 
-    Gymnasium's `FlattenObservation`, which would take -1 for the last number.
+    Like Gymnasium's `FlattenObservation`, which would take -1 for the last number.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -37,7 +37,7 @@ class OneHot(gym.ObservationWrapper[NDArray[Any], Any, Any]):
 
 
 def require_array(space: gym.Space[Any]) -> None:
-    """Refuse observations that are not one array, or an empty one.
+    """Refuse observations that are not one array, or are an empty one.
 
     Raises:
         ConfigError: saying which wrapper helps.
@@ -52,7 +52,7 @@ def require_actions(space: gym.Space[Any]) -> None:
     """Refuse actions that are not one array of choices or of floats.
 
     Raises:
-        ConfigError: saying which there may be.
+        ConfigError: saying which are allowed.
     """
     floats = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating) and 0 not in space.shape
     if not (floats or isinstance(space, CHOICES)):
@@ -62,7 +62,7 @@ def require_actions(space: gym.Space[Any]) -> None:
 
 
 def how_to_wrap(space: gym.Space[Any]) -> str:
-    """Return which of Gymnasium's wrappers makes a vector or an image (channels, height, width) of observations."""
+    """Return which Gymnasium wrapper turns observations into vectors or images (channels, height, width)."""
     wrapper, where = "FlattenObservation(env)", "around it"
     if isinstance(space, gym.spaces.Dict):
         where += ", over FilterObservation if some of its keys are enough"

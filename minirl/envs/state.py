@@ -1,18 +1,18 @@
-"""Capturing an environment and putting it back, so that a resumed run goes on in the middle of its episodes.
+"""Capturing and restoring an environment, so that a resumed run continues in the middle of its episodes.
 
-What the next step depends on lies in the attributes of an environment, its wrappers', and those of the environments
-that it holds: numbers, arrays, random generators, and containers of these. They are captured by name, each once: what
-two of them share, an array say, they share again. Environments, spaces and functions stay those that the new
-environment was made with, and get back what may have changed in them: attributes, the generator that `sample` draws
-from, the variables that a function has closed over.
+What the next step depends on is in the attributes of an environment, of its wrappers and of the environments that it
+holds: numbers, arrays, random generators, and containers of these. They are captured by name, each once: what two of
+them share, such as an array, they share again. Environments, spaces and functions stay those that the new environment
+was made with, and get back what may have changed in them: attributes, the generator that `sample` draws from, the
+variables that a function has closed over.
 
-The emulator of an Atari game has a state of its own, which ALE can copy, random numbers included; and so has MuJoCo's
-physics, wherever it is held. Of what lies below a `PlayedAgain` the episode so far is captured, and played again. An
-environment that keeps anything else (another physics engine, say) can't be captured, and says which attribute stands in
-the way.
+The emulator of an Atari game has its own state, which ALE can copy, random numbers included; so does MuJoCo's physics,
+wherever it is held. Below a `PlayedAgain`, the episode so far is captured and played again. An environment that keeps
+anything else (such as another physics engine) can't be captured, and the error names the attribute that stands in the
+way.
 
 What is captured is plain data (numbers, text, lists, dictionaries, byte arrays), which a checkpoint can hold and read
-back without running anybody's code.
+back without running any code from the file.
 """
 
 import collections
@@ -40,14 +40,14 @@ State = dict[str, Any]
 Layer = gym.Env[Any, Any]
 
 PLAIN = (bool, int, float, str, type(None))
-NUMBERS_AND_TEXT = "biufcmMSU"  # kinds of NumPy's types: the others hold Python's objects, or several fields
+NUMBERS_AND_TEXT = "biufcmMSU"  # kinds of NumPy's types: the others hold Python objects, or several fields
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-# What has no state of its own, and what is never made anew: only its parts are put back.
+# CONSTANT: what has no state of its own. KEPT: what is never recreated, only its parts are put back.
 CONSTANT = (EnvSpec, ALEInterface, type, types.ModuleType, np.dtype)
-# The same of a package that may be missing, by name. A model is what the physics is made of; nobody waits for a window.
+# Also constant, by name, as the package may be missing: the model that defines the physics, and the rendering window.
 MUJOCO_CONSTANT = ("MjModel", "MujocoRenderer")
 KEPT = (gym.Env, gym.spaces.Space, types.FunctionType, *CONSTANT)
-# Where these classes of Gymnasium's write down what an environment was made with.
+# Attributes in which these Gymnasium classes store what an environment was made with.
 MADE_WITH = {
     gym.utils.RecordConstructorArgs: ("_saved_kwargs",),
     gym.utils.EzPickle: ("_ezpickle_args", "_ezpickle_kwargs"),
@@ -59,18 +59,18 @@ class CantCapture(Exception):
 
 
 class CantRestore(ValueError):
-    """A saved state is of an environment that was made otherwise. The message says how."""
+    """A saved state is of an environment that was made differently. The message says how."""
 
 
 def capture(env: Layer) -> State:
-    """Return the state of an environment. Changes nothing of it.
+    """Return the state of an environment, which stays unchanged.
 
     Raises:
-        CantCapture: naming the class and the attribute that is no plain data.
+        CantCapture: naming the class and the attribute that is not plain data.
     """
     try:
         state: State = encode(env)
-    except (RecursionError, ValueError) as error:  # things nested without end, variables that a function has not yet
+    except (RecursionError, ValueError) as error:  # endless nesting, or closure variables that are not set yet
         raise CantCapture(f"{type(env.unwrapped).__name__} raises {error!r}") from error
     return state
 
@@ -79,9 +79,9 @@ def restore(env: Layer, state: State) -> None:
     """Put back what `capture` returned, into an environment made in the same way.
 
     Raises:
-        CantRestore: if the environment has other layers, or one of them keeps other things.
+        CantRestore: if the environment has other layers, or one of them has other attributes.
     """
-    seeded_reset(env, 0)  # makes what only a first reset makes
+    seeded_reset(env, 0)  # creates what only a first reset creates
     _put_back(state, [env], env)
 
 
@@ -94,9 +94,9 @@ def layers_of(env: Layer) -> Iterator[Layer]:
 
 
 def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Reset an environment with a seed; seed the spaces of all its layers, too, from which they may sample.
+    """Reset an environment with a seed; also seed the spaces of all its layers, which may sample from them.
 
-    A space that is its class's, one for all environments, becomes its own.
+    A space that belongs to the class, one for all environments, is copied to the environment first.
     """
     # Not the seed itself: environment and spaces would draw the same numbers.
     seeds = np.random.SeedSequence(seed, spawn_key=(Stream.SPACES,)).generate_state(2).tolist()
@@ -112,7 +112,7 @@ def seeded_reset(env: Layer, seed: int) -> tuple[Any, dict[str, Any]]:
 
 
 def seed_generators(seed: int, *place: int) -> None:
-    """Seed Python's and NumPy's global generators of a worker process; `place` is a number of its own."""
+    """Seed Python's and NumPy's global generators of a worker process; `place` is unique to the worker."""
     words = np.random.SeedSequence(seed, spawn_key=(Stream.WORKER, *place)).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002 - environments may draw from the global generator
@@ -130,14 +130,14 @@ def restore_generators(state: State) -> None:
 
 
 def encode(value: Any) -> Any:
-    """Describe a value so that `decode` makes the same one: exact types, so that arithmetic with it stays the same.
+    """Describe a value so that `decode` makes the same one, with exact types, so that arithmetic stays the same.
 
-    Numbers and text stand for themselves, lists and tuples for those of what they hold; for all else there is a
-    dictionary whose first key says what it is.
+    Numbers and text stand for themselves, lists and tuples for lists and tuples of described items; everything else is
+    a dictionary whose first key says what it is.
 
     Raises:
-        CantCapture: if an environment holds something that is no plain data.
-        TypeError: naming the type, if the value itself is none.
+        CantCapture: if an environment holds something that is not plain data.
+        TypeError: naming the type, if the value itself is not plain data.
     """
     writer = _Writer()
     description = writer.describe(value)
@@ -149,18 +149,18 @@ def decode(state: Any) -> Any:
     """Make the value that `encode` described.
 
     Raises:
-        ValueError: if it is no such description.
+        ValueError: if it is not such a description.
     """
     return _make(state, [], None)
 
 
 class _Writer:
-    """Describes values. Those that can be changed are numbered as they come, and when one comes again, its number is
-    all that is said of it.
+    """Describes values. Mutable ones are numbered in order of appearance; when one comes again, its number is its
+    whole description.
     """
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[int, Any]] = {}  # by id: the number, and the thing, or its id might go to another
+        self.seen: dict[int, tuple[int, Any]] = {}  # by id: the number, and the object, or its id might be reused
         self.arrays: list[tuple[NDArray[Any], State, int]] = []
 
     def describe(self, value: Any) -> Any:
@@ -222,7 +222,7 @@ class _Writer:
         return state
 
     def describe_arrays(self) -> None:
-        """Describe the arrays that have come. Of those that overlap, the first one has the memory of all."""
+        """Describe the arrays so far. If some overlap, the first one holds the memory of all of them."""
         groups: list[list[int]] = []
         end = -1
         for low, high, place in sorted((*byte_bounds(array), i) for i, (array, _, _) in enumerate(self.arrays)):
@@ -232,7 +232,7 @@ class _Writer:
             end = max(end, high)
         for group in groups:
             members = [self.arrays[place] for place in sorted(group)]
-            if len(members) == 1:  # perhaps a small part of a large array that nobody else here knows
+            if len(members) == 1:  # perhaps a small view of a large array that nothing else here uses
                 array, state, number = members[0]
                 members = [(array.copy(order="K"), state, number)]
             lows, highs = zip(*(byte_bounds(array) for array, _, _ in members), strict=True)
@@ -244,8 +244,8 @@ class _Writer:
 
 
 def _make(state: Any, seen: list[Any], old: Any) -> Any:
-    """Make what is described; `seen` has what came before, by its number, and `old` is what the new environment has
-    in its place.
+    """Make what is described; `seen` has what came before, by number, and `old` is the new environment's value in that
+    place.
     """
     if type(state) is tuple:
         return tuple(_make(item, seen, old_item) for item, old_item in _beside(state, old))
@@ -314,12 +314,12 @@ def _make_array(state: State, memory: NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def _put_back(state: State, seen: list[Any], old: Any) -> None:
-    """Put the parts of what is kept back into what the new environment has in its place."""
+    """Put the parts of a kept object back into the new environment's object in its place."""
     name_now = type(old).__name__
     if name_now != state["kept"]:
         raise CantRestore(f"the environment was made of a {state['kept']}, and is now of a {name_now}")
     parts = _parts(old)
-    # What is ours has all its attributes from the start; others may add to theirs as they play.
+    # Our classes have all their attributes from the start; others may add attributes as they play.
     gone = state["parts"].keys() - parts.keys()
     if gone and type(old).__module__.startswith("minirl."):
         raise CantRestore(f"{name_now} has no {' or '.join(sorted(gone))} any more")
@@ -338,14 +338,14 @@ def _put_back(state: State, seen: list[Any], old: Any) -> None:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """Return what may change of something that is kept, by name."""
+    """Return the parts of a kept object that may change, by name."""
     if isinstance(value, types.FunctionType):
         return {str(i): cell.cell_contents for i, cell in enumerate(value.__closure__ or ())}
     if isinstance(value, gym.spaces.Space):
         return {name: part for name, part in vars(value).items() if name == "_np_random" or "space" in name}
     if not isinstance(value, gym.Env):
         return {}
-    if isinstance(value, AtariEnv):  # all else of it is set once
+    if isinstance(value, AtariEnv):  # the rest is set only once
         return {name: getattr(value, name) for name in ("_np_random", "action_space", "observation_space")}
     if isinstance(value, PlayedAgain):
         return value.parts()
@@ -364,9 +364,9 @@ def is_physics(value: Any) -> bool:
 
 
 def physics_state(data: Any) -> State:
-    """Return what the next step of a MuJoCo simulation depends on, and what was computed in the last one.
+    """Return what the next step of a MuJoCo simulation depends on, and what was computed in the last step.
 
-    Of the latter an environment may look at something before the next step: Ant at where its body was.
+    An environment may read some of the latter before the next step: Ant reads where its body was.
     """
     mujoco = sys.modules["mujoco"]
     everything = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -380,7 +380,7 @@ def set_physics_state(data: Any, state: State) -> None:
     mujoco = sys.modules["mujoco"]
     mujoco.mj_setState(data.model, data, state["integrated"], mujoco.mjtState.mjSTATE_INTEGRATION)
     for name, array in arrays_of(data).items():
-        if array.shape == state["computed"][name].shape:  # what is of contacts is as long as there are some
+        if array.shape == state["computed"][name].shape:  # arrays about contacts are as long as there are contacts
             array[...] = state["computed"][name]
 
 
@@ -391,6 +391,6 @@ def arrays_of(data: Any) -> dict[str, NDArray[Any]]:
 
 
 def _beside(states: Iterable[Any], old: Any) -> Iterable[tuple[Any, Any]]:
-    """Pair descriptions with what a new environment has in their places, or None."""
+    """Pair descriptions with the new environment's values in their places, or None."""
     olds = old if isinstance(old, list | tuple | collections.deque) else ()
     return zip(states, itertools.chain(olds, itertools.repeat(None)), strict=False)

@@ -1,17 +1,17 @@
 """Many environments at once, in this process or in workers that share memory with it.
 
-An environment that ends is reset in the same step (Gymnasium's `AutoresetMode.SAME_STEP`): `observations` then holds
-the first observation of the new episode and `final_observations` the true last one of the old, which a cut episode
-must bootstrap from. No step is spent on the reset, so there is no row to mask out.
+An environment whose episode ends is reset in the same step (Gymnasium's `AutoresetMode.SAME_STEP`): `observations`
+then holds the first observation of the new episode and `final_observations` the true last one of the old, which a
+truncated episode must bootstrap from. No step is spent on the reset, so there is no row to mask out.
 
 This process plays some of the environments itself; worker processes play the others at the same time. A worker holds
-several environments and answers one message a step; observations, actions, rewards and ends travel through shared
-memory. One process per environment would lose on pipes what it wins on cores, and to sleep while others play costs
-more than to play along: waking up takes a tenth of a millisecond. Workers import no torch. Their number changes the
-speed only: each environment has its own seed.
+several environments and answers one message per step; observations, actions, rewards and ends travel through shared
+memory. One process per environment would lose on pipes what it gains on cores, and sleeping while others play costs
+more than playing along: waking up takes a tenth of a millisecond. Workers do not import torch. Their number changes
+only the speed: each environment has its own seed.
 
-The environments can also play in two halves (`start`, `finish`): one plays in the workers while this process, which
-plays none then, thinks about the other.
+The environments can also play in two halves (`start`, `finish`): one half plays in the workers while this process,
+which then plays none itself, computes actions for the other.
 """
 
 import atexit
@@ -39,27 +39,27 @@ __all__ = ["EnvError", "Episode", "VectorEnv", "VectorStep", "WorkerError", "ava
 
 
 class VectorEnv:
-    """N copies of one environment behind `reset` and `step`, each reset in the step in which it ends.
+    """N copies of one environment behind `reset` and `step`, each reset in the step in which its episode ends.
 
     Attributes:
-        halves: the rows of those that play together: of two halves, or of all.
-        stacked: whether they show the last frames as `minirl.envs.atari.FrameStack` does.
-        local_envs: those that this process plays, by row.
-        copy_difference: how a restored copy of one differed, "" for not at all; None until that is tried
+        halves: the rows that play together: two halves, or all rows.
+        stacked: whether observations are the last frames, as from `minirl.envs.atari.FrameStack`.
+        local_envs: the environments that this process plays, by row.
+        copy_difference: how a restored copy of an environment differed, "" for not at all; None until that is tried
             (`minirl.runs.restore_check`).
 
     Args:
-        make_env: makes one environment; must be picklable where there are workers, `functools.partial(make_env, ...)`
-            say. Those of an environment with an `EpisodeStatistics` among its layers are reported as `episodes`.
-        num_envs: N; or, of environments that several processes share, those of this one, N = stop - start.
-        num_workers: processes, this one among them; None for one per core this process may use, never more than have
+        make_env: makes one environment; must be picklable if there are workers, as `functools.partial(make_env, ...)`
+            is. Episodes are reported as `episodes` if the environment has an `EpisodeStatistics` among its layers.
+        num_envs: N; or, if several processes share the environments, the slice of this one, N = stop - start.
+        num_workers: processes, including this one; None for one per core this process may use, never more than have
             something to play.
-        in_halves: whether they play in two halves. With a single process it plays them itself.
+        in_halves: whether they play in two halves. A single process plays them itself.
 
     Raises:
-        ConfigError: if the observations are not arrays, or the actions of a kind that is not known.
+        ConfigError: if the observations are not arrays, or the actions are of an unknown kind.
         EnvError: if an environment raises, or returns what can't be learned from (docs/reliability.md), here or in a
-            worker; the `trace` in it is theirs.
+            worker; its `trace` is the environment's.
         WorkerError: if a worker dies.
     """
 
@@ -77,7 +77,7 @@ class VectorEnv:
         self.num_envs = num_envs
         middle = num_envs // 2
         self.halves = [slice(0, middle), slice(middle, num_envs)] if in_halves and middle else [slice(0, num_envs)]
-        self._playing: list[slice] = []  # the halves that were started, and not finished
+        self._playing: list[slice] = []  # halves that were started and not finished
         self._workers: list[Worker] = []
         thinkers = len(self.halves) - 1
         self.num_workers = min(
@@ -106,8 +106,8 @@ class VectorEnv:
     def reset(self, seed: int | None = None) -> NDArray[Any]:
         """Start new episodes everywhere and return the first observations (N, ...), overwritten by the next step.
 
-        With a seed, environment i, of all processes, is seeded with `seed + i`: give one once, since the same seed
-        means the same games.
+        With a seed, environment i, counted over all processes, is seeded with `seed + i`: give one only once, since the
+        same seed means the same games.
         """
         mine = self._open_group()
         self._ask_workers("reset", seed)
@@ -116,7 +116,7 @@ class VectorEnv:
         return self._arrays.observations
 
     def step(self, actions: NDArray[Any]) -> VectorStep:
-        """Take one action in each environment: `actions` (N, ...), choices from 0 on whatever the space's `start` is.
+        """Take one action in each environment: `actions` (N, ...), choices from 0 on, for any `start` of the space.
 
         An environment with a Box gets the nearest action within its bounds.
         """
@@ -129,10 +129,10 @@ class VectorEnv:
         return self._arrays.rows(slice(0, self.num_envs), episodes)
 
     def start(self, half: slice, actions: NDArray[Any]) -> None:
-        """Have one of `halves` take its actions, as far as other processes play it; `finish` must follow.
+        """Let the workers take the actions of one of `halves`, as far as they play it; `finish` must follow.
 
         Raises:
-            RuntimeError: if it plays already.
+            RuntimeError: if it is playing already.
         """
         self._open_group()
         if half in self._playing:
@@ -142,7 +142,7 @@ class VectorEnv:
         self._playing.append(half)
 
     def finish(self, half: slice) -> VectorStep:
-        """Wait for the half that was started first, and return what its step gave: its rows of all arrays.
+        """Wait for the half that was started first, and return the results of its step: its rows of all arrays.
 
         Raises:
             RuntimeError: if it was not started, or not first.
@@ -157,10 +157,10 @@ class VectorEnv:
     def play(
         self, num_steps: int, choose: Callable[[int, slice], NDArray[Any]]
     ) -> Iterator[tuple[int, slice, VectorStep]]:
-        """Play T steps: yield, for each step and each of `halves`, t, its rows and what they gave (rows, ...).
+        """Play T steps: yield, for each step and each of `halves`, t, its rows and their results (rows, ...).
 
-        `choose(t, rows)` returns the actions of step t in these rows, once the block has seen what step t - 1 gave
-        there. While one half plays, the block and `choose` have the other.
+        `choose(t, rows)` returns the actions of step t in these rows, after the loop body has seen their results of
+        step t - 1. While one half plays, the loop body and `choose` work on the other.
         """
         for t in range(num_steps + 1):
             for rows in self.halves:
@@ -170,12 +170,12 @@ class VectorEnv:
                     self.start(rows, choose(t, rows))
 
     def capture(self) -> State:
-        """Return the state of each environment, as plain data (`minirl.envs.state`). Changes nothing of it.
+        """Return the state of each environment, unchanged, as plain data (`minirl.envs.state`).
 
-        With the states of each worker's global generators of random numbers; those of this process are its own matter.
+        Includes each worker's global random number generators; those of this process are the caller's responsibility.
 
         Raises:
-            CantCapture: if one holds something that is no plain data.
+            CantCapture: if one holds something that is not plain data.
         """
         mine = self._open_group()
         self._ask_workers("capture")
@@ -192,7 +192,7 @@ class VectorEnv:
         return {"states": [states[row] for row in range(self.num_envs)], "generators": generators}
 
     def restore(self, saved: State) -> None:
-        """Put back what `capture` returned. With more workers than there were, the generators of the others are new.
+        """Put back what `capture` returned. If there are more workers than before, the others' generators are new.
 
         Raises:
             CantRestore: if it comes from other environments.
@@ -242,7 +242,7 @@ class VectorEnv:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may run on: its share, where torchrun has started several here."""
+    """Return how many cores this process may run on: its share, if torchrun has started several here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

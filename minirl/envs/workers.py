@@ -1,7 +1,7 @@
-"""What plays the environments of a `VectorEnv`: groups of them, here or in worker processes, and the memory they share.
+"""Groups of a `VectorEnv`'s environments, here or in worker processes, and the memory that they share.
 
-A worker holds several environments and answers one message a step; observations, actions, rewards and ends travel
-through shared memory. Workers import no torch.
+A worker holds several environments and answers one message per step; observations, actions, rewards and ends travel
+through shared memory. Workers do not import torch.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ from minirl.envs.state import (
     seed_generators,
 )
 
-PATIENCE = 5.0  # seconds for a worker to leave by itself before it is killed
-AWAKE = 300e-6  # seconds to look out for a message before going to sleep: to be woken takes a third of that
+PATIENCE = 5.0  # seconds for a worker to exit by itself before it is killed
+AWAKE = 300e-6  # seconds to poll for a message before going to sleep: waking up takes a third of that
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
 
@@ -54,15 +54,15 @@ class Episode(NamedTuple):
 
 
 class VectorStep(NamedTuple):
-    """What one step of N environments gave. The arrays are overwritten by the next step: copy what you keep.
+    """The results of one step of N environments. The next step overwrites the arrays: copy what you keep.
 
     Attributes:
-        observations: (N, ...) what the next action is chosen from; where an episode ended, the start of the next one.
+        observations: (N, ...) what the next action is chosen from; if an episode ended, the start of the next one.
         rewards: (N,) float32.
         terminated: (N,) bool, the episode came to a real end: nothing follows.
-        truncated: (N,) bool, the episode was cut, by a time limit say: bootstrap from the final observation.
+        truncated: (N,) bool, the episode was cut, for example by a time limit: bootstrap from the final observation.
         final_observations: (N, ...) the true successor of this step; set only where terminated or truncated.
-        episodes: those that finished in this step.
+        episodes: those that ended in this step.
     """
 
     observations: NDArray[Any]
@@ -73,7 +73,7 @@ class VectorStep(NamedTuple):
     episodes: list[Episode]
 
     def next_observations(self) -> NDArray[Any]:
-        """Return the true successors (N, ...): the final observation where an episode ended."""
+        """Return the true successors (N, ...): the final observation if an episode ended."""
         ended = self.terminated | self.truncated
         if not ended.any():
             return self.observations
@@ -83,13 +83,13 @@ class VectorStep(NamedTuple):
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or failed in another way than an `EnvError`. The message holds its traceback."""
+    """A worker process died, or failed with something other than an `EnvError`. The message holds its traceback."""
 
 
 class SharedArrays:
-    """One row per environment of everything that a step exchanges, in memory that worker processes can share.
+    """Arrays of everything that a step exchanges, one row per environment, in memory that processes can share.
 
-    The memory is anonymous: nothing stays behind, however the processes end.
+    The memory is anonymous: nothing is left behind, however the processes end.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class SharedArrays:
         self.truncated: NDArray[np.bool_] = views["truncated"]
 
     def rows(self, rows: slice, episodes: list[Episode]) -> VectorStep:
-        """What a step gave, of some rows."""
+        """The results of a step, for some rows."""
         return VectorStep(
             self.observations[rows],
             self.rewards[rows],
@@ -147,9 +147,9 @@ class SharedArrays:
 
 
 class EnvGroup:
-    """Some of the environments, stepped one after the other; `parts` says which rows of each half.
+    """Some of the environments, stepped one after the other; `parts` are their rows in each half.
 
-    `first` is the number of the environment in row 0: another process may have those before.
+    `first` is the number of the environment in row 0: another process may have the earlier ones.
     """
 
     def __init__(self, make_env: MakeEnv, parts: Sequence[range], first: int = 0) -> None:
@@ -164,7 +164,7 @@ class EnvGroup:
             env.env.close()
 
     def reset(self, arrays: SharedArrays, seed: int | None) -> None:
-        """Start new episodes; environment i, of all processes, is seeded with `seed + i`."""
+        """Start new episodes; environment i, counted over all processes, is seeded with `seed + i`."""
         for row, env in self.envs.items():
             arrays.observations[row], _ = env.reset(seed=None if seed is None else seed + self.first + row)
         for part in self.parts:
@@ -176,7 +176,7 @@ class EnvGroup:
             return []
         episodes = []
         columns = {"an observation": arrays.observations, "a reward": arrays.rewards}
-        actions: Any = arrays.actions.tolist() if self.discrete else arrays.actions  # of integers, Python's are faster
+        actions: Any = arrays.actions.tolist() if self.discrete else arrays.actions  # Python integers are faster
         for row in rows:
             env = self.envs[row]
             obs, reward, terminated, truncated, _ = env.step(actions[row])
@@ -184,7 +184,7 @@ class EnvGroup:
                 columns["a last observation"] = arrays.final_observations
                 arrays.final_observations[row] = obs
                 obs, _ = env.reset()
-                # A game can also end while it is being reset (EpisodicLife, FireReset): both are counted.
+                # A game can also end during a reset (EpisodicLife, FireReset): both are counted.
                 if (statistics := self.statistics[row]) is not None:
                     episodes += [Episode(self.first + row, *episode) for episode in statistics.finished]
                     statistics.finished.clear()
@@ -198,7 +198,7 @@ class EnvGroup:
     def _require_finite(self, part: range, columns: dict[str, NDArray[Any]]) -> None:
         rows = slice(part.start, part.stop)
         for what, array in columns.items():
-            # A sum of squares is finite if all of them are, but for the largest, and takes less than half the time.
+            # A sum of squares is finite if all numbers are (unless huge), and takes less than half the time.
             if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
                 continue
             for row in part:
@@ -210,7 +210,7 @@ class EnvGroup:
         return {row: capture(env.env) for row, env in self.envs.items()}
 
     def restore(self, states: list[Any]) -> None:
-        """Put back states, of all rows."""
+        """Put back the states of this group's rows, given those of all rows."""
         for row, env in self.envs.items():
             restore(env.env, states[row])
 
@@ -223,11 +223,11 @@ class EnvGroup:
 class Worker:
     """A process that holds a group of environments, seen from the training process.
 
-    It is spawned: a fork would copy torch's locked threads, and a fork server is a process more, of 7 MB.
+    It is spawned: a fork would copy torch's locks, held by threads, and a fork server is one more process, of 7 MB.
 
     Raises:
-        ConfigError: if the script comes from standard input, or trains wherever it is loaded: a spawned process loads
-            it, too, from its file.
+        ConfigError: if the script comes from standard input, or trains whenever it is imported: a spawned process also
+            loads it, from its file.
     """
 
     def __init__(self, make_env: MakeEnv, parts: Sequence[range], first: int, arrays: SharedArrays) -> None:
@@ -243,18 +243,18 @@ class Worker:
         )
         try:
             self.process.start()
-        except RuntimeError:  # Python's, to a worker that trains, too
+        except RuntimeError:  # Python's, in a worker whose script trains, too
             guard = 'if __name__ == "__main__":'
             message = f"--num-workers must be 1, or a script train below `{guard}`: workers load it, too"
             raise ConfigError(message) from None
-        theirs.close()  # so that the death of the worker is an end of file here
+        theirs.close()  # so that a worker's death is an end of file here
 
     def send(self, message: tuple[str, Any]) -> None:
         """Ask for something; `receive` must follow."""
         try:
             self.connection.send_bytes(pickle.dumps(message))  # `connection.send` takes several times as long
         except OSError:
-            self.receive()  # its last words say more than a broken pipe
+            self.receive()  # its last message says more than a broken pipe
 
     def receive(self) -> Any:
         """Wait for the answer to the oldest message."""
@@ -263,7 +263,7 @@ class Worker:
         except (EOFError, OSError) as error:
             self.process.join(timeout=PATIENCE)
             code = self.process.exitcode
-            said = "; its own error is above" if code == 1 else ""  # Python's end by an exception
+            said = "; its own error is above" if code == 1 else ""  # Python's status after an exception
             raise WorkerError(f"the {self.name} died without an answer, exit code {code}{said}") from error
         if isinstance(failure, EnvError):
             raise failure from (WorkerError(f"in the {self.name}:\n\n{failure.trace}") if failure.trace else None)
@@ -272,7 +272,7 @@ class Worker:
         return result
 
     def join(self) -> None:
-        """Wait until the process has left, not for ever."""
+        """Wait until the process has exited, but not for ever."""
         self.process.join(timeout=PATIENCE)
         if self.process.is_alive():
             self.process.kill()
@@ -280,7 +280,7 @@ class Worker:
 
 
 def _hear(connection: Connection) -> Any:
-    """Wait for a message: awake for a while, giving way to whoever else wants the core, then asleep."""
+    """Wait for a message: first polling for a while, yielding the core to others, then asleep."""
     if sys.platform != "win32":
         inbox = select.poll()
         inbox.register(connection.fileno(), select.POLLIN)
@@ -293,15 +293,15 @@ def _hear(connection: Connection) -> Any:
 def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], first: int, arrays: SharedArrays) -> None:
     """Run a worker: answer each message with (failure or None, result) until the other end is closed.
 
-    The first message makes the environments; the others reset or step them, or carry their states.
+    The first message makes the environments; later ones reset or step them, or carry their states.
     """
-    # Ctrl-C, and often the others, reach every process of the group: the training process decides, and hangs up.
+    # Ctrl-C, and often the other signals, reach the whole process group: the training process decides, and hangs up.
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(1)
-    gym.logger.min_level = gym.logger.ERROR  # the training process plays such environments, too, and has said it
+    gym.logger.min_level = gym.logger.ERROR  # the training process plays such environments, too, and has warned
     group: EnvGroup | None = None
-    with contextlib.suppress(EOFError, OSError):  # the training process is done, or gone
+    with contextlib.suppress(EOFError, OSError):  # the training process is done or gone
         while True:
             command, argument = _hear(connection)
             result: Any = []

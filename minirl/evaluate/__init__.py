@@ -1,6 +1,6 @@
-"""Play full, unclipped games with what a run has learned: `python -m minirl.evaluate RUN_DIR`.
+"""Play full games, with unclipped rewards, with what a run has learned: `python -m minirl.evaluate RUN_DIR`.
 
-On Atari the games come with the preprocessing of the training (FIRE is pressed after a lost life, say), while the
+On Atari the games have the preprocessing of the training (for example, FIRE is pressed after a lost life), while the
 returns are the real scores of whole games. A run of rlhf writes texts (`of_texts`).
 """
 
@@ -45,7 +45,7 @@ TRAINING_SCRIPTS = {
 
 
 def evaluation_seed(settings: dict[str, Any]) -> int:
-    """Return the seed of the games that are played by default: far from the training's, so that they are others."""
+    """Return the default seed of the games: far from the training's, so that they are different games."""
     return (int(settings["seed"]) + 10_000) % (MAX_SEED + 1)
 
 
@@ -62,25 +62,25 @@ def evaluate(
 ) -> dict[str, Any]:
     """Play `episodes` games and return what `--json` prints.
 
-    Where the training has picked a best network (`best.pt`, from DQN), that one plays; otherwise the last.
+    If the training has picked a best network (`best.pt`, from DQN), that one plays; otherwise the last one.
 
     Args:
         run_dir: the directory of a run.
         episodes: games to play.
         seed: of the games and of sampled actions; None for the seed of the training plus 10,000.
-        stochastic: sample actions from PPO's policy; otherwise always take the likeliest.
+        stochastic: sample actions from PPO's policy; otherwise always take the most likely one.
         video: record a game, in colour, to this `.mp4` or `.gif`, at most `LONGEST_VIDEO` agent steps of it. If actions
             are greedy, it is the first game of the first environment.
         render: play the games in a window, one after the other, at the speed of the game.
-        last: play with the last network though there is a best one (DQN).
+        last: play with the last network even if there is a best one (DQN).
         device: `auto`, `cpu` or `cuda`.
 
     Returns:
         `mean_return`, `std_return` (of these games: divided by n), `min_return`, `max_return`, `episodes`, `returns`;
-        of a run of rlhf what `evaluate_texts` does.
+        for a run of rlhf, what `evaluate_texts` returns.
 
     Raises:
-        ConfigError: if the run or an argument will not do.
+        ConfigError: if the run or an argument can't be used.
         EnvError: if the environment fails.
     """
     if episodes < 1:
@@ -137,8 +137,8 @@ def load_policy(
     """Return the saved network or table as a function from observations to actions.
 
     Raises:
-        ConfigError: if there is none, or the algorithm has no distribution to sample from, or no best network beside
-            the last.
+        ConfigError: if there is none, or the algorithm has no distribution to sample from, or no best network besides
+            the last one.
     """
     algorithm = settings["algorithm"]
     if stochastic and algorithm != "ppo":
@@ -166,7 +166,7 @@ def ppo_agent(
 
 
 def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
-    """Return PPO's network as a policy: its likeliest actions, or sampled ones."""
+    """Return PPO's network as a policy: its most likely actions, or sampled ones."""
     agent = ppo_agent(run_dir, envs.observation_space, envs.action_space, device)
     return functools.partial(choose_actions, agent, sample=stochastic)
 

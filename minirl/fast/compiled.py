@@ -1,4 +1,4 @@
-"""A plain function as one compiled piece: a whole gradient step, say, of any network, optimiser and loss.
+"""A plain function as one compiled piece, such as a whole gradient step of any network, optimiser and loss.
 
     def gradient_step(agent, optimizer, config, batch):
         loss = ...
@@ -10,9 +10,9 @@
 
     step = compiled(gradient_step, agent, optimizer, config)      # the same as functools.partial(gradient_step, ...)
 
-What is trained is bound here; a batch's tensors come with each call. The result is that of the plain function, to
-rounding. Python numbers that it reads, the shapes of a batch and which parameters are frozen are checked at each call,
-and if they change, the function is compiled again for them. If that fails (no compiler, or Python that PyTorch can't
+What is trained is bound here; a batch's tensors come with each call. The result is that of the plain function, up to
+rounding. Python numbers that it reads, the shapes of a batch and which parameters are frozen are checked at each call;
+if they change, the function is compiled again for them. If compilation fails (no compiler, or Python that PyTorch can't
 compile), a warning says why, and the plain function runs. Whether an optimiser's steps are compiled is part of its
 state, `group["compiled"]`: a resumed run in which that changes says so.
 """
@@ -41,12 +41,12 @@ from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
 from minirl.fast.rewrites import StandIn, Steppable, Traceable
 
-NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that nobody edits
+NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that users do not edit
 
-# On the processor: no Python between the kernels, and no second look at the shapes there: half the time of a network
-# like CartPole's. For a GPU the compiler's own: its `cpp_wrapper` needs CUDA's headers, which PyTorch does not bring.
-# Nothing that changes the order of sums is chosen by the clock there, or two runs would end in different bits.
-# Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not taken:
+# On the CPU there is no Python between the kernels, and shapes are not checked again there, which halves the time of a
+# network like CartPole's. A GPU gets the compiler's own wrapper: `cpp_wrapper` needs CUDA's headers, which PyTorch does
+# not bring. There, nothing that changes the order of sums is chosen by timing, or two runs would end in different bits.
+# Numbers of `torch.rand` are those of the plain function; those of a dropout are not. (Not used:
 # `aot_inductor.allow_stack_allocation`, which returns results in memory that the next call overwrites, and
 # `cpp.use_decompose_tanh`, which loses tanh near 0.)
 INDUCTOR: dict[str, dict[str, Any]] = {
@@ -59,8 +59,8 @@ INDUCTOR: dict[str, dict[str, Any]] = {
     "cuda": {"fallback_random": True, "deterministic": True},
 }
 
-# The conditions of a compiled function that are about code and not about values: which types, functions and attributes
-# there are. Where that code is PyTorch's own or that of this room, they are not looked at again at each call.
+# The guards of a compiled function that are about code and not about values: which types, functions and attributes
+# there are. If that code is PyTorch's own or that of this package, they are not checked again at each call.
 CODE = {
     "BUILTIN_MATCH",
     "CLASS_MATCH",
@@ -72,7 +72,7 @@ CODE = {
     "NOT_PRESENT_IN_GENERIC_DICT",
     "TYPE_MATCH",
 }
-FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that nobody changes while they run
+FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that do not change while they run
 
 
 def compiled(function: Callable[..., Any], *bound: Any, enabled: bool = True) -> Callable[..., Any]:
@@ -104,8 +104,8 @@ class Compiled:
         modules = [item for item in bound if isinstance(item, nn.Module)]
         weights = [*self.parameters, *(weight for module in modules for weight in module.parameters())]
         self.device = weights[0].device if weights else torch.device("cpu")
-        self.trained: list[bool] | None = None  # which parameters were not frozen when last looked at
-        self.arguments: Sequence[Any] = ()  # of the last call, where calls are recorded
+        self.trained: list[bool] | None = None  # which parameters were not frozen at the last check
+        self.arguments: Sequence[Any] = ()  # of the last call, if calls are recorded
         self.whole: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -115,13 +115,13 @@ class Compiled:
         try:
             return self._call(arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
-            # A parameter that has a gradient now may have had none when it was last looked at: the other way, too. Or
-            # Ctrl-C has ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
+            # A parameter that has a gradient now may have had none at the last check, or the reverse. Or Ctrl-C has
+            # ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
             self.trained = None
             with contextlib.suppress(torch._dynamo.exc.TorchDynamoException):
                 return self._call(arguments)
             return self._give_up(error, arguments)
-        except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing is done yet
+        except Exception as error:  # no compiler, an older PyTorch, a bug in either; nothing has run yet
             if self.whole is not None:
                 raise
             return self._give_up(error, arguments)
@@ -133,16 +133,16 @@ class Compiled:
         if trained != self.trained:
             self._make_gradients(arguments)
             self.trained = trained
-        self.rewritten.reached.clear()  # here: in what is compiled, it would be another value at the second call
+        self.rewritten.reached.clear()  # here: compiled code would see another value at the second call
         if self.device.type in gpu.RECORDED:
             self.arguments = arguments
         if self.whole is not None:
             return self.whole(*arguments)
-        wait_at_most(PATIENT)  # for other ranks, which compile it, too
-        with contextlib.suppress(OSError):  # a cache that others clean up, too
+        wait_at_most(PATIENT)  # for other ranks, which also compile it
+        with contextlib.suppress(OSError):  # other processes clean up this cache, too
             drop_unfinished_files()
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that comes later is seen
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that is added later is seen
         choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": that_can_change}}
         if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
@@ -150,27 +150,27 @@ class Compiled:
             from minirl.fast.passes import Passes
 
             choices["options"] |= {**INDUCTOR["cpu"], "post_grad_custom_post_pass": Passes()}
-        # Each has code of its own, by which PyTorch knows it: another's, of other networks, would do its work. And a
-        # name of its own, by which PyTorch remembers which sizes have changed from call to call.
+        # Each has its own code object, by which PyTorch identifies it: otherwise the compiled code of other networks
+        # would run. And its own name, by which PyTorch remembers which sizes have changed from call to call.
         code = types.FunctionType(Compiled._traced.__code__.replace(co_name=f"_traced_{id(self)}"), globals())
         whole: Callable[..., Any] = torch.compile(types.MethodType(code, self), **choices)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is meant, on a GPU, too
+            warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is intended, on a GPU, too
             result = whole(*arguments)
         self.whole = whole
         self._remember(True)
         return result
 
     def _traced(self, *arguments: Any) -> Any:
-        """What is compiled: the function, with what PyTorch can't compile in a form that it can."""
+        """What is compiled: the function, with equivalent forms of what PyTorch can't compile."""
         with self.rewritten:
             return self.function(*self.stand_ins, *arguments)
 
     def _recorded(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What the compiler makes of it, recorded and replayed; its conditions have been looked at before."""
+        """The compiler's result, recorded and replayed; its guards have been checked before."""
         from torch._inductor.compile_fx import compile_fx  # takes a second
 
-        held = [*module.parameters(), *module.buffers()]  # an optimiser's state, where PyTorch takes it for constant
+        held = [*module.parameters(), *module.buffers()]  # and an optimiser's state, if PyTorch takes it for constant
         whole: Any = compile_fx(module, inputs, config_patches=INDUCTOR[self.device.type])
 
         def of_the_call(given: Tensor) -> bool:
@@ -179,9 +179,9 @@ class Compiled:
         return gpu.Replayed(whole, of_the_call, held).__call__
 
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
-        """Allocate `.grad` for the parameters that the function gives a gradient.
+        """Allocate `.grad` for the parameters to which the function gives a gradient.
 
-        Which those are is found by calling it once, with copies of all that it changes.
+        To find them, it is called once, with copies of everything that it changes.
         """
         if not self.parameters:
             return
@@ -198,12 +198,12 @@ class Compiled:
             weight.grad = torch.zeros_like(weight) if id(twin) in seen else None
 
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
-        """Go on with the plain function."""
+        """Continue with the plain function."""
         reason = str(error).strip().split("\n")[0]
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
         theirs = [place for place in places if not place[0].startswith(NOT_THEIRS)]
         where = f" ({theirs[-1][0]}, line {theirs[-1][1]})" if theirs else ""
-        warnings.warn(f"compilation failed, going on without: {reason}{where}", stacklevel=1)  # once, whoever called
+        warnings.warn(f"compilation failed, going on without: {reason}{where}", stacklevel=1)  # once, from any caller
         self.enabled = False
         for optimizer in self.optimizers:
             optimizer.put_back()
@@ -211,7 +211,7 @@ class Compiled:
         return self.plain(*arguments)
 
     def _remember(self, compiled: bool) -> None:
-        """Keep whether steps are compiled where checkpoints have it, and say if it was otherwise so far."""
+        """Note in the optimiser's state whether steps are compiled, and warn if that has changed."""
         groups = [group for optimizer in self.optimizers for group in optimizer.optimizer.param_groups]
         if any(group.get("compiled", compiled) != compiled for group in groups):
             now = "compiled from here on, and was not" if compiled else "no longer compiled, as it was"
@@ -221,9 +221,9 @@ class Compiled:
 
 
 def drop_unfinished_files() -> None:
-    """Remove from the compiler's cache what a stopped compilation has left half written: it would be taken for whole.
+    """Remove the files that a stopped compilation left half written in the compiler's cache: they would be loaded.
 
-    Where the C++ compiler writes a file, it works in a directory beside, which goes when it is done, and holds a lock.
+    While the C++ compiler writes a file, it holds a lock and works in a directory beside it, removed when it is done.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir  # the compiler: two seconds
 
@@ -240,7 +240,7 @@ def drop_unfinished_files() -> None:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether a library is as long as its header says: to load one that was cut ends the process. Linux only."""
+    """Whether a library is as long as its header says: loading a truncated one kills the process. Linux only."""
     if sys.platform != "linux":
         return True
     with library.open("rb") as file:
@@ -250,12 +250,12 @@ def is_whole(library: Path) -> bool:
 
 
 def that_can_change(conditions: Sequence[Any]) -> list[bool]:
-    """Say which of a compiled function's conditions are looked at again at each call: all but those on fixed code.
+    """Return which of a compiled function's guards are checked again at each call: all but those on fixed code.
 
-    Of the 580 of CartPole's update these are 260, and a tenth of its time.
+    In CartPole's update these are 260 of 580, and take a tenth of its time.
     """
     return [
-        # An optimiser's state comes into being with its first step, and another one from a checkpoint.
+        # An optimiser's state is created in its first step, and replaced from a checkpoint.
         condition.guard_type not in CODE
         or ".steppable.optimizer.state" in condition.name
         or not is_fixed(condition.value, by_type=condition.guard_type == "TYPE_MATCH")
@@ -264,7 +264,7 @@ def that_can_change(conditions: Sequence[Any]) -> list[bool]:
 
 
 def is_fixed(value: Any, *, by_type: bool) -> bool:
-    """Whether a function, a class or an object's class is not the user's; a layer may give way to another type."""
+    """Whether a function, a class or an object's class is not the user's; a layer may be replaced by another type."""
     if by_type and isinstance(value, nn.Module):
         return False
     owner = value if isinstance(value, (type, types.FunctionType)) else type(value)

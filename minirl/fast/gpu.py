@@ -1,12 +1,12 @@
 """Keeping a GPU busy: asynchronous copies and CUDA graphs.
 
 A network as small as Atari's keeps a GPU busy for less time than Python takes to launch its hundred kernels. Recorded
-as a graph, they are one call, and the arithmetic is the same: the same kernels, in the same order, on the same memory.
+as a graph, they are one call with the same arithmetic: the same kernels, in the same order, on the same memory.
 
-Assumed of PyTorch, from its documents and source, and not yet seen on a GPU: `torch.cuda.graph` can record what the
-compiler makes, once that has run twice; random numbers drawn in a replay continue from the generator's state, as in a
-call; an optimiser counts its steps on the GPU (`capturable`). If recording fails, a warning says why, and the function
-is called as before.
+Assumed of PyTorch, from its documentation and source, and not yet seen on a GPU: `torch.cuda.graph` can record compiled
+code once that has run twice; random numbers drawn in a replay continue from the generator's state, as in a call; an
+optimiser counts its steps on the GPU (`capturable`). If recording fails, a warning says why, and the function is called
+as before.
 """
 
 import warnings
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 RECORDED: tuple[str, ...] = ("cuda",)  # on these devices functions are recorded; on others they are called
-PLAIN_CALLS = 2  # first: they load kernels, and show which inputs lie elsewhere each time
-MOST = 10  # times that what does not come with the call may move: who moves it more often goes without
+PLAIN_CALLS = 2  # first: they load kernels, and show which inputs move from call to call
+MOST = 10  # times that tensors not given with the call may move before recording is given up
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to the device without waiting for it.
 
-    It goes through pinned memory, which PyTorch keeps, and reuses once the GPU has read it.
+    It goes through pinned memory, which PyTorch keeps and reuses once the GPU has read it.
     """
     if device.type == "cpu":
         return tensor
@@ -33,7 +33,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fetch_async(tensor: Tensor) -> Callable[[], NDArray[Any]]:
-    """Start copying a tensor to the CPU; return a function that waits for it. Meanwhile there is other work to do."""
+    """Start copying a tensor to the CPU; return a function that waits for it. Other work can be done meanwhile."""
     if tensor.device.type == "cpu":
         return tensor.numpy
     here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
@@ -51,14 +51,14 @@ def fetch_async(tensor: Tensor) -> Callable[[], NDArray[Any]]:
 class Replayed:
     """A function of tensors: called twice, then recorded, and replayed from then on.
 
-    A replay works on the memory that was recorded. An input that comes with the call, such as a batch, is copied there
-    once it has been seen to lie elsewhere. Anything else that lies elsewhere, such as replaced weights, is a reason to
+    A replay works on the memory that was recorded. An input given with the call, such as a batch, is copied there once
+    it has been seen at another address. Anything else at another address, such as replaced weights, is a reason to
     record again. A call returns copies, which the next replay does not overwrite.
 
     Args:
         function: from tensors on one device to tensors without gradients; its Python must not read their values.
-        of_the_call: whether an input comes with the call; these are read and never changed.
-        held: tensors that the function has without being given them, such as an optimiser's state; they never move.
+        of_the_call: whether an input is given with the call; such inputs are read and never changed.
+        held: tensors that the function holds itself, such as an optimiser's state; they never move.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class Replayed:
         self.of_the_call = of_the_call
         self.held = held
         self.calls = self.moves = 0
-        self.still: list[int] = []  # which inputs lie where they lay, and
-        self.places: list[int] = []  # where that is
-        self.buffers: dict[int, Tensor] = {}  # for the others
+        self.still: list[int] = []  # which inputs are at the same address as before, and
+        self.places: list[int] = []  # those addresses
+        self.buffers: dict[int, Tensor] = {}  # for the other inputs
         self.replay: Callable[[], None] | None = None
         self.results: Sequence[Any] = ()
         self.enabled = True
@@ -97,7 +97,7 @@ class Replayed:
         return [result.clone() if isinstance(result, Tensor) else result for result in self.results]
 
     def _look(self, inputs: Sequence[Tensor]) -> None:
-        """See where the inputs lie, and find a place for those of the call that have moved."""
+        """See where the inputs are in memory, and allocate buffers for those of the call that have moved."""
         self.calls += 1
         if not all(isinstance(given, Tensor) and given.device.type in RECORDED for given in (*inputs, *self.held)):
             raise RuntimeError("it reads a number that changes, or another tensor in the processor's memory")
@@ -134,25 +134,25 @@ class Replayed:
 
 
 def like(given: Tensor) -> Tensor:
-    """Return memory for such a tensor."""
+    """Return uninitialised memory for a tensor like this one."""
     return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
 
 
 def record(
     function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]
 ) -> tuple[Callable[[], None], Sequence[Any]]:
-    """Record what a function does, without doing it: return what does it, and where its results are then."""
+    """Record what a function does, without doing it: return the replay, and where its results will be."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             results = function(*inputs)
     finally:
-        torch.cuda.set_stream(stream)  # an error in the middle leaves another one
+        torch.cuda.set_stream(stream)  # an error in the middle leaves another stream current
     return graph.replay, results
 
 
 def cuda_graphed(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Return the function; for a GPU, recorded and replayed.
+    """Return the function, which is recorded and replayed on a GPU.
 
     Args:
         function: from tensors on the device and numbers to tensors; it changes none of them.

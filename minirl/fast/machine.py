@@ -24,10 +24,10 @@ SMALL = 200_000  # weights; two layers of 256 on vectors have 70,000, two such n
 def select_device(name: str) -> torch.device:
     """Turn `auto`, `cpu` or `cuda` into a device; `auto` takes CUDA if there is one.
 
-    With several GPUs, it is the one that torchrun has assigned to this process.
+    With several GPUs, it is the one that torchrun assigned to this process.
 
     Raises:
-        ConfigError: if CUDA is asked for and there is none, or the name is another.
+        ConfigError: if CUDA is asked for and there is none, or the name is not one of these.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,18 +41,18 @@ def select_device(name: str) -> torch.device:
             if number >= count:
                 raise ConfigError(f"--nproc-per-node must be at most {count} here, the number of GPUs")
             torch.cuda.set_device(number)
-        torch.backends.cudnn.deterministic = True  # or the same convolution may round differently from call to call
-        torch.backends.cudnn.allow_tf32 = False  # or float32 would be multiplied with 10 bits behind the point
+        torch.backends.cudnn.deterministic = True  # otherwise a convolution may round differently from call to call
+        torch.backends.cudnn.allow_tf32 = False  # otherwise float32 products would have a mantissa of 10 bits
     return torch.device(name)
 
 
 def select_precision(name: str, device: torch.device, *, images: bool) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into what a network's products are computed in.
+    """Turn `auto`, `float32` or `bfloat16` into the dtype of a network's products.
 
-    `auto` takes bfloat16 for images where the device multiplies it faster than float32, and float32 elsewhere.
+    `auto` takes bfloat16 for images if the device multiplies it faster than float32, and float32 otherwise.
 
     Raises:
-        ConfigError: if the name is another.
+        ConfigError: if the name is not one of these.
     """
     if name == "auto":
         return torch.bfloat16 if images and has_fast_bfloat16(device) else torch.float32
@@ -62,9 +62,9 @@ def select_precision(name: str, device: torch.device, *, images: bool) -> torch.
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32: a GPU in hardware, a processor by AMX or AVX-512.
+    """Whether the device multiplies bfloat16 faster than float32: a GPU in hardware, a CPU by AMX or AVX-512.
 
-    On Intel's with AVX-512's bfloat16 and without AMX, as in virtual machines that hide it, bfloat16 takes nearly twice
+    On Intel CPUs with AVX-512's bfloat16 but no AMX, as in virtual machines that hide it, bfloat16 takes nearly twice
     as long as float32 (Emerald Rapids: 95 and 172 GFLOP/s per core); on AMD's it takes less than half as long.
     """
     if device.type == "cuda":
@@ -76,10 +76,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed arrays for the next ones, where it is glibc; elsewhere do nothing.
+    """Make glibc keep the memory of freed arrays for the next ones; do nothing with another C library.
 
-    Left to itself it returns arrays of some ten megabytes to the system, which hands them out again page by page: a
-    minibatch of Pong then takes 8,460 page faults, and a sixth of its time.
+    By default it returns arrays of some ten megabytes to the system, which hands them out again page by page: a
+    minibatch of Pong then takes 8,460 page faults, a sixth of its time.
     """
     if sys.platform != "linux":
         return
@@ -90,7 +90,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Within the block, compute with so many threads."""
+    """Within the block, compute with this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -102,18 +102,18 @@ def threads(number: int) -> Iterator[None]:
 def one_thread() -> contextlib.AbstractContextManager[None]:
     """Within the block, compute with one thread: while workers play, PyTorch's other threads would spin on their cores.
 
-    It is one however many workers there are: with two, sums round differently, and the number of workers must change
-    nothing but the speed.
+    It is one for any number of workers: with two, sums round differently, and the number of workers must change nothing
+    but the speed.
     """
     return threads(1)
 
 
 @contextlib.contextmanager
 def tuned(network: nn.Module, num_threads: int | None = None) -> Iterator[Turns]:
-    """Within the block, compute with so many threads, in turns with other runs; from here on, keep freed memory.
+    """Within the block, compute with this many threads, in turns with other runs; from here on, keep freed memory.
 
-    None: one thread for a small network, PyTorch's number for others. With 256 x 256 units and batches of 128 a second
-    thread gains a tenth, compiled up to a third; without it, two runs use two cores at once and make twice as much.
+    None means one thread for a small network and PyTorch's number for others. With 256 x 256 units and batches of 128 a
+    second thread gains a tenth, compiled up to a third; without it, two runs on two cores do twice as much in total.
     """
     keep_freed_memory()
     parameters = list(network.parameters())
@@ -147,8 +147,9 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
     """Within the block, round the weights of linear and convolutional layers as `torch.autocast` would, but only once.
 
     Autocast rounds them at every call, which for a few observations takes longer than their products. The results are
-    the same; afterwards the weights are float32 again. Only PyTorch's own layer types: a subclass may use its weight
-    differently. Not on a GPU, which rounds in no time, and whose recorded graphs need the weights where they are.
+    the same; afterwards the weights are float32 again. It applies only to PyTorch's own layer types, since a subclass
+    may use its weight differently, and not on a GPU, which rounds in no time and whose recorded graphs need the weights
+    where they are.
     """
     layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
     weights = [layer.weight for layer in layers if layer.weight.device.type == "cpu"]

@@ -1,4 +1,4 @@
-"""What is changed in a function that PyTorch's compiler has read. A file of its own: it imports the compiler, 2 s."""
+"""Passes over a function that PyTorch's compiler has read; a separate file, as importing the compiler takes 2 s."""
 
 import math
 from pathlib import Path
@@ -13,30 +13,30 @@ from torch._inductor.mkldnn_ir import LinearUnary
 
 aten = torch.ops.aten
 
-LARGE = 1_500_000  # multiplications of a product, from where on oneDNN is worth its copies of what lies transposed
+LARGE = 1_500_000  # multiplications of a product from which oneDNN is worth its copies of transposed matrices
 
 
 class Passes(CustomGraphPass):
-    """All of them."""
+    """All passes."""
 
     def __init__(self) -> None:
         self.onednn = onednn_is_faster()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Do it in a function that is being compiled."""
+        """Apply them to a function that is being compiled."""
         digits_near_0(graph)
         if self.onednn:
             products_by_onednn(graph)
 
     def uuid(self) -> str:
-        """Its name in the compiler's cache."""
+        """The name of these passes in the compiler's cache."""
         return f"minirl: e^x - 1 by tanh{', products by oneDNN' * self.onednn}"
 
 
 def digits_near_0(graph: torch.fx.Graph) -> None:
-    """Spell e^x - 1, of `Tensor.expm1` and in ELU, as 2 t / (1 - t) with t = tanh(x / 2) where |x| is at most 1.
+    """Write e^x - 1, of `Tensor.expm1` and in ELU, as 2 t / (1 - t) with t = tanh(x / 2) where |x| is at most 1.
 
-    The compiler takes 1 from e^x, rounded to 1e-7: of x = 1e-6 it leaves one digit.
+    The compiler subtracts 1 from e^x, rounded to 1e-7: for x = 1e-6 that leaves one digit.
     """
     for node in graph.find_nodes(op="call_function", target=aten.expm1.default):
         with graph.inserting_before(node):
@@ -50,7 +50,7 @@ def digits_near_0(graph: torch.fx.Graph) -> None:
 
 
 def onednn_is_faster() -> bool:
-    """Whether MKL, by which PyTorch multiplies float32, leaves half of this processor idle: AMD's with AVX-512."""
+    """Whether MKL, which PyTorch multiplies float32 with, leaves half of this CPU idle: an AMD CPU with AVX-512."""
     processor = Path("/proc/cpuinfo")
     return (
         torch.backends.mkldnn.is_available()
@@ -61,7 +61,7 @@ def onednn_is_faster() -> bool:
 
 
 def products_by_onednn(graph: torch.fx.Graph) -> None:
-    """Have oneDNN make the large products of matrices of float32: 256 x 256 by a batch of 128 in half the time."""
+    """Let oneDNN compute the large float32 matrix products: 256 x 256 by a batch of 128 in half the time."""
     for product in (aten.mm.default, aten.addmm.default):
         for node in graph.find_nodes(op="call_function", target=product):
             *bias, rows, columns = node.args
@@ -85,13 +85,13 @@ def products_by_onednn(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
-# x W^T + b by oneDNN. The compiler knows the call, and makes it only where weights never change.
+# x W^T + b by oneDNN. The compiler knows this call, but uses it only for weights that never change.
 library = torch.library.Library("minirl_fast", "DEF")
 library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a tensor of the result's shape."""
+    """Return an empty tensor of the result's shape."""
     return x.new_empty((len(x), len(weight)))
 
 
@@ -100,5 +100,5 @@ torch.library.register_fake("minirl_fast::linear", shape_of_linear, lib=library)
 
 @register_lowering(torch.ops.minirl_fast.linear.default, type_promotion_kind=None)
 def write_linear(x: Any, weight: Any, bias: Any) -> Any:
-    """Write the call."""
+    """Lower the call to oneDNN's."""
     return TensorBox.create(LinearUnary.create(x, weight, bias, "none", [], ""))

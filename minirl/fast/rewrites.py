@@ -11,18 +11,18 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-FEW = 40_000  # multiplications: up to here, to call a matrix product costs more than its arithmetic
+FEW = 40_000  # multiplications: up to here, calling a matrix product costs more than its arithmetic
 
-# What is computed of single numbers, Adam's corrections and the clipped norm's factor say, is kept in memory. Otherwise
-# the compiler would compute it anew, powers and all, for every eight weights that it is a factor of.
+# Results of arithmetic on single numbers, such as Adam's corrections and the clipped norm's factor, are kept in memory.
+# Otherwise the compiler would compute them again, powers and all, for every eight weights that they are a factor of.
 ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
 
 
 class Steppable:
     """An optimiser whose `step` can be part of a compiled function.
 
-    Its learning rates become tensors, so that another one is no reason to compile again, and its kernels those that
-    the compiler can join with the rest. Setting `group["lr"]` to a number still works.
+    Its learning rates become tensors, so that a new rate is no reason to compile again, and its kernels become those
+    that the compiler can fuse with the rest. Setting `group["lr"]` to a number still works.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -30,14 +30,14 @@ class Steppable:
         self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
         self.rates = [torch.empty((), device=self.parameters[0].device) for _ in optimizer.param_groups]
-        self.given = [math.nan for _ in optimizer.param_groups]  # what the rates are
+        self.given = [math.nan for _ in optimizer.param_groups]  # the rates' values
         self.fused = [group.get("fused") for group in optimizer.param_groups]
 
     def prepare(self) -> None:
-        """Look at the learning rates, which may have been set, or come from a checkpoint.
+        """Read the learning rates, which may have been set or loaded from a checkpoint.
 
         Raises:
-            RuntimeError: if the optimiser has hooks, which would not be called, or has got other parameters.
+            RuntimeError: if the optimiser has hooks, which would not be called, or has other parameters now.
         """
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
@@ -58,7 +58,7 @@ class Steppable:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
 
     def put_back(self) -> None:
-        """Make the optimiser what it was."""
+        """Put the optimiser back as it was."""
         for group, rate, fused in zip(self.optimizer.param_groups, self.rates, self.fused, strict=True):
             if group["lr"] is rate:
                 group["lr"] = rate.item()
@@ -89,7 +89,7 @@ class StandIn:
         """As `Optimizer.step`.
 
         Raises:
-            RuntimeError: if a parameter that had a gradient has none now: its moments would move it all the same.
+            RuntimeError: if a parameter that had a gradient has none now: its moments would still move it.
         """
         for weight in self.steppable.parameters:
             if weight.grad is not None and not any(weight is other for other in self.rewritten.reached):
@@ -99,11 +99,11 @@ class StandIn:
 
 
 class Traceable(TorchFunctionMode):
-    """Within it, what PyTorch's compiler can't compile, or compiles badly, takes an equivalent form.
+    """A context in which what PyTorch's compiler can't compile, or compiles badly, takes an equivalent form.
 
-    `backward` adds to the `.grad` that is there. A linear layer with little to multiply is products and sums, which the
-    compiler merges with the rest: a fifth of the update's time for a network like CartPole's. Single numbers that
-    come from arithmetic are computed once.
+    `backward` adds to the existing `.grad`. A small linear layer becomes products and sums, which the compiler fuses
+    with the rest: that is a fifth of the update's time for a network like CartPole's. Single numbers that come from
+    arithmetic are computed once.
 
     Args:
         parameters: what `backward` computes the gradient of.
@@ -117,20 +117,20 @@ class Traceable(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Stand in for every function of PyTorch, and change these."""
+        """Intercept every function of PyTorch, and replace some."""
         kwargs = kwargs or {}
         if func is torch.Tensor.backward:
             return self._backward(*args, **kwargs)
         if func is F.linear and len(args) == 3:
             inputs, weight, bias = args
             if inputs.ndim == 2 and bias is not None and inputs.shape[0] * weight.numel() <= FEW:
-                # (out, in, 1) * (in, B): side by side in memory are the samples, which fill whole vectors.
+                # (out, in, 1) * (in, B): the samples are adjacent in memory and fill whole vectors.
                 return (weight[:, :, None] * inputs.T).sum(dim=1).T + bias
-        if func is torch.Tensor.unflatten:  # is Python there, with a `super()` that the compiler can't follow here
+        if func is torch.Tensor.unflatten:  # is Python, with a `super()` that the compiler can't follow here
             return torch.unflatten(*args, **kwargs)
         result = func(*args, **kwargs)
         if getattr(func, "__name__", "") in ARITHMETIC and result.ndim == 0 and not result.requires_grad:
-            return result.as_strided((), ())  # itself, but kept in memory
+            return result.as_strided((), ())  # the same value, but kept in memory
         return result
 
     def _backward(

@@ -1,4 +1,4 @@
-"""What costs a small network more than its arithmetic: PyTorch's calls for few observations, walks over modules."""
+"""What costs a small network more than its arithmetic: PyTorch's calls on few observations, and loops over modules."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,22 +16,22 @@ Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class _Known(NamedTuple):
-    """What a `SmallSequential` was when it was last looked at, and that in NumPy."""
+    """A `SmallSequential` as it was when last checked, and the same in NumPy."""
 
     sequences: list[dict[str, nn.Module | None]]  # its own, and those within it
     modules: list[nn.Module | None]
     owners: list[dict[str, Any]]  # the parameters of those modules that have any
-    memory: list[int]  # where they lie
-    layers: list[Layer] | None  # None where PyTorch must do it
-    rows: int  # inputs that are few
+    memory: list[int]  # their addresses
+    layers: list[Layer] | None  # None if PyTorch must do it
+    rows: int  # most inputs to use NumPy for
 
 
 class SmallSequential(nn.Sequential):
     """An `nn.Sequential`, which NumPy computes, to rounding, for a few float32 vectors (B, n) without gradients.
 
-    It does so where the layers are linear ones, ReLU and tanh on the processor: exactly these types, without hooks.
-    For anything else, and wherever a gradient is wanted or something is compiled, it is an `nn.Sequential`. Two layers
-    of 24 take 10 microseconds instead of 30, which counts where each step looks at one observation.
+    It does so if the layers are linear, ReLU and tanh on the CPU: exactly these types, without hooks. For anything
+    else, and whenever a gradient is needed or something is compiled, it is an `nn.Sequential`. Two layers of 24 take 10
+    microseconds instead of 30, which counts if each step has one observation.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class SmallSequential(nn.Sequential):
         return torch.from_numpy(values)
 
     def in_numpy(self) -> tuple[list[Layer] | None, int]:
-        """The layers, on the memory of the weights, made anew when there are others; and for how many inputs."""
+        """The layers, on the memory of the weights, rebuilt when these change; and for how many inputs to use them."""
         known: _Known | None = self.__dict__.get("known")
         if known is not None and _children(known.sequences) == known.modules and _memory(known.owners) == known.memory:
             return known.layers, known.rows
@@ -56,7 +56,7 @@ class SmallSequential(nn.Sequential):
         owners = [module._parameters for module in modules if module is not None and module._parameters]
         layers = _layers(self)
         rows = FEW // max(1, sum(weight.numel() for weight in self.parameters()))
-        # No module, no parameter: it is neither saved nor copied.
+        # Neither a module nor a parameter, so it is neither saved nor copied.
         self.__dict__["known"] = _Known(sequences, modules, owners, _memory(owners), layers, rows)
         return layers, rows
 
@@ -108,8 +108,8 @@ def _layer(module: nn.Module) -> Layer | None:
 class InTraining:
     """A context in which a network is in training mode: `network.train()` before, `network.eval()` after.
 
-    Where no module has such methods of its own, they are not called: around each update of a small network they would
-    take a tenth of a training's time.
+    If no module overrides these methods, they are not called: around each update of a small network they would take a
+    tenth of a run's time.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Trainings that share a machine take turns if each computes with more than half of its cores.
+"""Training runs that share a machine take turns if each computes with more than half of its cores.
 
-Threads wait for each other at the end of each layer. Two trainings with a thread per core mostly wait for threads that
-have no core: together they make a tenth of what one alone makes. In turns, they make as much.
+Threads wait for each other at the end of each layer. Two runs with a thread per core mostly wait for threads that have
+no core: together they make a tenth of the progress that one makes alone. In turns, they make as much.
 """
 
 import os
@@ -17,30 +17,30 @@ from minirl.envs.vector import available_cores
 if sys.platform != "win32":
     import fcntl
 
-TURN = 0.1  # seconds of a turn at the least: to change takes one or two thousandths
-NAP = 1e-3  # seconds between two looks whether it is one's turn
-PATIENCE = 60.0  # seconds; who has its turn for longer may have been stopped, by Ctrl-Z say
-LOOK = 20.0  # seconds over which a training looks whether it has its cores
-WAITED = 0.25  # the share of them without a core that is worth a line
+TURN = 0.1  # minimum seconds of a turn: changing takes one or two thousandths
+NAP = 1e-3  # seconds between two checks of whose turn it is
+PATIENCE = 60.0  # seconds; a run whose turn lasts longer may have been stopped, for example by Ctrl-Z
+LOOK = 20.0  # seconds over which a run measures whether it has its cores
+WAITED = 0.25  # the share of them without a core that is worth a warning
 
 
 class Turns:
-    """A training's turns at the cores; within the block it has one, and `pass_on` gives it to whoever waits.
+    """A run's turns at the cores; within the block it has one, and `pass_on` gives it to a run that waits.
 
-    Only where `threads` are more than half of the cores: others have room beside each other. The trainings of one user
-    on the same cores take turns, by two files in the directory for temporary ones: who computes has locked one, who is
-    next the other. (Without that, who has just computed would be back before the one that waits wakes up.) The system
-    unlocks what a process had that ends. What is computed does not depend on it.
+    Only if `threads` are more than half of the cores: smaller runs fit side by side. The runs of one user on the same
+    cores take turns, by two files in the directory for temporary files: the run that computes has locked one, the next
+    run the other. (Without the second, the run that just computed would be back before a waiting one wakes up.) The
+    system unlocks the files of a process that ends. The results do not depend on turns.
 
-    It warns once where others have the cores for much of the time.
+    It warns once if other processes have the cores for much of the time.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.turn = self.next = -1  # file descriptors
-        self.began = 0.0  # this turn
+        self.began = 0.0  # when this turn began
         self.waited = 0.0  # seconds, for all turns so far
-        self.looked: tuple[float, float] | None = None  # at the clock, and at the seconds without a core
+        self.looked: tuple[float, float] | None = None  # the time, and the seconds without a core, at the last check
         self.told = threads == 1 or rank() > 0
 
     def __enter__(self) -> "Turns":
@@ -49,7 +49,7 @@ class Turns:
                 self.turn = os.open(place("turn"), os.O_RDWR | os.O_CREAT, 0o600)
                 self.next = os.open(place("next"), os.O_RDWR | os.O_CREAT, 0o600)
                 self._wait()
-            except OSError:  # no such directory, somebody else's file, no such locks there: then nobody waits
+            except OSError:  # no such directory, another user's file, no such locks there: then nobody waits
                 self._leave()
         return self
 
@@ -57,7 +57,7 @@ class Turns:
         self._leave()
 
     def pass_on(self) -> None:
-        """Let others compute who wait for it, if the turn was long enough, and wait for the next one."""
+        """If the turn was long enough, let waiting runs compute, and wait for the next turn."""
         if time.monotonic() - self.began >= TURN:
             if self.turn >= 0:
                 fcntl.flock(self.turn, fcntl.LOCK_UN)
@@ -71,7 +71,7 @@ class Turns:
         self.turn = self.next = -1
 
     def _wait(self) -> None:
-        """Wait until it is this training's turn."""
+        """Wait until it is this run's turn."""
         asked = time.monotonic()
         if self.turn >= 0:
             mine = self._lock(self.next) and self._lock(self.turn)
@@ -82,7 +82,7 @@ class Turns:
         self.waited += self.began - asked
 
     def _lock(self, file: int) -> bool:
-        """Lock a file, or give up where one training has its turn for too long; return whether it is locked."""
+        """Lock a file, or give up if another run has its turn for too long; return whether it is locked."""
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,9 +114,9 @@ def place(name: str) -> Path:
 
 
 def seconds_without_core() -> float:
-    """Return for how long this thread could have gone on, and had no core, since it began; 0.0 where nobody counts it.
+    """Return for how long this thread was ready to run but had no core, since it began; 0.0 if the system does not say.
 
-    Linux does. What waits for something else, a message say, is not counted, nor is what spins: it has a core.
+    Linux does. Waiting for something else, such as a message, does not count, nor does spinning, which has a core.
     """
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9

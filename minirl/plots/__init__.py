@@ -1,7 +1,7 @@
 """Pictures of runs: `python -m minirl.plots RUN_DIR [RUN_DIR ...] [--kind KIND] [--output FILE]`.
 
-`curves` draws the returns of any number of runs; the other kinds draw what one run has learned or sees. What they show
-comes from TensorBoard events and from checkpoints, which run nobody's code.
+`curves` draws the returns of any number of runs; the other kinds draw what one run has learned or observes. The data
+come from TensorBoard events and from checkpoints; reading these executes no code.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ __all__ = ["Curve", "curves_figure", "draw_curves", "draw_picture", "main", "rea
 
 
 def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
-    """Draw the learning curves of runs; a run that is named twice is drawn once. Runs of rlhf have scores instead.
+    """Draw the learning curves of runs; a run named twice is drawn once. Runs of rlhf have scores instead.
 
     Raises:
         ConfigError: if a directory holds no run in which an episode has finished, or matplotlib is missing.

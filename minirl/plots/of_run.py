@@ -1,4 +1,4 @@
-"""What the pictures show, taken from a run: its table or network, and a few steps of its environment."""
+"""The data of the pictures, taken from a run: its table or network, and a few steps of its environment."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ from minirl.runs.directory import load_settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Each kind of picture, and the runs that it can be drawn of.
+# Each kind of picture, and the runs that it can be drawn from.
 KINDS = {
     "q-values": "a run of q_learning on a grid (GridWorld, FrozenLake, CliffWalking)",
     "policy-map": "a run of dqn or ppo on CartPole",
@@ -55,7 +55,7 @@ def draw_picture(kind: str, run_dir: Path, device: str = "auto") -> "Figure":
     """Draw a picture, one of `KINDS`, of a run.
 
     Raises:
-        ConfigError: if the directory holds no run that this can be drawn of, or matplotlib is missing.
+        ConfigError: if the directory holds no run that this can be drawn from, or matplotlib is missing.
     """
     settings = load_settings(run_dir)
     algorithm, env_id = settings["algorithm"], settings.get("env_id", "texts")
@@ -76,7 +76,7 @@ def draw_picture(kind: str, run_dir: Path, device: str = "auto") -> "Figure":
 
 
 def fitting_kinds(settings: dict[str, Any]) -> list[str]:
-    """Return the kinds of pictures that can be drawn of a run with these settings.
+    """Return the kinds of pictures that can be drawn from a run with these settings.
 
     Raises:
         ConfigError: if its environment can't be made.
@@ -96,8 +96,8 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
-    """Make a run's environment, and close it in the end."""
-    shown = {**env_options(settings), "one_hot": False}  # of the pictures, only those of tables show numbers
+    """Make a run's environment, and close it at the end."""
+    shown = {**env_options(settings), "one_hot": False}  # only pictures of Q-tables have Discrete observations
     env = make_env(settings["env_id"], render_mode=render_mode, **shown)
     try:
         yield env
@@ -106,7 +106,7 @@ def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[g
 
 
 def learned_grid(run_dir: Path, settings: dict[str, Any]) -> tuple[NDArray[np.float64], Grid]:
-    """Return the Q-table of a run, and how its states and actions lie in the plane."""
+    """Return the Q-table of a run, and how its states and actions are laid out in the plane."""
     with made(settings) as env:
         grid = grid_of(env.unwrapped)
         assert grid is not None
@@ -114,7 +114,7 @@ def learned_grid(run_dir: Path, settings: dict[str, Any]) -> tuple[NDArray[np.fl
 
 
 def grid_of(env: gym.Env[Any, Any]) -> Grid | None:
-    """Return how the states and actions of an environment lie in the plane; None if they do not."""
+    """Return how the states and actions of an environment are laid out in the plane; None if they are not."""
     if isinstance(env, GridWorld):
         names = {row * env.size + column: "OBSTACLE" for row, column in env.obstacles}
         return Grid(env.size, env.size, MOVES, {**names, env.start_state: "START", env.goal_state: "GOAL"})
@@ -162,10 +162,9 @@ def policy_map(
 
 
 def telling_moments(run_dir: Path, settings: dict[str, Any], device: torch.device) -> tuple[list[Moment], list[str]]:
-    """Play the start of a game with PPO's likeliest actions; return three moments of it, and the actions' names.
+    """Play the start of a game with PPO's most likely actions; return three moments of it, and the actions' names.
 
-    They are those at which the policy is surest, halfway and least sure: of the lowest, the median and the highest
-    entropy.
+    They are the moments of lowest, median and highest entropy: at which the policy is surest, halfway and least sure.
     """
     moments: list[Moment] = []
     with made(settings, render_mode="rgb_array") as env:
@@ -197,7 +196,7 @@ def entropy(probabilities: NDArray[np.float64]) -> float:
 
 
 def preprocessing(settings: dict[str, Any]) -> Stages:
-    """Play the start of a game at random; return the stages of the preprocessing when most moved within a stack."""
+    """Play the start of a game at random; return the preprocessing stages at the step with most motion in its stack."""
     best: Stages | None = None
     most = -1.0
     with made(settings, render_mode="rgb_array") as env:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LAST_EPISODES = 100
 POINTS = 500  # of the mean over seeds
-# Settings in which the runs of a group may differ.
+# Settings that may differ within a group of runs.
 CHANGES_NO_CURVE = ("seed", "num_workers", "num_threads", "checkpoint_frequency", "video_frequency")
 UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 
@@ -29,8 +29,8 @@ UNITS = {"steps": "agent steps", "minutes": "minutes of training"}
 class Curve:
     """The returns of a run's episodes (E,), with the agent step and the minute of training at which each ended.
 
-    Q-learning's episodes are logged in means of the last `episodes_per_point`, everything else's one by one. `settings`
-    are those of `config.json`.
+    Q-learning's episodes are logged as means of the last `episodes_per_point`, those of other algorithms one by one.
+    `settings` are those of `config.json`.
     """
 
     settings: dict[str, Any]
@@ -40,7 +40,7 @@ class Curve:
     episodes_per_point: int = 1
 
     def mean_of_last(self, episodes: int = LAST_EPISODES) -> NDArray[np.float64]:
-        """Return the mean of the last returns at each point, of fewer at the start (E,)."""
+        """Return the mean of the last returns at each point (E,); at the start, of fewer."""
         window = max(episodes // self.episodes_per_point, 1)
         sums = np.concatenate([[0.0], np.cumsum(self.returns)])
         ends = np.arange(1, len(self.returns) + 1)
@@ -58,7 +58,7 @@ def read_curve(run_dir: Path, q_learning_episodes: int) -> Curve:
 
     Args:
         run_dir: the directory of a run.
-        q_learning_episodes: how many of Q-learning's a point is the mean of.
+        q_learning_episodes: how many episodes a point of Q-learning is the mean of.
 
     Raises:
         ConfigError: if the directory holds no run, or no episode has finished in it.
@@ -78,7 +78,7 @@ def read_curve(run_dir: Path, q_learning_episodes: int) -> Curve:
 
 
 def group_by_seed(curves: list[Curve]) -> list[list[Curve]]:
-    """Put together the runs whose settings differ in nothing but the seed, in the order in which they come."""
+    """Group the runs whose settings differ only in the seed, in the given order."""
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         settings = {name: value for name, value in curve.settings.items() if name not in CHANGES_NO_CURVE}
@@ -87,7 +87,7 @@ def group_by_seed(curves: list[Curve]) -> list[list[Curve]]:
 
 
 def labels(groups: list[list[Curve]]) -> list[str]:
-    """Name each group: its algorithm and environment, what sets it apart from others of these, and its seeds."""
+    """Name each group: its algorithm and environment, what sets it apart from others with these, and its seeds."""
     return [", ".join([_kind(group), *_apart(group, groups), _seeds(group)]) for group in groups]
 
 
@@ -96,7 +96,7 @@ def _kind(group: list[Curve]) -> str:
 
 
 def _apart(group: list[Curve], groups: list[list[Curve]]) -> list[str]:
-    """Return the settings that other groups of the same algorithm and environment have other values of."""
+    """Return the settings whose values differ in other groups of the same algorithm and environment."""
     mine = group[0].settings
     others = [other[0].settings for other in groups if _kind(other) == _kind(group)]
     return [
@@ -121,7 +121,7 @@ def mean_and_range(
     Args:
         xs: of each curve, rising.
         ys: of each curve, as long as its x.
-        points: from the last of their first x to the first of their last x.
+        points: number of points, from the largest first x to the smallest last x.
 
     Returns:
         x, mean, minimum and maximum, (points,) each.
@@ -135,7 +135,7 @@ def mean_and_range(
 def curves_figure(curves: list[Curve], x: str = "both") -> "Figure":
     """Draw the mean return of the last 100 episodes against agent steps, minutes of training or both.
 
-    Runs that differ in the seed only are one line, their mean, in a band from the lowest to the highest of them.
+    Runs that differ only in the seed become one line, their mean, in a band from the lowest to the highest.
 
     Args:
         curves: of the runs.
@@ -171,9 +171,9 @@ def _draw_groups(axes: "Axes", groups: list[list[Curve]], side: str) -> None:
         x, y = xs[0], ys[0]
         if len(group) > 1:
             x, y, low, high = mean_and_range(xs, ys)
-            width = 2 if x[0] == x[-1] else 0  # of the band's edge: one that is no wider than a point has no area
+            width = 2 if x[0] == x[-1] else 0  # of the band's edge: a band as narrow as one point has no area
             axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=width)
-        axes.plot(x, y, marker="o" if x[0] == x[-1] else None, **style)  # a line of one point can't be seen
+        axes.plot(x, y, marker="o" if x[0] == x[-1] else None, **style)  # a line of one point is invisible
     if side == "steps":
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set(xlabel=UNITS[side])

@@ -1,4 +1,4 @@
-"""Pictures of what was learned and of what is seen: each function turns data into a figure, and knows no run."""
+"""Pictures of what was learned and of observations: each function turns data into a figure, without reading a run."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,13 @@ DARK, EMPTY, GOAL_GREEN = "#4A4A4A", "#F2F2F2", "#CDEBDD"
 
 @dataclass(frozen=True)
 class Grid:
-    """How the states and actions of a Q-table lie in the plane.
+    """How the states and actions of a Q-table are laid out in the plane.
 
     Attributes:
         rows: of cells; the states are numbered row by row.
         columns: of cells.
-        moves: of each action, how many (rows down, columns to the right) it goes.
-        names: of states, what is special there: "START", "GOAL", or what can't be entered.
+        moves: for each action, how far it goes: (rows down, columns to the right).
+        names: of special states: "START", "GOAL", or what can't be entered.
     """
 
     rows: int
@@ -40,7 +40,7 @@ class Grid:
 def q_values_figure(q_table: NDArray[np.float64], grid: Grid, title: str) -> "Figure":
     """Draw a Q-table (S, A) twice: every action's value on its side of the cell, and the best action's as an arrow.
 
-    A state whose actions all have one value has not been learned (or nothing follows it), and stays empty.
+    A state whose actions all have the same value was not learned (or nothing follows it), and stays empty.
 
     Raises:
         ConfigError: if matplotlib is missing.
@@ -94,7 +94,7 @@ def _draw_sides(
     colours: "ScalarMappable",
     fontsize: float,
 ) -> None:
-    """Draw the four triangles of a cell: each action's value on the side that it goes to, the best one's in bold."""
+    """Draw the four triangles of a cell: each action's value on the side that it leads to, the best in bold."""
     from matplotlib.patches import Polygon
 
     for action, (value, (down, right)) in enumerate(zip(q_values.tolist(), grid.moves, strict=True)):
@@ -116,7 +116,7 @@ def _draw_sides(
 def _draw_best(
     axes: "Axes", value: float, row: int, column: int, grid: Grid, colours: "ScalarMappable", fontsize: float
 ) -> None:
-    """Draw a cell in the colour of its best action's value, which stands at the bottom."""
+    """Draw a cell in the colour of its best action's value, with that value at the bottom."""
     from matplotlib.patches import Rectangle
 
     corner = column - 0.5, row - 0.5
@@ -144,7 +144,7 @@ def _colour(colours: "ScalarMappable", value: float) -> tuple[float, float, floa
 
 
 def _ink(colours: "ScalarMappable", value: float) -> str:
-    """Return the colour of letters that can be read on the colour of a value."""
+    """Return a text colour that is readable on the colour of a value."""
     red, green, blue, _ = _colour(colours, value)
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
 
@@ -162,7 +162,7 @@ def policy_map_figure(
         angles: of the pole (n,), evenly spaced, in degrees; positive leans right.
         velocities: angular velocities (m,), evenly spaced, in degrees a second.
         actions: (m, n) 0 left, 1 right.
-        game: (steps, 3) angle, velocity and action of each step of a game, whose cart may be anywhere.
+        game: (steps, 3) angle, velocity and action of each step of a game; its cart may be anywhere.
         title: of the picture.
 
     Raises:
@@ -226,7 +226,7 @@ class Moment:
 
 
 def action_probabilities_figure(moments: list[Moment], names: list[str], title: str) -> "Figure":
-    """Draw how likely each action is, as bars over the frame of the game; the likeliest stands out.
+    """Draw the probability of each action, as bars over the frame of the game; the most likely one stands out.
 
     Raises:
         ConfigError: if matplotlib is missing.

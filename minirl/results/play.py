@@ -1,4 +1,4 @@
-"""Playing games with a policy as it is, without learning: for evaluation, during training and after."""
+"""Playing games with a fixed policy, without learning: for evaluation, during training and after."""
 
 import statistics
 from collections.abc import Callable
@@ -43,18 +43,18 @@ def play_games(
 
 
 class Evaluator:
-    """Plays a few games every so often during training, to tell how good the policy is without exploration.
+    """Plays a few games at intervals during training, to tell how good the policy is without exploration.
 
-    It has its own environments and changes nothing of the training. The games are new ones each time, and not those
-    that `minirl.evaluate` reports: a network that is picked for its luck in them gains nothing there.
+    It has its own environments and changes nothing in the training. The games are new each time, and not those that
+    `minirl.evaluate` reports: a network that is picked for its luck in them gains nothing there.
 
-    Who plays better than the best so far plays more games before it counts. Of networks that fail one game in twenty, a
-    third win twenty games in a row, and of many that are looked at, the best-looking one is likely to be such.
+    A network that beats the best so far must confirm it in more games. Of networks that fail one game in twenty, a
+    third win twenty games in a row, and of many that are evaluated, the best-looking one is likely to be one of those.
 
     Args:
         config: the training's settings. Every `eval_frequency` agent steps (None: never) it plays `eval_episodes`
             games, and `confirm_episodes` more.
-        run_dir: where the best network would go; None for no games at all.
+        run_dir: where the best network is saved; None for no games at all.
     """
 
     def __init__(self, config: Any, run_dir: Path | None) -> None:
@@ -75,13 +75,13 @@ class Evaluator:
             self.envs.close()
 
     def is_due(self, step_before: int, global_step: int, *, finished: bool) -> bool:
-        """Whether a multiple of the frequency has been passed since `step_before`, or training ends here."""
+        """Whether a multiple of the frequency was reached since `step_before`, or training ends here."""
         if self.frequency is None:
             return False
         return finished or global_step // self.frequency > step_before // self.frequency
 
     def mean_return(self, policy: Policy, global_step: int, *, to_beat: float) -> float:
-        """Play, and more games if the mean return is above `to_beat`; return the mean of all of them."""
+        """Play, with more games if the mean return is above `to_beat`; return the mean over all of them."""
         assert self.envs is not None
         purposes = (Stream.EVALUATION, Stream.CONFIRMATION)
         seed, more_seed = (derived_seed(self.config.seed, purpose, global_step) for purpose in purposes)

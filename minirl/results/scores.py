@@ -1,4 +1,4 @@
-"""What RLHF came to: the reward model's score and the hidden rule's, against the KL from the language model."""
+"""The results of RLHF: the reward model's score and the hidden rule's, against the KL from the language model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ TAGS = {
 
 
 class Scores(NamedTuple):
-    """What a run of rlhf logged at each of its updates (U,): the KL divergence, and those of `TAGS` that there are."""
+    """What a run of rlhf logged at each of its updates (U,): the KL divergence, and which of the `TAGS` it has."""
 
     settings: dict[str, Any]
     kl: NDArray[np.float64]
@@ -34,7 +34,7 @@ def read_scores(run_dir: Path) -> Scores:
     """Read a run's scores.
 
     Raises:
-        ConfigError: if the directory holds no run of rlhf that has come to PPO.
+        ConfigError: if the directory holds no run of rlhf that has reached PPO.
     """
     settings = load_settings(run_dir)
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
@@ -49,7 +49,7 @@ def read_scores(run_dir: Path) -> Scores:
 
 
 def scores_figure(runs: list[Scores]) -> "Figure":
-    """Draw each score against the square root of the KL divergence, as Gao et al. (2022) do, a panel each.
+    """Draw each score against the square root of the KL divergence, as Gao et al. (2022) do, in a panel each.
 
     Raises:
         ConfigError: if matplotlib is missing.
@@ -74,7 +74,7 @@ def scores_figure(runs: list[Scores]) -> "Figure":
 
 
 def _name(run: Scores, runs: list[Scores]) -> str:
-    """Name a run by its price of a nat, the settings that others have other values of, and its seed."""
+    """Name a run by its `kl_coef`, the settings that differ in other runs, and its seed."""
     apart = [
         f"{name} {value}"
         for name, value in run.settings.items()

@@ -1,4 +1,4 @@
-"""A Q-table in words: the source notebook's two tables for a grid, a summary for anything else."""
+"""A Q-table as text: the source notebook's two tables for a grid, a summary for anything else."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ ARROWS = ["^", ">", "v", "<"]
 
 
 def describe(q_table: NDArray[np.float64], env_id: str) -> str:
-    """Return what `train_q.py` prints of a Q-table (S, A): both grids of a GridWorld, a summary of others."""
+    """Return what `train_q.py` prints of a Q-table (S, A): both grids for a GridWorld, otherwise a summary."""
     env = make_env(env_id, one_hot=False)
     grid = env.unwrapped
     env.close()
@@ -20,7 +20,7 @@ def describe(q_table: NDArray[np.float64], env_id: str) -> str:
 
 
 def detailed_grid(q_table: NDArray[np.float64], grid: GridWorld) -> str:
-    """Return every Q-value: a row for each action, a column for each cell."""
+    """Return every Q-value, with a row for each action and a column for each cell."""
     cells = [(row, column) for row in range(grid.size) for column in range(grid.size)]
     header = "   |" + "|".join(f"   ({row},{column})   " for row, column in cells) + "|"
     rule = "-" * len(header)
@@ -52,9 +52,9 @@ def _name(cell: tuple[int, int], grid: GridWorld) -> str | None:
 
 
 def summary(q_table: NDArray[np.float64]) -> str:
-    """Return how much of a table was learned, and for each action where it is best and what it is worth there.
+    """Return how much of a table was learned, and for each action where it is best and its values there.
 
-    A state whose actions all have one value counts as not learned: that is how the table starts.
+    A state whose actions all have the same value counts as not learned: that is how the table starts.
     """
     num_states, num_actions = q_table.shape
     learned = (q_table != q_table[:, :1]).any(axis=1)

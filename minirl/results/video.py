@@ -16,8 +16,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-# Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own writer of GIFs is no substitute: in
-# version 5.0 the colours of Pong come out up to 78 of 255 off, in a file twenty times the size.
+# Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own GIF writer is no substitute: in
+# version 5.0 the colours of Pong are off by up to 78 of 255, in a file twenty times the size.
 from PIL import Image, ImageSequence
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -32,10 +32,10 @@ from minirl.runs.checkpoints import atomic_file, untouched_random_state
 from minirl.runs.run import Run
 from minirl.streams import Stream, derived_seed
 
-LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end one
-ATARI_STEPS_PER_SECOND = 15.0  # 60 frames, 4 of them an agent step
-DEFAULT_STEPS_PER_SECOND = 30.0  # of environments that do not say how fast they are
-GIF_PICTURES_PER_SECOND = 25  # at most: many viewers slow down what is shown for less than 20 ms
+LONGEST_VIDEO = 3_000  # agent steps, more than three minutes of an Atari game: some policies never end a game
+ATARI_STEPS_PER_SECOND = 15.0  # 60 frames, 4 per agent step
+DEFAULT_STEPS_PER_SECOND = 30.0  # for environments that do not say how fast they are
+GIF_PICTURES_PER_SECOND = 25  # at most: many viewers slow down pictures shown for less than 20 ms
 
 Picture = NDArray[np.uint8]  # (H, W, 3), red first
 
@@ -53,19 +53,19 @@ def record_game(
     """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
 
     Args:
-        policy: what plays.
+        policy: the policy that plays.
         env_id: the environment.
         seed: of the game.
-        path: the file; its ending says which kind.
-        flag: what a mistake is called after.
-        stopped: asked after each step; once it is true, the video ends there.
+        path: the file; its suffix says which kind.
+        flag: the flag that errors name.
+        stopped: called after each step; once it returns True, the video ends.
         shown: for `make_env`.
 
     Returns:
         Whether the game came to its end, within `LONGEST_VIDEO` agent steps.
 
     Raises:
-        ConfigError: if the environment can't be drawn, or the file not written.
+        ConfigError: if the environment can't be drawn, or the file can't be written.
     """
     write = write_gif if path.suffix == ".gif" else write_mp4
     with contextlib.closing(make_drawn_env(env_id, flag, **shown)) as env:
@@ -81,7 +81,7 @@ def make_drawn_env(env_id: str, flag: str, **shown: Any) -> gym.Env[Any, Any]:
     """Make an environment whose `render` returns pictures; `shown` is for `make_env`.
 
     Raises:
-        ConfigError: naming `flag`, if there are none.
+        ConfigError: naming `flag`, if it can't be drawn.
     """
     require_render_mode(env_id, flag, "rgb_array")
     return make_env(env_id, render_mode="rgb_array", **shown)
@@ -89,7 +89,7 @@ def make_drawn_env(env_id: str, flag: str, **shown: Any) -> gym.Env[Any, Any]:
 
 def require_render_mode(env_id: str, flag: str, *modes: str) -> None:
     """Raise a ConfigError, naming `flag`, if an environment has none of these render modes."""
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it greets on standard output, where results go
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame greets on standard output, where results go
     with contextlib.closing(make_env(env_id)) as env:
         if not set(modes) & set(env.metadata.get("render_modes", [])):
             raise ConfigError(f"{flag} needs an environment that can be drawn, and {env_id} can't")
@@ -109,7 +109,7 @@ def play_and_draw(
     """Play one whole game; yield its picture at the start and after each agent step.
 
     Raises:
-        ConfigError: naming `flag`, if it can't be drawn, or in pictures of several sizes.
+        ConfigError: naming `flag`, if it can't be drawn, or its pictures differ in size.
     """
     guard, statistics = Guard(env), statistics_of(env)
     assert statistics is not None
@@ -131,7 +131,7 @@ def draw(env: Guard, flag: str) -> Picture:
     """Return a picture of the environment (H, W, 3).
 
     Raises:
-        ConfigError: naming `flag`, if it can't be drawn, say because a package for that is missing.
+        ConfigError: naming `flag`, if it can't be drawn, for example because a package for that is missing.
         EnvError: if it raises.
     """
     try:
@@ -149,8 +149,8 @@ def write_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> Non
     Raises:
         OSError: if that fails.
     """
-    # OpenCV takes some names for addresses, crashes at others and says nothing of a full disk: it writes under a plain
-    # name, and Python copies what can be read again.
+    # OpenCV takes some file names for addresses, crashes at others and does not report a full disk: it writes under a
+    # plain name, and Python copies the file if it can be read again.
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "game.mp4"
         written = _encode_mp4(plain, pictures, per_second)
@@ -161,10 +161,10 @@ def write_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> Non
 
 
 def _encode_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> int:
-    """Write pictures by OpenCV, and return how many."""
+    """Write pictures with OpenCV, and return how many."""
     first = next(pictures)
     height, width = first.shape[:2]
-    odd_row, odd_column = height % 2, width % 2  # are doubled: the codec takes even sizes only
+    odd_row, odd_column = height % 2, width % 2  # are doubled: the codec takes only even sizes
     size = (width + odd_column, height + odd_row)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size)
     number = 0
@@ -188,7 +188,7 @@ def _require_whole(read: int, written: int, unit: str) -> None:
 def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> None:
     """Write pictures as an animated GIF that repeats for ever.
 
-    Of faster games than `GIF_PICTURES_PER_SECOND`, each second or third picture is shown, and for longer.
+    For games faster than `GIF_PICTURES_PER_SECOND`, only every second or third picture is shown, for longer.
 
     Raises:
         OSError: if that fails.
@@ -205,13 +205,13 @@ def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> Non
     with atomic_file(path) as temporary:
         noted_images = noted()
         next(noted_images).save(temporary, format="GIF", save_all=True, append_images=noted_images, loop=0)
-        with Image.open(temporary) as gif:  # pictures that are the same may have become one, which is shown for longer
+        with Image.open(temporary) as gif:  # equal pictures may have become one, shown for longer
             read = sum(image.info["duration"] for image in ImageSequence.Iterator(gif))
         _require_whole(read, sum(durations), "ms")
 
 
 def gif_images(pictures: Iterable[Picture], per_second: float) -> Iterator[Image.Image]:
-    """Yield pictures with their palettes and how long each is shown, a multiple of 10 ms: on average what it should."""
+    """Yield pictures with their palettes and durations, multiples of 10 ms that are right on average."""
     for i, picture in enumerate(pictures):
         image = with_palette(picture)
         start, end = (int(100 * number / per_second) for number in (i, i + 1))
@@ -220,27 +220,27 @@ def gif_images(pictures: Iterable[Picture], per_second: float) -> Iterator[Image
 
 
 def with_palette(picture: Picture) -> Image.Image:
-    """Return a picture of at most 256 colours: its own if they are no more, otherwise those that fit best."""
+    """Return a picture of at most 256 colours: its own if there are no more, otherwise those that fit best."""
     image = Image.fromarray(picture)
     colours: Any = image.getcolors(256)  # [(how often, (r, g, b)), ...], or None if there are more
     if colours is None:
         return image.convert("P", palette=Image.Palette.ADAPTIVE)
-    # Pillow would get there by itself, in ten times the time. Colours that are almost the same may become one.
+    # Pillow would do this by itself, in ten times the time. Colours that are almost the same may become one.
     palette = Image.new("P", (1, 1))
     palette.putpalette(bytes(itertools.chain.from_iterable(sorted(colour for _, colour in colours))))
     return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 class Videos:
-    """Records a game every so often during training, and changes nothing of the training.
+    """Records a game at intervals during training, and changes nothing in the training.
 
-    The policy plays a new game without exploration, for at most `LONGEST_VIDEO` agent steps. It goes to
-    `videos/step-000100352.gif` in the run directory, after the agent step, and to TensorBoard as the image
+    The policy plays a new game without exploration, for at most `LONGEST_VIDEO` agent steps. The video goes to the run
+    directory, as `videos/step-000100352.gif`, named after the agent step, and to TensorBoard, as the image
     `videos/game`.
 
     Args:
         config: the settings; `env_id`, `seed` and `video_frequency` (agent steps, None for never) are read here.
-        run_dir: where to write; None for nowhere: nothing is recorded.
+        run_dir: where to write; None to record nothing.
         first_step: how many agent steps earlier sessions did.
         one_hot: as in `make_env`.
 
@@ -261,7 +261,7 @@ class Videos:
                 draw(guard, flag)
 
     def record(self, run: Run, global_step: int, policy: Policy) -> None:
-        """Record a game if one is due; Ctrl-C cuts it short. A failure is a warning: no video is worth the run."""
+        """Record a game if one is due; Ctrl-C cuts it short. A failure only warns: no video is worth the run."""
         if self.folder is None:
             return
         every = self.config.video_frequency

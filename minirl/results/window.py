@@ -31,11 +31,11 @@ def open_window(env_id: str, **shown: Any) -> gym.Env[Any, Any]:
         raise ConfigError("--render needs a display, and there is none: DISPLAY is not set; --video FILE needs none")
     try:
         with warnings.catch_warnings():
-            # Where there is no "human" mode, Gymnasium shows the pictures in a window of its own, and says so.
+            # Without a "human" mode, Gymnasium shows the pictures in its own window, with a warning.
             warnings.simplefilter("ignore", UserWarning)
             env = make_env(env_id, render_mode="human", **shown)
         Guard(env).reset()
-    except (gym.error.Error, RuntimeError) as error:  # the latter from ALE and pygame
+    except (gym.error.Error, RuntimeError) as error:  # RuntimeErrors are from ALE and pygame
         cause = error.__cause__ if isinstance(error, EnvError) else error
         if not isinstance(cause, gym.error.Error | RuntimeError):
             raise
@@ -44,7 +44,7 @@ def open_window(env_id: str, **shown: Any) -> gym.Env[Any, Any]:
 
 
 def at_game_speed(policy: Policy, steps_per_second: float) -> Policy:
-    """Return a policy that waits where the game would run too fast: without a sound card, ALE plays at double speed."""
+    """Return a policy that waits if the game would run too fast: without a sound card, ALE plays at double speed."""
     next_time = time.monotonic()
 
     def waiting_policy(observations: NDArray[Any]) -> NDArray[Any]:

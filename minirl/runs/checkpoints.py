@@ -1,4 +1,4 @@
-"""Checkpoints: what training needs to go on, in files that a crash can't break and that run nobody's code."""
+"""Checkpoints: what training needs to continue, in files that a crash can't break and that run no code when read."""
 
 import contextlib
 import io
@@ -24,10 +24,10 @@ BEST_FILE = "best.pt"
 # What every algorithm's checkpoint holds.
 COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": float, "random_state": dict}
 
-# What PyTorch's optimisers keep of each weight, in the weight's shape; other things have others.
+# What PyTorch's optimisers keep for each weight, in the weight's shape; the rest of their state has other shapes.
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 
-# What PyTorch's optimisers keep of each group that is a matter of the machine: true on a GPU, an error on a processor.
+# Options of an optimiser's groups that depend on the machine: true on a GPU, an error on a CPU.
 OF_THE_MACHINE = {"capturable"}
 
 State = dict[str, Any]
@@ -36,11 +36,11 @@ State = dict[str, Any]
 def save_checkpoint(path: Path, state: State) -> None:
     """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never a mixture.
 
-    What is written is read back before it takes the old one's place: what can't be read can't be gone on from.
+    The new file is read back before it replaces the old one: a run can't continue from a file that can't be read.
 
     Raises:
-        ConfigError: naming what can't be read back: the old file is kept.
-        OSError: if the disk is full, say.
+        ConfigError: naming what can't be read back; the old file is kept.
+        OSError: for example if the disk is full.
     """
     with atomic_file(path) as temporary:
         try:
@@ -55,7 +55,7 @@ def save_checkpoint(path: Path, state: State) -> None:
 
 
 def _saved(state: State) -> memoryview:
-    """Return what a file of `state` holds. Python writes it, whose errors say what is the matter with a disk."""
+    """Return the bytes of a file of `state`. Python writes them, as its errors say what is wrong with a disk."""
     content = io.BytesIO()
     torch.save(_with_tensors(state), content)
     return content.getbuffer()
@@ -71,7 +71,7 @@ def _readable(value: Any) -> bool:
 
 
 def _with_tensors(value: Any) -> Any:
-    """Return plain data with tensors for its arrays: `weights_only=True` reads no arrays."""
+    """Return plain data with tensors in place of arrays: `weights_only=True` reads no arrays."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _with_tensors(value: Any) -> Any:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and move it there."""
+    """Yield a temporary path beside `path`; if the block succeeds, flush that file to disk and move it to `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -96,30 +96,30 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str = CHECKPOINT_FILE) -> State:
-    """Read the checkpoint of a run into CPU memory. Nothing in the file is executed, whoever wrote it.
+    """Read the checkpoint of a run into CPU memory. No code in the file is executed, whoever wrote it.
 
     Args:
         run_dir: the directory of the run.
-        algorithm: whose checkpoint it must be.
-        keys: what it must hold of the algorithm's own state.
+        algorithm: the algorithm that must have written it.
+        keys: parts of the algorithm's own state that it must hold.
         file: `checkpoint.pt` or `best.pt`.
 
     Returns:
-        What was saved, and its `path`.
+        What was saved, and the file's `path`.
 
     Raises:
-        ConfigError: if there is none, it is not a checkpoint, or it is another algorithm's.
+        ConfigError: if there is no file, it is not a checkpoint, or it is another algorithm's.
     """
     if run_dir is None:
         raise ConfigError("resume=True needs run_dir, the directory of the run")
     path = run_dir / file
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles: the error says enough
+        with warnings.catch_warnings(action="ignore"):  # about odd pickles: the error says enough
             state: State = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no checkpoint here") from None
     except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
-        # What torch itself says of code in a file is how to run it.
+        # For a file that holds code, torch's own message tells how to run it.
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "it holds something other than tensors and plain data" if unsafe else f"it is broken ({brief(error)})"
         raise ConfigError(f"{path} must be a checkpoint that minirl wrote, and can't be read: {reason}") from error
@@ -140,10 +140,10 @@ def load_checkpoint(run_dir: Path | None, algorithm: str, *keys: str, file: str 
 
 @contextlib.contextmanager
 def reading(saved: State) -> Iterator[None]:
-    """Name the file of a checkpoint where what it holds does not fit: it is another run's, say, or was changed.
+    """Name the checkpoint's file in errors if its content does not fit, such as another run's or an edited one.
 
     Raises:
-        ConfigError: for whatever goes wrong in the block.
+        ConfigError: for any error in the block.
     """
     try:
         yield
@@ -154,26 +154,26 @@ def reading(saved: State) -> Iterator[None]:
 
 
 def brief(error: Exception) -> str:
-    """Return an error's type and the last line of what it says, up to 200 characters."""
+    """Return an error's type and the last line of its message, up to 200 characters."""
     text = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
     return textwrap.shorten(text, 200, placeholder="...")
 
 
 class Part(Protocol):
-    """What a checkpoint can hold: networks, optimisers, and whatever else has these two methods."""
+    """What a checkpoint can hold: networks, optimisers, and anything else with these two methods."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return its state, as tensors and plain data."""
+        """Return its state as tensors and plain data."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
         """Put it back."""
 
 
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
-    """Put back what a checkpoint holds of each part, by its name; without a checkpoint do nothing.
+    """Restore each part from a checkpoint, by its name; without a checkpoint do nothing.
 
     Raises:
-        ConfigError: if it does not fit: the run was on another environment, or its file comes from elsewhere.
+        ConfigError: if it does not fit: the run had another environment, or the file comes from elsewhere.
     """
     if saved is None:
         return
@@ -191,10 +191,10 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
 
 
 def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimiser's moments their parameters' layout: fused kernels go through memory, not shapes.
+    """Give an optimiser's moments their parameters' memory layout: fused kernels go by memory, not by shape.
 
     Raises:
-        ValueError: if they are of other shapes.
+        ValueError: if their shapes are not those of the parameters.
     """
     for parameter, state in optimizer.state.items():
         for name in MOMENTS & state.keys():
@@ -206,10 +206,10 @@ def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
-    """Put the weights that a checkpoint holds under `key` into the network.
+    """Load the weights that a checkpoint holds under `key` into the network.
 
     Raises:
-        ConfigError: if they do not fit it: the run was on another environment, or its file comes from elsewhere.
+        ConfigError: if they do not fit: the run had another environment, or the file comes from elsewhere.
     """
     with reading(saved):
         network.load_state_dict(saved[key])
@@ -219,16 +219,16 @@ ADVICE = "the checkpoint before is kept; try a lower learning rate"
 
 
 class DivergedError(RuntimeError):
-    """Training has come to numbers that are not finite. The message says where; the checkpoint before is kept."""
+    """Training has produced numbers that are not finite. The message says where; the last checkpoint is kept."""
 
 
 def require_finite_losses(losses: dict[str, float], unit: str, number: int) -> None:
-    """Stop a training whose losses are not finite: its weights are lost by then, too.
+    """Stop training if its losses are not finite: by then its weights are lost, too.
 
     Args:
         losses: by name.
-        unit: what they are of, "update" say.
-        number: which of those.
+        unit: what they are losses of, such as "update".
+        number: which of these units.
 
     Raises:
         DivergedError: naming the losses and the update.
@@ -251,7 +251,7 @@ def require_finite(learned: State, global_step: int) -> None:
 
 
 def not_finite(learned: State) -> list[str]:
-    """Return the names of the weights that are not finite: a Q-table's, or those of any network of a checkpoint."""
+    """Return the names of the weights that are not finite, in a Q-table or in any network of a checkpoint."""
     weights: dict[str, Any] = {"q_table": learned.get("q_table")}
     for part in learned.values():
         if isinstance(part, dict):
@@ -271,10 +271,10 @@ def random_state() -> State:
 
 
 def set_random_state(saved: State) -> None:
-    """Put back the random states of a checkpoint, as far as this machine has the same devices.
+    """Restore the random states of a checkpoint, as far as this machine has the same devices.
 
     Raises:
-        ConfigError: if they are none.
+        ConfigError: if they are not random states.
     """
     with reading(saved):
         state = saved["random_state"]
@@ -286,7 +286,7 @@ def set_random_state(saved: State) -> None:
 
 @contextlib.contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Put the random states of PyTorch, NumPy and Python back to what they were before the block."""
+    """After the block, restore the random states of PyTorch, NumPy and Python from before it."""
     before = {"random_state": random_state()}
     try:
         yield

@@ -1,11 +1,11 @@
-"""The directory of a run: made, claimed by one process, with the settings in it.
+"""The directory of a run: created, claimed by one process, and holding the settings.
 
 runs/ppo/PongNoFrameskip-v4/20260131-142500-seed42/
     config.json              the algorithm and its settings
     checkpoint.pt            the latest checkpoint, replaced atomically
-    best.pt                  the best one by greedy games, where an algorithm plays them (DQN)
+    best.pt                  the best one by greedy games, if the algorithm plays them (DQN)
     memory-*.npz             the replay memory that the checkpoint belongs with (DQN)
-    videos/step-*.gif        recorded games, where `video_frequency` asks for them
+    videos/step-*.gif        recorded games, if `video_frequency` asks for them
     events.out.tfevents...   TensorBoard; `.0.settings` has the settings
 """
 
@@ -32,14 +32,14 @@ if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
-WITHOUT_ENV = ("rlhf",)  # algorithms whose task is no environment, but texts
+WITHOUT_ENV = ("rlhf",)  # algorithms whose task is texts, not an environment
 
 
 @contextlib.contextmanager
 def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
-    """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number behind it where that is taken.
+    """Make `runs/<algorithm>/<env>/<time>-seed<seed>`, with a number appended if that is taken.
 
-    Without an environment, <env> is "texts". What is still empty when the block ends goes again.
+    Without an environment, <env> is "texts". Directories that are still empty when the block ends are removed.
 
     Raises:
         ConfigError: if there is no such environment, or the directory can't be made.
@@ -50,7 +50,7 @@ def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     run_dir = Path("runs").absolute() / algorithm / env_name / name
     if hasattr(config, "env_id"):
         with making(env_id):
-            gym.spec(registered_id(env_id))  # or the directory of what does not exist might be refused instead
+            gym.spec(registered_id(env_id))  # before the directory, whose own error would hide this one
     for number in itertools.count(2):
         try:
             run_dir.mkdir(parents=True)
@@ -62,16 +62,16 @@ def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     try:
         yield run_dir
     finally:
-        with contextlib.suppress(OSError):  # not empty, mostly
+        with contextlib.suppress(OSError):  # usually not empty
             for folder in (run_dir, *run_dir.parents[:3]):
                 folder.rmdir()
 
 
 def claim(run_dir: Path) -> None:
-    """Make a directory this run's own: of several that try, one succeeds.
+    """Make a directory this run's own: if several try, one succeeds.
 
     Raises:
-        ConfigError: if it is another run's, or can't be written.
+        ConfigError: if it belongs to another run, or can't be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -88,11 +88,11 @@ def claim(run_dir: Path) -> None:
 
 
 def lock(run_dir: Path) -> int | None:
-    """Keep other processes from writing to a run directory, until what is returned is closed or this process ends.
+    """Keep other processes from writing to a run directory, until the descriptor is closed or this process ends.
 
     Returns:
-        A file descriptor of the directory; None where the platform (Windows) or, with a warning, the file system has
-        no such locks.
+        A file descriptor of the directory; None if the platform (Windows) or, with a warning, the file system has no
+        such locks.
 
     Raises:
         ConfigError: if another process is writing there.
@@ -141,7 +141,7 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def files_after(run_dir: Path, algorithm: str, global_step: int) -> list[Path]:
-    """Return the files that a run wrote after the checkpoint of this agent step: they are not what it goes on from.
+    """Return the files that a run wrote after the checkpoint of this agent step: a resumed run must drop them.
 
     Raises:
         ConfigError: if `best.pt` can't be read.

@@ -1,7 +1,7 @@
-"""A file of TensorBoard events, written by the training's own thread.
+"""A file of TensorBoard events, written by the training thread itself.
 
-`SummaryWriter` has a thread of its own, which opens and closes the file for each record and holds up the training's
-meanwhile: where episodes are short, for a tenth of the time.
+`SummaryWriter` has its own thread, which opens and closes the file for each record and blocks the training thread
+meanwhile: for a tenth of the time if episodes are short.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from minirl.runs.checkpoints import atomic_file
 
-FLUSH_EVERY = 10.0  # seconds: TensorBoard looks for news every 30
+FLUSH_EVERY = 10.0  # seconds: TensorBoard looks for new events every 30
 FILE_VERSION = "brain.Event:2"
-# TensorBoard reads the files of a directory by name, and believes what it first reads of the settings.
+# TensorBoard reads the files of a directory in order of name, and keeps the first settings that it reads.
 SETTINGS_FILE = "events.out.tfevents.0.settings"
 
 
@@ -28,8 +28,8 @@ class Events:
     """An event file in a run directory.
 
     Args:
-        run_dir: where; the directory is there already.
-        purge_step: TensorBoard shall forget what earlier files of the directory say of this step and later ones.
+        run_dir: where; the directory must exist.
+        purge_step: TensorBoard drops the events of earlier files from this step on.
 
     Raises:
         OSError: from every call, if the file can't be written.
@@ -45,11 +45,11 @@ class Events:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, summary: Summary, global_step: int | None = None) -> None:
-        """Write what happened by this agent step."""
+        """Write a summary of this agent step."""
         self._write(Event(step=global_step, summary=summary))
 
     def flush(self) -> None:
-        """Hand everything to the operating system: from now on it is there, even if the process is killed."""
+        """Hand everything to the operating system: from now on it is kept, even if the process is killed."""
         self.file.flush()
 
     def close(self) -> None:
@@ -65,11 +65,11 @@ class Events:
 
 
 def save_settings_row(run_dir: Path, algorithm: str, config: Any) -> None:
-    """Write all settings to a file of events of their own; TensorBoard's table "HPARAMS" then has a row for this run.
+    """Write all settings to a separate event file; TensorBoard's table "HPARAMS" then has a row for this run.
 
-    The file takes the place of the one before: a resumed run may have other settings. `SummaryWriter.add_hparams` would
-    make a second run of it, in a directory of its own; the start of a session is all that the table needs. Settings
-    that are None are left out: there the table shows nothing.
+    The file replaces the previous one: a resumed run may have other settings. `SummaryWriter.add_hparams` would make a
+    second run of it, in another directory; the table needs only the start of a session. Settings that are None are left
+    out, and the table shows nothing there.
 
     Raises:
         OSError: if the file can't be written.

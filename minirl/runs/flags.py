@@ -21,13 +21,13 @@ from minirl.runs.settings import Sizes, field_types, flag_name
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that fails with one line on standard error and status 2, and suggests the flag that was meant.
+    """An argument parser that fails with one line on standard error and status 2, and suggests the intended flag.
 
-    Flags are written out: a prefix that is taken for a flag today is another's tomorrow. `@FILE` stands for the flags
-    in a file, some a line, with comments after `#`; what comes later wins.
+    Flags can't be abbreviated: a prefix that means one flag today may mean another tomorrow. `@FILE` stands for the
+    flags in a file, several per line, with comments after `#`; later flags win.
 
     Args:
-        scripts: the training scripts and their configs; a flag of another one gets a hint.
+        scripts: the training scripts and their configs; a flag of another script gets a hint.
         options: of `argparse.ArgumentParser`.
     """
 
@@ -40,19 +40,19 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a number, too
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and remember what was given."""
+        """Parse, and remember the arguments given."""
         self.given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self.given, namespace)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of a file of flags."""
+        """Split a line of a flag file."""
         try:
             return shlex.split(arg_line, comments=True)
         except ValueError as error:
             fail(f"{arg_line.strip()!r} must be flags: {error}")
 
     def error(self, message: str) -> NoReturn:
-        """Print `error: message` and exit; if it is about a line of a file, name that, too."""
+        """Print `error: message` and exit; if it is about a line of a file, name that line, too."""
         unknown = message.removeprefix("unrecognized arguments: ")
         hint = "" if unknown == message else self._hint(unknown.split(" ")[0])
         about = re.search(r"--[a-z][a-z-]*", message)
@@ -94,9 +94,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Print `error: message` on standard error, in one line, and exit; of an `EnvError` its traceback is below.
+    """Print `error: message` on standard error, in one line, and exit; for an `EnvError`, add its traceback.
 
-    Of several ranks that fail, the first one says why.
+    If several ranks fail, only the first one prints.
     """
     if first_to_fail():
         print("error:", *str(message).splitlines(), file=sys.stderr)
@@ -106,7 +106,7 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 
 def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:
-    """Return the config that the settings in `config.json` of a run are.
+    """Return the config of the settings in a run's `config.json`.
 
     Raises:
         ConfigError: if a setting is unknown or wrong.
@@ -173,7 +173,7 @@ def make_parser(config_class: type, description: str, scripts: dict[str, type]) 
 
 
 def as_flags(arguments: dict[str, Any]) -> list[str]:
-    """Return the flags that parse into these arguments."""
+    """Return flags that parse into these arguments."""
     flags = []
     for name, value in arguments.items():
         if isinstance(value, bool):
@@ -184,7 +184,7 @@ def as_flags(arguments: dict[str, Any]) -> list[str]:
 
 
 def shown(default: Any) -> str:
-    """Return a setting as one writes it on a command line."""
+    """Return a setting as it is written on a command line."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     if isinstance(default, bool):
@@ -193,7 +193,7 @@ def shown(default: Any) -> str:
 
 
 def read_path(text: str) -> Path:
-    """Return the path that a flag gives, absolute: environments may change the working directory, which '' would be."""
+    """Return a flag's path, absolute, as environments may change the working directory; '' would mean that one."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, not ''")
     return Path(text).absolute()

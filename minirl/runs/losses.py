@@ -1,4 +1,4 @@
-"""The numbers of gradient steps until their means are logged."""
+"""The statistics of gradient steps, kept until their means are logged."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from minirl.runs.checkpoints import require_finite_losses
 
 
 class RecentLosses:
-    """What gradient steps have returned since `means` was last called. Part of a checkpoint: a kill loses none.
+    """The statistics of gradient steps since the last call of `means`. Checkpoints include them, so a kill loses none.
 
-    The numbers stay on their device until then: to read one after each step would make a GPU wait.
+    They stay on their device until then: reading one after each step would make a GPU wait.
 
     Args:
         device: where they are.
@@ -23,12 +23,12 @@ class RecentLosses:
         self.recent: list[dict[str, Tensor]] = []
 
     def append(self, numbers: dict[str, Tensor]) -> None:
-        """Take what a gradient step returned: numbers () by name."""
+        """Add what a gradient step returned: numbers () by name."""
         self.recent.append(numbers)
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each number by TensorBoard's tags, and begin again; nothing if there was no step.
+        """Return the mean of each number by TensorBoard tag, and start over; an empty dictionary if there was no step.
 
         Raises:
             DivergedError: naming the first of these steps whose numbers are not finite.
@@ -52,7 +52,7 @@ class RecentLosses:
         return {"steps": self.steps, "recent": self._columns()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         columns = {name: column.to(self.device) for name, column in state_dict["recent"].items()}
         rows = zip(*columns.values(), strict=True)
         self.steps, self.recent = state_dict["steps"], [dict(zip(columns, row, strict=True)) for row in rows]

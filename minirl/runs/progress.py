@@ -1,4 +1,4 @@
-"""What a long piece of work says while it lasts, on standard error: how far it is, and a line here and there."""
+"""What a long job prints to standard error while it runs: its progress, and single lines."""
 
 import datetime
 import os
@@ -14,10 +14,10 @@ from minirl.checks import ConfigError
 def say(text: str) -> bool:
     """Write a line to standard error, from any thread or signal handler; return whether it can still be written.
 
-    A signal may come while another line is on its way, which Python answers with "reentrant call": then it is not said.
+    If a signal comes while another line is being written, Python raises "reentrant call", and this line is dropped.
     """
     try:
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: several threads may speak
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: several threads may write
     except RuntimeError:
         return True
     except OSError:
@@ -27,17 +27,17 @@ def say(text: str) -> bool:
 
 
 def silence(number: int) -> None:
-    """Let standard error or output, by its number, lead nowhere: it can't be written, and Python would go on trying."""
+    """Send standard output or error, by its number, nowhere: it can't be written, and Python would keep trying."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
-    if nowhere != number:  # it was closed
+    if nowhere != number:  # the stream was closed
         os.close(nowhere)
 
 
 def open_streams() -> None:
-    """Let standard output and error lead nowhere where they are closed: a file would get their number, and be written.
+    """Send standard output and error nowhere if they are closed: a file would get their number and their output.
 
-    Some job schedulers and `pythonw` start programs in that way.
+    Some job schedulers and `pythonw` start programs with them closed.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
@@ -49,7 +49,7 @@ def answer(text: object) -> None:
     """Print a result to standard output.
 
     Raises:
-        ConfigError: if it can't be written: it is full, say.
+        ConfigError: if it can't be written, for example because the disk is full.
     """
     try:
         print(text, flush=True)
@@ -61,15 +61,15 @@ def answer(text: object) -> None:
 class Progress:
     """Show progress on standard error: a bar on a terminal, a plain line every few seconds anywhere else.
 
-    `update` raises OSError where that can't be written any more; a bar on a terminal that was closed just ends.
+    `update` raises OSError if that can no longer be written; a bar on a terminal that was closed just ends.
 
     Args:
-        total: when the work is done, in `unit`.
+        total: the whole amount of work, in `unit`.
         done: how much of it an earlier session did.
-        unit: what is counted, "steps" say.
+        unit: what is counted, such as "steps".
         interval: seconds between plain lines.
-        stream: where to.
-        shown: whether anything is.
+        stream: where to write.
+        shown: whether anything is shown.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """Say that `done` of the total, which may be another one from now on, is done; `note` follows on the line."""
+        """Show that `done` of the total is done, with `note` at the end of the line; `total` changes the total."""
         self.total = self.total if total is None else total
         if self.bar is not None:
             self.bar.total = self.total
@@ -108,7 +108,7 @@ class Progress:
             print(self._line(note), file=self.stream, flush=True)
 
     def per_second(self) -> float:
-        """Return how much was done a second since this session began."""
+        """Return how much was done per second since this session began."""
         return (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
 
     def _line(self, note: str) -> str:

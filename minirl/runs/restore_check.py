@@ -1,7 +1,7 @@
-"""Whether environments play on from what a checkpoint holds of them as they would have: tried out, not believed.
+"""Whether restored environments continue as the original ones would have: tested, not assumed.
 
-What `minirl.envs.state` captures is all that it can see. A game may also lie in a module's variable, in a library or in
-an open file, and a resumed run would then differ without a word.
+`minirl.envs.state` captures only what it can see. Part of a game's state may also be in a module's variable, in a
+library or in an open file, and a resumed run would then silently differ.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from minirl.envs.state import capture, restore, seeded_reset
 from minirl.envs.workers import MakeEnv
 from minirl.runs.checkpoints import brief, random_state, set_random_state, untouched_random_state
 
-BEFORE, AFTER = 6, 40  # steps until an environment is captured, and steps that are compared
-PATIENCE = 0.5  # seconds for the environment, and as many for its copy
-SEED = 1  # not that with which an environment is restored: a copy must not be right by chance
+BEFORE, AFTER = 6, 40  # steps before an environment is captured, and steps that are compared
+PATIENCE = 0.5  # seconds for the environment, and the same for its copy
+SEED = 1  # not the seed with which an environment is restored: a copy must not be right by chance
 
 Env = gym.Env[Any, Any]
-Seen = tuple[int, dict[str, Any]]  # the number of a step, and what it gave, by name
+Seen = tuple[int, dict[str, Any]]  # the number of a step, and its results by name
 
 
 def how_a_copy_differs(make_env: MakeEnv) -> str:
-    """Return in what a copy of an environment plays otherwise than the environment itself, "" for nothing.
+    """Return how a copy of an environment plays differently from the environment itself, "" if it does not.
 
-    A new environment plays some steps and is captured, and another new one is put into that state. Both go on with the
-    same actions, through resets, too, and must show and pay the same to the last bit. The environments of the training
-    are not touched, and random numbers are put back.
+    A new environment plays some steps and is captured, and another new one is put into that state. Both continue with
+    the same actions, also through resets, and must give the same observations and rewards to the last bit. The
+    environments of the training are not touched, and random states are restored.
 
-    This takes about a second at most. Of slow environments fewer steps are compared. Nothing is where one can't be made
-    and play in half a second, or not twice, or fails: the training will say why.
+    This takes about a second at most. For slow environments fewer steps are compared; none if one can't be made and
+    play in half a second, can't be made twice, or fails: the training will say why.
     """
     with untouched_random_state():
         try:
@@ -56,7 +56,7 @@ def how_a_copy_differs(make_env: MakeEnv) -> str:
 
 
 def how_it_differs(env: Env, state: Any, random_numbers: Any, actions: list[Any], expected: list[Seen]) -> str:
-    """Put an environment into a state, play, and return in what that is not as expected."""
+    """Put an environment into a state, play, and return how the results differ from the expected ones."""
     try:
         restore(env, state)
         set_random_state(random_numbers)
@@ -69,7 +69,7 @@ def how_it_differs(env: Env, state: Any, random_numbers: Any, actions: list[Any]
 
 
 def play(env: Env, actions: list[Any], deadline: float) -> Iterator[Seen]:
-    """Take actions; yield what comes of each, to the bit. Start anew at an end, and half way in any case."""
+    """Take actions; yield the results of each, bit for bit. Reset at the end of an episode, and once half way."""
     for number, action in enumerate(actions, start=1):
         if time.monotonic() > deadline:
             return

@@ -1,9 +1,9 @@
-"""What a checkpoint holds beside networks, so that a killed run goes on as if nothing had happened.
+"""What a checkpoint holds besides networks, so that a killed run continues as if nothing had happened.
 
 Environments are captured in the middle of their episodes (`minirl.envs.state`). A replay memory is too large to be
-written whole each time: its transitions go to files of the run directory once, as they come, and a checkpoint names
-the files that belong to it. Files are complete before a checkpoint names them, and stay until none does, so that a
-kill at any moment leaves a checkpoint with its own memory.
+written in full each time: its transitions are written once, as they come, to files in the run directory, and a
+checkpoint names the files that belong to it. Files are complete before a checkpoint names them, and stay until none
+does, so that a kill at any moment leaves a checkpoint with its own memory.
 """
 
 import warnings
@@ -35,7 +35,7 @@ from minirl.streams import Stream, derived_seed
 
 
 def saved_run(algorithm: str, run_dir: str | Path | None, resume: bool, *keys: str) -> tuple[Path | None, State | None]:
-    """Return the directory of a run, absolute, and its checkpoint where it is to be resumed, with these keys.
+    """Return the absolute directory of a run and, if it is resumed, its checkpoint, which must have these keys.
 
     Raises:
         ConfigError: if there is no checkpoint of this algorithm.
@@ -45,10 +45,10 @@ def saved_run(algorithm: str, run_dir: str | Path | None, resume: bool, *keys: s
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
-    """Return what a checkpoint holds of the environments: their states, and what they show.
+    """Return what a checkpoint holds of the environments: their states and observations.
 
-    Of several ranks, rank 0 returns that of all environments, and the random states of each rank. Where they can't be
-    captured, or a copy of one plays otherwise, a warning says so and there are no states.
+    With several ranks, rank 0 returns this for all environments, with the random states of each rank. If they can't be
+    captured, or a copy of one plays differently, a warning says so and there are no states.
     """
     states = None
     try:
@@ -76,12 +76,12 @@ def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
 
 
 def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
-    """Start the environments, or put them, and random numbers, back to where a checkpoint left them.
+    """Start the environments, or restore them and the random states from a checkpoint.
 
-    The random numbers of ranks differ, but for rank 0's, which are those of a process alone.
+    Each rank has its own random numbers; those of rank 0 are the same as without other ranks.
 
     Returns:
-        What they show, (N, ...).
+        The observations, (N, ...).
 
     Raises:
         ConfigError: if the checkpoint comes from other environments.
@@ -106,9 +106,9 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
 
 
 def of_this_rank(saved: State, seed: int) -> State:
-    """Return a checkpoint with the part of the environments, and the random states, that are this rank's.
+    """Return a checkpoint with this rank's part of the environments and random states.
 
-    Saved by another number of ranks, the environments are dealt out anew, and random numbers begin anew.
+    If it was saved by another number of ranks, environments are redistributed and random numbers start anew.
     """
     ranks, before = saved.get("ranks"), len(saved.get("ranks", [None]))
     if before == world_size() == 1:
@@ -133,7 +133,7 @@ class MemoryFiles:
     """The files of a replay memory: each holds the transitions of each environment from one number to another.
 
     Args:
-        run_dir: where they lie; None for a run that writes nothing.
+        run_dir: where they are; None for a run that writes nothing.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -141,7 +141,7 @@ class MemoryFiles:
         self.spans: list[tuple[int, int]] = []
 
     def save(self, memory: ReplayBuffer) -> State:
-        """Write what was added since the last time; return what a checkpoint holds of the memory."""
+        """Write what was added since the last call; return what a checkpoint holds of the memory."""
         assert self.run_dir is not None
         kept = {self._file(span) for span in self.spans}  # what belongs to the checkpoint on disk
         for file in {*self.run_dir.glob("memory-*.npz"), *self.run_dir.glob(".memory-*.tmp")} - kept:
@@ -157,10 +157,10 @@ class MemoryFiles:
         return {"spans": self.spans, "counters": memory.counters()}
 
     def load(self, memory: ReplayBuffer, saved: State) -> None:
-        """Fill the memory from the files that a checkpoint names; `saved` is what `save` returned for it.
+        """Fill the memory from the files that a checkpoint names; `saved` is what `save` returned.
 
         Raises:
-            ConfigError: if one is missing, or broken, or of another memory.
+            ConfigError: if one is missing, broken, or of another memory.
         """
         self.spans = [(first, end) for first, end in saved["spans"]]
         for span in self.spans:

@@ -1,6 +1,6 @@
-"""A training run as it goes on: when it saves, what it logs, seeds and signals; the same for every algorithm.
+"""A training run: when it saves, what it logs, seeds and signals; the same for every algorithm.
 
-With `run_dir=None` nothing is written. Of several ranks (`minirl.distributed`), rank 0 writes, and speaks, for all.
+With `run_dir=None` nothing is written. Of several ranks (`minirl.distributed`), only rank 0 writes files and messages.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
 from minirl.runs.settings import new_schedules, recipe_note
 
-BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
+BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
 
 
 def as_number(tag: str, value: Any) -> float:
-    """Return a value as TensorBoard takes it, which leaves out a None without a word.
+    """Return a value as a float for TensorBoard, which would silently leave out None.
 
     Raises:
-        TypeError: naming the tag, if it is not one number.
+        TypeError: naming the tag, if the value is not one number.
     """
     try:
         return float(value)
@@ -74,21 +74,21 @@ def seed_everything(seed: int) -> None:
 
 
 def stop_signals() -> list[int]:
-    """Return those that mean to save and stop: Ctrl-C, SIGTERM and, without `nohup`, that the terminal is gone."""
+    """Return the signals to save and stop at: Ctrl-C, SIGTERM and, without `nohup`, the loss of the terminal."""
     if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
     return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 def is_hangup(number: int) -> bool:
-    """Whether a signal says that the terminal is gone. Shell and system both say so: a second one hurries nobody."""
+    """Whether a signal says that the terminal is gone. Shell and system both send it, so a second one is ignored."""
     return sys.platform != "win32" and number == signal.SIGHUP
 
 
 class Stopped(KeyboardInterrupt):
-    """Another signal than Ctrl-C's has stopped a training, which has saved; `number` is the signal's.
+    """A signal other than Ctrl-C's has stopped training, which has saved; `number` is the signal's.
 
-    A KeyboardInterrupt, so that whatever ends at Ctrl-C ends here, too; pytest takes SystemExit for a failed test.
+    A KeyboardInterrupt, so that what ends at Ctrl-C ends here, too; pytest takes SystemExit for a failed test.
     """
 
     def __init__(self, number: int) -> None:
@@ -97,25 +97,25 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_by(number: int) -> KeyboardInterrupt:
-    """Return what stops a training at this signal: at Ctrl-C, what Python itself raises."""
+    """Return the exception that stops training at this signal: for Ctrl-C, the one that Python itself raises."""
     return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
 class Run:
-    """One training run: logs it, shows its progress, saves it, and stops it when asked to.
+    """One training run: logs, shows progress, saves, and stops when asked to.
 
-    Use it as a context manager. Ctrl-C, SIGTERM or SIGHUP is kept until the algorithm next calls `checkpoint`, which
-    saves and then raises KeyboardInterrupt, `Stopped` unless it was Ctrl-C; a second one stops at once. `Stopped`, too,
-    when standard error can't be written any more: the `tee` behind the pipe has ended, or the disk is full.
+    Use it as a context manager. Ctrl-C, SIGTERM or SIGHUP waits until the algorithm next calls `checkpoint`, which
+    saves and then raises KeyboardInterrupt, or `Stopped` if it was not Ctrl-C; a second signal stops at once. `Stopped`
+    is also raised when standard error can no longer be written: a `tee` has ended, or the disk is full.
 
     Args:
         algorithm: its name, for `config.json`.
         config: the settings; `checkpoint_frequency` (agent steps) is read here.
         run_dir: where to write; None for nowhere.
-        total: when the run is done, in `unit`.
-        done: how much of that earlier sessions did.
+        total: the length of the whole run, in `unit`.
+        done: how much of it earlier sessions did.
         unit: what progress is counted in, "steps" or "episodes".
-        resumed: the checkpoint that this run goes on from.
+        resumed: the checkpoint that this run continues from.
     """
 
     def __init__(
@@ -145,10 +145,10 @@ class Run:
         self.lock: int | None = None
         broadcast_from_rank_0(lambda: self._open(resumed, done / total))
         self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
-        self.unlogged: list[tuple[int, Episode]] = []  # by one of several ranks
+        self.unlogged: list[tuple[int, Episode]] = []  # of one of several ranks
 
     def _open(self, resumed: State | None, done: float) -> None:
-        """Make the run directory this run's own, and begin to write there."""
+        """Make the run directory this run's own, and start writing there."""
         run_dir, algorithm, config = self.run_dir, self.algorithm, self.config
         if run_dir is not None:
             if resumed is None:
@@ -160,12 +160,12 @@ class Run:
                 for path in later:
                     path.unlink()
                 save_config(run_dir, algorithm, config)
-                # What an interrupted session logged after its last checkpoint is dropped: it is done again.
+                # What an interrupted session logged after its last checkpoint is dropped, and done again.
                 purge_step = self.first_step + 1 if resumed else None
                 self.events = Events(run_dir, purge_step)
                 save_settings_row(run_dir, algorithm, config)
             except BaseException as error:
-                # So that the same command can be tried again, by this process, too:
+                # So that the same command can be tried again, also by this process:
                 if self.lock is not None:
                     os.close(self.lock)
                 if resumed is None:
@@ -195,7 +195,7 @@ class Run:
             if self.events is not None:
                 self.events.close()
         except OSError as close_error:
-            if error is None:  # otherwise it is told already
+            if error is None:  # otherwise that error is reported already
                 raise self._cant_log(close_error) from close_error
         finally:
             if self.lock is not None:
@@ -204,7 +204,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if world_size() > 1:  # then torchrun sends it, and kills whoever is still there after 30 seconds
+        if world_size() > 1:  # then torchrun sends it, and kills ranks that are left after 30 seconds
             if some_rank_failed():
                 raise SystemExit(1)
             self.stop_signal = number
@@ -228,9 +228,9 @@ class Run:
     def log(
         self, global_step: int, scalars: dict[str, float], *, done: int | None = None, total: int | None = None
     ) -> None:
-        """Write scalars to TensorBoard against agent steps; move the progress on to `done`, by default the steps.
+        """Write scalars to TensorBoard at an agent step; advance the progress to `done`, by default that step.
 
-        `total` is when the run will be done, where that is no longer what it was.
+        `total` is the new length of the run, if it has changed.
         """
         if world_size() > 1:
             episodes = [episode for unlogged in gather_to_rank_0(self.unlogged) for episode in unlogged]
@@ -250,7 +250,7 @@ class Run:
         self._write({**scalars, **speed}, global_step)
 
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
-        """Write the return and the length of finished episodes; of several ranks, when `log` is called."""
+        """Write the return and length of finished episodes; with several ranks, only when `log` is called."""
         for episode in episodes:
             if world_size() > 1:
                 self.unlogged.append((global_step, episode))
@@ -265,7 +265,7 @@ class Run:
     def _write(self, scalars: dict[str, float], global_step: int) -> None:
         if self.events is None:
             return
-        # In one record: each has a checksum, in Python. `add_scalar` writes one for each value.
+        # In one record, as each has a checksum, computed in Python. `add_scalar` writes one record per value.
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=as_number(tag, scalars[tag])) for tag in scalars])
         try:
             self.events.add(summary, global_step)
@@ -282,13 +282,13 @@ class Run:
         return f"mean return {mean:.1f} (last {len(self.returns)})"
 
     def checkpoint(self, global_step: int, state: Callable[[], State], *, finished: bool = False) -> None:
-        """Save when it is time: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
+        """Save if it is due: at the start, every `checkpoint_frequency` steps, at the end, and when asked to stop.
 
-        After a new `best.pt`, too: that is then never of a branch that a resumed run does not go on with. Of several
-        ranks, all stop when one is asked to.
+        Also after a new `best.pt`, which is then never from steps that a resumed run would redo. If one of several
+        ranks is asked to stop, all stop.
 
         Raises:
-            KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and when nobody listens.
+            KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and if standard error is lost.
         """
         several = world_size() > 1
         stop = self._agreed_stop() if several else self.stop_signal
@@ -297,19 +297,19 @@ class Run:
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
         if several:
-            wait_at_most(USUAL)  # for other ranks, from here on: no file is written now
+            wait_at_most(USUAL)  # for other ranks, from here on: no file is being written now
         else:
-            stop = self.stop_signal  # it may have come since
+            stop = self.stop_signal  # it may have come meanwhile
         if stop is not None and not finished:
             raise stop_by(stop)
 
     def _agreed_stop(self) -> int | None:
-        """Return the signal that one of several ranks has got; what comes meanwhile waits for the next time."""
+        """Return the signal that one of several ranks has received; later ones wait for the next call."""
         orphaned = os.getppid() != self.starter  # torchrun is gone
         return max_over_ranks(self.stop_signal or (signal.SIGTERM if orphaned else 0)) or None
 
     def keep_best(self, global_step: int, mean_return: float, state: Callable[[], State]) -> None:
-        """Log the mean return of some greedy games; if all before were worse, save to `best.pt`."""
+        """Log the mean return of some greedy games; if it is the best so far, save to `best.pt`."""
         if self.run_dir is None:
             return
         self._write({"eval/mean_return": mean_return}, global_step)
@@ -330,7 +330,7 @@ class Run:
         }
         try:
             if self.events is not None:
-                self.events.flush()  # or a killed run would go on from here without the events of the last minutes
+                self.events.flush()  # or a killed run would continue from here without the last events
             learned = state()
             require_same_weights(learned)
             require_finite(learned, global_step)
@@ -341,7 +341,7 @@ class Run:
 
 
 def require_same_weights(learned: State) -> None:
-    """Raise RankError unless all ranks have the same weights, bit for bit, by a checksum."""
+    """Raise RankError unless all ranks have the same weights, bit for bit, as a checksum tells."""
     if world_size() == 1:
         return
     checksum = 0

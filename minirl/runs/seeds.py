@@ -1,7 +1,7 @@
-"""The same training with several seeds: `--seeds 0-4`.
+"""Training with several seeds: `--seeds 0-4`.
 
-Each seed is a process of its own, the same script with `--seed`, and has a run directory of its own, with which
-everything else works as with any other: resume, evaluate, plots.
+Each seed is a separate process of the same script with `--seed`, and has its own run directory, which works like any
+other with resume, evaluate and plots.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from minirl.streams import MAX_SEED
 MOST_SEEDS = 1_000
 ATARI_MEMORY = 1 << 30  # bytes that a run on Atari takes, without a replay memory
 
-Status = int | None  # of a process; None for one that was never started
+Status = int | None  # exit status of a process; None if it was never started
 
 
 def read_seeds(text: str) -> list[int]:
     """Read `0-4`, `0,3,7` or `0-4,9`.
 
     Raises:
-        ArgumentTypeError: if that is no list of different seeds.
+        ArgumentTypeError: if that is not a list of different seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -64,12 +64,12 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
 
     Args:
         algorithm: its name.
-        config: the settings, whatever their seed.
-        flags: of the script that runs here, for each process, without the seed and the run directory.
+        config: the settings; their seed is ignored.
+        flags: of the current script, for each process, without the seed and the run directory.
         run_dirs: seed -> where its run goes.
 
     Returns:
-        The status to exit with: 0; 130 or 143 if stopped; otherwise 2 if all seeds failed with that, 1 if some failed.
+        The status to exit with: 0; 130 or 143 if stopped; else 2 if all seeds failed with 2, 1 if some failed.
 
     Raises:
         ConfigError: if there is no such environment, or a directory is taken.
@@ -105,8 +105,8 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
 def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str, str]]:
     """Return how many seeds to train at once, and the flags and variables that keep each to its share of the cores.
 
-    Runs that have a core each make the most: two of Pong, with a thread and a process each, 1,416 agent steps a second
-    where one after the other, with both cores, made 1,247; two that have both cores each, 60.
+    Runs with one core each achieve most: two runs of Pong with one thread and one process each made 1,416 agent steps a
+    second; one after the other, with both cores, 1,247; side by side with both cores each, 60.
     """
     cores, given = available_cores(), vars(config)
     env_id = given.get("env_id")
@@ -114,7 +114,7 @@ def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str,
     each = max(given.get("num_workers") or 1, given.get("num_threads") or 1)
     at_once = min(num_seeds, cores // each)
     if atari:
-        frames = given.get("buffer_size", 0) * config.frame_size**2  # remembered, a byte a pixel
+        frames = given.get("buffer_size", 0) * config.frame_size**2  # in the replay memory, one byte per pixel
         at_once = min(at_once, memory() // (ATARI_MEMORY + frames))
     at_once = max(1, at_once)
     share, flags = cores // at_once, []
@@ -123,7 +123,7 @@ def side_by_side(config: Any, num_seeds: int) -> tuple[int, list[str], dict[str,
     if "OMP_NUM_THREADS" in os.environ:
         return at_once, flags, {}
     if atari and given.get("num_threads", 1) is None:
-        flags.append(f"--num-threads={share}")  # kept with the run: its bits may depend on it
+        flags.append(f"--num-threads={share}")  # saved with the run: its bits may depend on it
     return at_once, flags, {"OMP_NUM_THREADS": str(share)}
 
 
@@ -135,10 +135,10 @@ def memory() -> int:
 
 
 class Processes:
-    """Runs commands, some at a time, and shows what they say with the seed in front.
+    """Runs commands, some at a time, and shows their standard error with the seed in front.
 
-    Ctrl-C and SIGTERM are passed on to those that run, once each time, and no more are started. Children are in
-    sessions of their own: a Ctrl-C from the terminal would reach them as well, and a second one means not to save.
+    Ctrl-C and SIGTERM are passed on to the running ones, once each time, and no more are started. Children have their
+    own sessions: a Ctrl-C from the terminal would also reach them, and a second one means not to save.
 
     Args:
         environment: variables to set for them.
@@ -186,7 +186,7 @@ class Processes:
                 process.send_signal(self.stopped_by)
             assert process.stderr is not None
             for line in process.stderr:
-                if not self.stopped:  # or there may be tracebacks of processes that were not up yet
+                if not self.stopped:  # or there may be tracebacks of processes that were still starting
                     self._say(f"seed {seed}: {line.rstrip()}")
         del self.running[seed]
         if process.returncode != 0 and not self.stopped:
@@ -207,7 +207,7 @@ class Processes:
             process.send_signal(number)
 
     def _say(self, text: str) -> None:
-        if not say(text) and not self.stopped:  # nobody listens any more
+        if not say(text) and not self.stopped:  # nobody reads it any more
             self._stop(signal.SIGTERM)
 
 
@@ -223,7 +223,7 @@ def summary(algorithm: str, run_dirs: dict[int, Path]) -> str:
         rows.append([str(seed), f"{saved['global_step']:,}", *map(_shown, numbers[-1]), str(run_dir)])
     rows.append(["mean", "", *map(_shown, np.mean(numbers, axis=0)), ""])
     rows.append(["std", "", *map(_shown, np.std(numbers, axis=0)), ""])
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]  # Double DQN alone plays greedy games
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]  # only Double DQN plays greedy games
     padded = [[text.rjust(max(map(len, column))) for text in column] for column in columns[:-1]]
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, columns[-1], strict=True))
 

@@ -1,4 +1,4 @@
-"""Settings: a frozen dataclass whose every field has a default, one line of help and the values it may take.
+"""Settings: a frozen dataclass in which every field has a default, one line of help and a range of values.
 
 @dataclass(frozen=True)
 class Config:
@@ -19,10 +19,10 @@ import minirl
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
 
-MAX_THREADS = 1_024  # far beyond it PyTorch ends in an error of its own
-MAX_WHOLE = 10**12  # of any whole number: no run is as long, and floats count exactly far beyond it
+MAX_THREADS = 1_024  # far beyond it, PyTorch fails with its own error
+MAX_WHOLE = 10**12  # for any whole number: no run is as long, and floats are exact far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
-OTHER_FLAGS = ("run_dir", "resume", "seeds", "device", "final_games", "help")  # of all scripts, settings of none
+OTHER_FLAGS = ("run_dir", "resume", "seeds", "device", "final_games", "help")  # flags of all scripts, not settings
 NOUNS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -42,7 +42,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     group: str | None = None,
 ) -> Any:
-    """Declare one field of a config: its default, one line of help, and the range of its values, or which they may be.
+    """Declare one field of a config: its default, one line of help, and the range or the choices of its values.
 
     `group` is a heading in `--help`, above this field and those that follow.
     """
@@ -60,7 +60,7 @@ def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
     """Map each field's name to its plain type and whether None is allowed (`float | None` -> float, True).
 
     Raises:
-        TypeError: naming a field that is not declared by `setting`, or whose type no flag has.
+        TypeError: naming a field that is not declared by `setting`, or whose type flags do not support.
     """
     result = {}
     hints = typing.get_type_hints(config_class)
@@ -135,7 +135,7 @@ def _describe(plain: type, at_least: float | None, at_most: float | None, above:
     return " ".join([noun, " and ".join(limits)]).strip()
 
 
-# What changes no result, or how far a run goes only, or which games are shown.
+# Settings that change no result, or only how long a run is, or which games are played beside it.
 NO_RECIPE = {
     *("env_id", "seed", "total_timesteps", "num_episodes", "compile", "precision", "num_workers", "num_threads"),
     *("eval_frequency", "eval_episodes", "confirm_episodes", "checkpoint_frequency", "video_frequency"),
@@ -144,7 +144,7 @@ RECIPES = Path(minirl.__file__).parents[1] / "recipes"  # files of flags, in a c
 
 
 def recipe_note(algorithm: str, config: Any) -> str | None:
-    """Return a line on where to find settings for a task that all defaults are not for; None where some are chosen."""
+    """Return a line on where to find settings for a task that the defaults are not for; None if some were chosen."""
     if not hasattr(config, "env_id"):
         return None
     defaults = type(config)()
@@ -162,7 +162,7 @@ def recipe_note(algorithm: str, config: Any) -> str | None:
 
 
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
-    """Return a line on what the schedules of a run do whose total has changed, or None if it has not or there are none.
+    """Return a line on how a changed total affects a run's schedules; None if it is unchanged or there are none.
 
     Args:
         before: the settings so far.

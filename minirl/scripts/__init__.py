@@ -1,1 +1,1 @@
-"""What `train_ppo.py` and its like do: flags into a config, training, and the report at the end."""
+"""What the scripts such as `train_ppo.py` do: flags into a config, training, and the report at the end."""

@@ -1,7 +1,7 @@
 """What a finished run adds to its TensorBoard events: the return of some greedy games, and pictures.
 
-Nothing here belongs to the training, which is done and saved by then, and nothing here can turn it into a failure:
-what does not work is left out, and a line says so.
+This runs after the training is done and saved, and can't turn it into a failure: what does not work is left out, and a
+line says so.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from minirl.runs.directory import load_settings
 from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
 
-FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # unless said; a game of Pong takes seconds
+FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # by default; a game of Pong takes seconds
 FINAL_TEXTS = 500
-# Seconds for games that nobody asked for: a tenth of the training, and never less or more than this.
+# Seconds for games that were not asked for: a tenth of the training time, and never less or more than this.
 SHORTEST_PATIENCE, LONGEST_PATIENCE = 3.0, 60.0
 
 
@@ -52,7 +52,7 @@ def check_final_games(games: int | None, config: Any) -> None:
 
 
 def judges_itself(settings: dict[str, Any]) -> bool:
-    """Whether the training logs the return of greedy games, at its last step too (DQN)."""
+    """Whether the training itself logs the return of greedy games, also at its last step (DQN)."""
     return settings.get("eval_frequency") is not None
 
 
@@ -61,7 +61,7 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
 
     Args:
         run_dir: the directory of a run that is done.
-        games: how many; None for a few, which are left out where they would take long beside the training.
+        games: how many; None for a few, which are left out if they would take long compared with the training.
         device: `auto`, `cpu` or `cuda`.
     """
     if not (run_dir / CHECKPOINT_FILE).exists():
@@ -80,7 +80,7 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
                 with written_anew(run_dir, "games", global_step) as writer:
                     writer.add_scalar("eval/mean_return", mean_return, global_step)
         with left_out("pictures"):
-            require_matplotlib()  # one line where it is missing, not one for each picture
+            require_matplotlib()  # one line if it is missing, not one for each picture
             for kind in fitting_kinds(settings):
                 with left_out(f"the picture {kind}"):
                     figure = draw_picture(kind, run_dir, device)
@@ -89,7 +89,7 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
 
 
 def report_texts(run_dir: Path, settings: dict[str, Any], number: int, device: str) -> None:
-    """Print a table and some texts of before and after, and draw the scores of a run of rlhf, where it has any."""
+    """Print a table and some texts from before and after PPO; draw the scores of a run of rlhf, if it has any."""
     seed = evaluation_seed(settings)
     if number > 0:
         result = evaluate_texts(run_dir, settings, number, seed, device)
@@ -102,9 +102,9 @@ def report_texts(run_dir: Path, settings: dict[str, Any], number: int, device: s
 
 @contextlib.contextmanager
 def written_anew(run_dir: Path, what: str, global_step: int) -> Iterator[SummaryWriter]:
-    """Yield a writer of events whose file takes the place of what an earlier session wrote of the same at this step.
+    """Yield an event writer whose file replaces what an earlier session wrote of the same at this step.
 
-    A run that is done and resumed comes here again, and would have two values at one step.
+    A finished run that is resumed comes here again, and would have two values at one step.
     """
     suffix = f".{what}-{global_step}"
     earlier = list(run_dir.glob(f"events.out.tfevents.*{suffix}"))
@@ -116,16 +116,16 @@ def written_anew(run_dir: Path, what: str, global_step: int) -> Iterator[Summary
 
 @contextlib.contextmanager
 def left_out(what: str) -> Iterator[None]:
-    """Go on after an error in the block, and say what is left out because of it."""
+    """After an error in the block, say what is left out and continue."""
     try:
         yield
-    except Exception as error:  # a user's environment may raise anything when it is drawn, say
+    except Exception as error:  # for example, a user's environment may raise anything when drawn
         reason = " ".join(str(error).split()) or type(error).__name__
         say(f"left out of TensorBoard: {what}: {reason}")
 
 
 def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patience: float, device: str) -> float:
-    """Play the first games of those that `minirl.evaluate` plays, with greedy actions; return their mean return.
+    """Play the first of the games that `minirl.evaluate` plays, with greedy actions; return their mean return.
 
     Raises:
         TimeoutError: if they take longer than `patience`, in seconds.

@@ -1,4 +1,4 @@
-"""What `train_ppo.py` and its like do: flags into a config, training, and the report at the end."""
+"""What the scripts such as `train_ppo.py` do: flags into a config, training, and the report at the end."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from minirl.runs.seeds import train_seeds
 from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
 
-# What may be given with --resume: how far to go on, and what changes no result but by rounding.
+# Settings allowed with --resume: how long to continue, and what changes results by rounding at most.
 MAY_CHANGE = (
     *("total_timesteps", "num_episodes", "stage", "num_workers", "num_threads", "checkpoint_frequency"),
     "video_frequency",
@@ -38,12 +38,12 @@ class Train(Protocol):
 def run_training(
     algorithm: str, config_class: type, train: Train, description: str, argv: list[str] | None = None
 ) -> tuple[Any, Any]:
-    """Parse flags into a config and train: what `train_ppo.py` and its like do.
+    """Parse flags into a config and train, as the scripts such as `train_ppo.py` do.
 
     Returns the config and what `train` returned. A user's mistake ends with status 2 and one line, before anything is
-    written; a training that diverges, or an environment that fails, with status 1; Ctrl-C with 130, SIGTERM 143, SIGHUP
-    129, and a standard error that nobody reads any more 141. When torchrun starts ranks again, they go on with the run
-    that those before them have begun.
+    written; diverged training or a failed environment with status 1; Ctrl-C with 130, SIGTERM 143, SIGHUP 129, and a
+    standard error that nobody reads any more 141. When torchrun restarts ranks, they continue the run that the ranks
+    before them began.
     """
     parser = make_parser(config_class, description, TRAINING_SCRIPTS)
     arguments = vars(parser.parse_args(argv))
@@ -82,7 +82,7 @@ def run_training(
     except (DivergedError, EnvError, RankError) as error:
         fail(error, status=1)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for a GPU; for the processor's memory it raises any RuntimeError.
+        # PyTorch has a special error for GPU memory; for CPU memory it raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
@@ -91,12 +91,12 @@ def run_training(
 
 
 def started_again(resume: Path | None, run_dir: Path | None) -> tuple[Path | None, Path | None]:
-    """Return the directory to resume and the new one, as the flags say, or as the ranks before these have left them."""
+    """Return the directory to resume and the new one, from the flags or, after a restart, from the ranks before."""
     if (begun := recall()) is None:
         return resume, run_dir
     if (begun / CHECKPOINT_FILE).exists():
         return begun, None
-    (begun / CONFIG_FILE).unlink(missing_ok=True)  # they had begun it, and no more
+    (begun / CONFIG_FILE).unlink(missing_ok=True)  # they had only begun it
     return None, begun
 
 
@@ -108,10 +108,10 @@ def train_with_seeds(
     run_dir: Path | None,
     others: dict[str, Any],
 ) -> int:
-    """Train with each of several seeds, in processes of their own; return the status to exit with.
+    """Train with each of several seeds, in separate processes; return the status to exit with.
 
     Raises:
-        ConfigError: if a setting or a directory will not do.
+        ConfigError: if a setting or a directory can't be used.
     """
     if "seed" in given:
         raise ConfigError("--seeds can't go with --seed")
@@ -128,10 +128,10 @@ def train_with_seeds(
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
-    """Return the settings of a saved run; only those of `MAY_CHANGE` may be given anew.
+    """Return the settings of a saved run; only those in `MAY_CHANGE` may be changed.
 
     Raises:
-        ConfigError: if the run is another algorithm's, or a flag says otherwise than the run's settings.
+        ConfigError: if the run is another algorithm's, or a flag contradicts the run's settings.
     """
     settings = load_settings(run_dir)
     saved_algorithm = settings["algorithm"]

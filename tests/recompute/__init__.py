@@ -1,4 +1,4 @@
-"""Trains, records what went into each update and what came out, and computes all of it again (`tests.reference`).
+"""Trains, records the inputs and results of each update, and recomputes everything (`tests.reference`).
 
 Every column of the rollouts or of the batches, every loss, moment, weight and buffer, and every TensorBoard tag but
 the clock's (`charts/SPS`, `charts/minutes`) is compared.
@@ -18,7 +18,7 @@ from tests.recompute.report import Report
 
 
 def check(case: Case, folder: Path) -> Report:
-    """Train, and compute all of it again."""
+    """Train, and recompute everything."""
     report = Report()
     recording = record(case, folder)
     checks: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""Double DQN, computed again."""
+"""Double DQN, recomputed."""
 
 import functools
 import math
@@ -18,11 +18,11 @@ from tests.recompute.report import UNLIKELY, Report, mean_of
 from tests.recompute.steps import check_chain, check_result, check_step, columns, episodes, products
 from tests.reference import SINGLE, Numbers, Rounding, Weights, with_bounds
 
-TIE = 1e-4  # relative: of two actions' values that are nearer to each other than that, either may be taken
+TIE = 1e-4  # relative: if two actions' values are closer than this, either action may be taken
 
 
 def dqn_numbers(config: Any, update: Update, trained: set[str], batch: Numbers, rounding: Rounding) -> Numbers:
-    """What one gradient step of Double DQN comes to."""
+    """The results of one gradient step of Double DQN."""
     online, target = update.before.networks
     learned = {name: online[name].clone().requires_grad_() for name in online if name in trained}
     weights = online | learned
@@ -40,7 +40,7 @@ def dqn_numbers(config: Any, update: Update, trained: set[str], batch: Numbers, 
 
 
 def moved_target(target: Weights, online: Weights, trained: Iterable[str], tau: float) -> tuple[Weights, Weights]:
-    """The target network after one move, and how far one in float32 may be from it; buffers are copied."""
+    """The target network after one update, and how far float32 may be off; buffers are copied."""
     parameters = {name for name in target if "running" not in name and "tracked" not in name}
     moved = {name: target[name] + (tau if name in parameters else 1) * (online[name] - target[name]) for name in target}
     bound = {
@@ -51,10 +51,10 @@ def moved_target(target: Weights, online: Weights, trained: Iterable[str], tau: 
 
 
 class Sampled:
-    """Traces the transitions of batches back to the raw steps: each is a whole one, still remembered, and any is.
+    """Traces the transitions of batches to the raw steps: each is complete and still in the memory, and any may come.
 
-    Where frames are stored once there are `length / 20 + 5` rows more than steps, and each end takes one: what is
-    remembered may be less. Of every draw, its place in the memory, from 0 to 1, is kept: uniform, with a mean of 1/2.
+    If frames are stored once, there are `length / 20 + 5` more rows than steps, and each episode's end takes one, so
+    fewer steps may be stored. For every draw, its place in the memory, from 0 to 1, is kept: uniform, with mean 1/2.
     """
 
     def __init__(self, raw: dict[str, NDArray[Any]], window: int) -> None:
@@ -73,7 +73,7 @@ class Sampled:
         self.first_row = self.row_after - 1 - ended - np.minimum(number, recorded.FRAMES - 1)  # of each step's stack
 
     def oldest(self, newest: int, row: int) -> int:
-        """The first step of an environment that is remembered after its step `newest`."""
+        """The first step of an environment that is still in the memory after its step `newest`."""
         first = max(0, newest + 1 - self.window)
         if self.dtype == np.float32:
             return first
@@ -131,7 +131,7 @@ def check_dqn(config: Any, recording: Recording, report: Report, log_every: int)
         if config.epsilon_decay is not None:
             epsilon = max(config.end_epsilon, config.start_epsilon * config.epsilon_decay**finished_episodes)
 
-        # Acting: by the weights as they are now, but for chance.
+        # Acting: with the current weights, except for exploration.
         online = updates[done].before.networks[0] if done < len(updates) else updates[-1].after.networks[0]
         values, _ = reference.q_network(online, torch.from_numpy(raw["obs"][t]).double(), Rounding(), training=False)
         taken = values[torch.arange(envs), torch.from_numpy(raw["action"][t])]
@@ -197,7 +197,7 @@ def judged_means(config: Any, directory: Path) -> list[float]:
     seeds = [seed for seed in seeds if seed > 1]  # 0 and 1: what is to be restored, or is tried out, is reset first
     side_by_side = min(max(config.eval_episodes, config.confirm_episodes), 8)
     groups = [sorted(seeds[i : i + side_by_side]) for i in range(0, len(seeds), side_by_side)]
-    # A run that goes on from a checkpoint plays again what came after it.
+    # A resumed run plays again what came after its checkpoint.
     groups = [group for i, group in enumerate(groups) if group not in groups[:i]]
 
     def returns(group: list[int], count: int) -> list[float]:

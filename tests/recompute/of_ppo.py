@@ -1,4 +1,4 @@
-"""PPO, computed again."""
+"""PPO, recomputed."""
 
 import functools
 from collections import defaultdict
@@ -22,7 +22,7 @@ STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_
 def ppo_numbers(
     config: Any, update: Update, trained: set[str], batch: Numbers, clip_coef: float, rounding: Rounding
 ) -> Numbers:
-    """What one gradient step of PPO comes to."""
+    """The results of one gradient step of PPO."""
     weights = dict(update.before.networks[0])
     learned = {name: weights[name].clone().requires_grad_() for name in weights if name in trained}
     outputs, values, buffers = reference.actor_critic(weights | learned, batch["observations"], rounding, training=True)
@@ -50,12 +50,12 @@ def ppo_numbers(
 def check_rollout(
     config: Any, report: Report, weights: Weights, raw: dict[str, NDArray[Any]], samples: Numbers
 ) -> None:
-    """Compare the samples of an update with the raw steps, and with what the network says of these."""
+    """Compare the samples of an update with the raw steps, and with the network's outputs for these."""
     shape = raw["reward"].shape
     found = {name: column.unflatten(0, shape) for name, column in samples.items()}
     for name, mine in [("observations", "obs"), ("terminated", "terminated")]:
         report.same(f"rollout: {name}", found[name], raw[mine].astype(np.float64))
-    # What a Gaussian draws is stored as it was drawn, and the environment gets the nearest action within its bounds.
+    # A Gaussian's samples are stored as drawn, and the environment gets the nearest action within its bounds.
     taken = found["actions"].numpy()
     if "log_std" in weights:
         report.compare("drawn beyond the bounds", float((taken != raw["action"]).any()), 1.0, 0.0)
@@ -94,7 +94,7 @@ def check_rollout(
 
 
 def check_statistics(report: Report, weights: Weights, history: Tensor) -> None:
-    """Compare what a network normalises by, if it does, with all that was seen in the rollouts before: (steps, n)."""
+    """Compare a network's normalisation, if any, with all observations of the earlier rollouts: (steps, n)."""
     if "normalize.mean" in weights:
         mean, variance = reference.moments(history)
         report.compare("statistics: mean", weights["normalize.mean"], mean, 1e-12)

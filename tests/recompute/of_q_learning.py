@@ -1,4 +1,4 @@
-"""Q-learning, computed again."""
+"""Q-learning, recomputed."""
 
 import math
 from collections import defaultdict
@@ -40,7 +40,7 @@ def check_q_learning(config: Any, recording: Recording, report: Report, log_ever
             expected["charts/episodic_length"].append((now, len(all_errors) / len(returns), 1e-9))
             expected["losses/td_error"].append((now, sum(all_errors) / len(all_errors), 1e-9))
     report.same("episodes", len(games), config.num_episodes)
-    # Equal values are ties, of which the first is taken: what is taken for exploring may be less than it was.
+    # Among equal values the first is taken: the exploration that can be recognised may be less than there was.
     report.compare("explored", explored, chance, UNLIKELY * math.sqrt(variance) + 1e-9)
     report.compare("table", recording.result, table, 1e-9 * (1 + table.abs()))
     report.series(recording.logged, expected)

@@ -12,7 +12,7 @@ from tests.reference import SINGLE
 CLOCK = {"charts/SPS", "charts/minutes"}
 UNLIKELY = 6  # standard deviations
 
-Series = dict[str, list[tuple[int, float, float]]]  # tag -> agent step, value, how far a logged one may be from it
+Series = dict[str, list[tuple[int, float, float]]]  # tag -> agent step, value, how far a logged value may be off
 
 
 class Report:
@@ -22,7 +22,7 @@ class Report:
         self.worst: dict[str, float] = {}
 
     def compare(self, what: str, found: Any, expected: Any, bound: Any) -> None:
-        """Compare numbers, element by element; NaN is equal to NaN, and nothing is within a bound of 0 but the same."""
+        """Compare numbers, element by element; NaN equals NaN, and only equal numbers are within a bound of 0."""
         found, expected, bound = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected, bound))
         if found.shape != expected.shape:
             self.worst[what] = math.inf
@@ -45,12 +45,12 @@ class Report:
 
     @property
     def wrong(self) -> dict[str, float]:
-        """What is beyond its bound."""
+        """The quantities beyond their bounds."""
         return {what: share for what, share in self.worst.items() if not share <= 1}
 
 
 def mean_of(numbers: Iterable[tuple[Tensor, float]]) -> tuple[float, float]:
-    """The mean of some numbers, and how far one in float32 may be from it: its sum is rounded at each of them."""
+    """The mean of some numbers, and how far float32 may be off: its sum is rounded at each of them."""
     values, bounds = zip(*((float(value), bound) for value, bound in numbers), strict=True)
     sizes = [abs(value) for value in values]
     return sum(values) / len(values), (sum(bounds) + len(values) * SINGLE * sum(sizes)) / len(values)

@@ -13,7 +13,7 @@ from tests.reference import BFLOAT16, SINGLE, Numbers
 
 
 def products(config: Any) -> float:
-    """The unit roundoff of what matrices multiply."""
+    """The unit roundoff of the factors in matrix products."""
     return BFLOAT16 if config.precision == "bfloat16" else SINGLE
 
 
@@ -47,7 +47,7 @@ def episodes(recording: Recording) -> Series:
 
 
 def check_chain(report: Report, earlier: Update | None, update: Update) -> None:
-    """Between two gradient steps nothing changes the network or the moments: no acting, no evaluation, no resume.
+    """Between two gradient steps nothing changes the network or the moments, whether acting, evaluation or resuming.
 
     (Statistics of observations do change: see `tests.recompute.of_ppo.check_statistics`.)
     """
@@ -68,7 +68,7 @@ def check_step(
     eps: float,
     numbers: Any,
 ) -> None:
-    """Compare what one gradient step returned, its moments, weights and buffers with what it should have.
+    """Compare the results, moments, weights and buffers of one gradient step with the expected ones.
 
     Args:
         learned: weights that are not frozen, before.
