@@ -37,7 +37,7 @@ class Steppable:
         """Read the learning rates, which may have been set or loaded from a checkpoint.
 
         Raises:
-            RuntimeError: if the optimiser has hooks, which would not be called, or has other parameters now.
+            RuntimeError: if the optimiser has hooks, which would not be called.
         """
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
