@@ -1,6 +1,7 @@
 """A compiled function is the plain one: of any network, optimiser and loss, whatever changes while it is used."""
 
 import copy
+import random
 import shlex
 import struct
 import warnings
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -402,6 +404,96 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_a_line_says_why(what: str) ->
     assert not torch.equal(parameters(network), before)
 
 
+def negate(tensor: Tensor | None) -> None:
+    assert tensor is not None
+    tensor.neg_()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("what", ["hook", "accumulated", "optimiser", "group"])
+def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ends = []
+    for enabled in (False, True):
+        network, optimizer, step = small(enabled)
+
+        def add(network: nn.Linear = network, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            if what == "hook":
+                network.weight.register_hook(lambda gradient: -gradient)
+            elif what == "accumulated":
+                network.weight.register_post_accumulate_grad_hook(lambda weight: negate(weight.grad))
+            elif what == "optimiser":
+                optimizer.register_step_pre_hook(lambda *_: negate(network.weight.grad))
+            else:
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+        if not late:
+            add()
+        step(torch.ones(2))
+        if late:
+            add()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                step(torch.ones(2))
+        assert len([warning for warning in seen if "going on without" in str(warning.message)]) == (enabled and late)
+        ends.append(network.weight.item())
+    assert ends[0] == pytest.approx(ends[1])
+    assert (ends[0] < 0) == (what != "group" and not late)
+
+
+def test_learning_rates_are_numbers_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that stays would be changed by `*=`, and one that was kept would have changed with it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ends = []
+    for enabled in (False, True):
+        network, optimizer, step = small(enabled)
+        group = optimizer.param_groups[0]
+        for number in range(8):
+            if number == 2:
+                kept = group["lr"]
+                group["lr"] *= 0.1
+            elif number == 4:
+                group["lr"] = kept
+            elif number in (5, 6):
+                group["lr"] = 0.1 if number == 6 else group["lr"] * 3
+            elif number == 7:
+                group["lr"] = torch.tensor(0.05)
+            step(torch.ones(2))
+        assert isinstance(group["lr"], Tensor), "the user's own"
+        assert group["lr"].item() == pytest.approx(0.05)
+        ends.append(network.weight.item())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pytest.CaptureFixture[str]) -> None:
+    ends = []
+    for enabled in (False, True):
+        network, optimizer, _ = small()
+        network.calls = 0  # type: ignore[assignment]
+
+        def step(network: Any, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+            network.calls += 1
+            optimizer.zero_grad()
+            ((network.weight - 2) * batch).square().mean().mul(1 / (1 + network.calls)).backward()
+            if network.calls % 2 == 0:
+                optimizer.step()
+
+        call = compiled(step, network, optimizer, enabled=enabled)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(14):
+                call(torch.ones(2))
+        assert network.calls == 14
+        said = [str(warning.message) for warning in seen if "going on without" in str(warning.message)]
+        assert len(said) == enabled
+        assert not enabled or "8 is the limit: network.calls == " in said[0]
+        ends.append(network.weight.item())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+    assert "hit config" not in capfd.readouterr().err
+
+
 def test_looking_for_gradients_changes_nothing() -> None:
     """The first call finds the parameters that have one, with copies: no statistics, random numbers or step change."""
     torch.manual_seed(0)
@@ -411,12 +503,15 @@ def test_looking_for_gradients_changes_nothing() -> None:
 
     def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
         optimizer.zero_grad()
-        network(batch).square().mean().backward()
+        (network(batch).square().mean() * random.random() * np.random.rand()).backward()  # noqa: NPY002
         optimizer.step()
 
-    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    before = copy.deepcopy(network.state_dict())
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
     Compiled(step, (network, optimizer))._make_gradients([torch.randn(4, 2, generator=torch.Generator())])
-    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(drawn[0], torch.get_rng_state())
+    assert random.getstate() == drawn[1]
+    np.testing.assert_equal(np.random.get_state(legacy=False), drawn[2])  # noqa: NPY002
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert unused.grad is None

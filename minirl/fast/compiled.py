@@ -20,7 +20,10 @@ state, `group["compiled"]`: a resumed run in which that changes says so.
 import contextlib
 import copy
 import functools
+import inspect
+import logging
 import os
+import random
 import re
 import shutil
 import struct
@@ -31,6 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -39,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
-from minirl.fast.rewrites import StandIn, Steppable, Traceable
+from minirl.fast.rewrites import CantCompile, StandIn, Steppable, Traceable
 
 NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that users do not edit
 
@@ -73,6 +77,23 @@ CODE = {
     "TYPE_MATCH",
 }
 FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that do not change while they run
+
+
+class Limit(logging.Filter):
+    """Keeps why PyTorch has compiled something too often, which it would print in five lines."""
+
+    reason = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print it."""
+        if "hit config" not in str(record.msg) or not isinstance(record.args, tuple):
+            return True
+        # As in "0/7: self.stand_ins[0].n == 7   # where it is read"
+        self.reason = re.sub(r"^\d+/\d+: ", "", str(record.args[-2])).split("#")[0].strip()
+        return False
+
+
+LIMIT = Limit()
 
 
 def compiled(function: Callable[..., Any], *bound: Any, enabled: bool = True) -> Callable[..., Any]:
@@ -114,6 +135,12 @@ class Compiled:
             return self.plain(*arguments)
         try:
             return self._call(arguments)
+        except CantCompile as error:
+            return self._give_up(error, arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            limit = torch._dynamo.config.recompile_limit
+            why = f"each new value is compiled again, and {limit} is the limit: {self._in_its_words(LIMIT.reason)}"
+            return self._give_up(CantCompile(why), arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             # A parameter that has a gradient now may have had none at the last check, or the reverse. Or Ctrl-C has
             # ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
@@ -125,6 +152,9 @@ class Compiled:
             if self.whole is not None:
                 raise
             return self._give_up(error, arguments)
+        finally:
+            for optimizer in self.optimizers:
+                optimizer.release()
 
     def _call(self, arguments: Sequence[Any]) -> Any:
         for optimizer in self.optimizers:
@@ -141,6 +171,7 @@ class Compiled:
         wait_at_most(PATIENT)  # for other ranks, which also compile it
         with contextlib.suppress(OSError):  # other processes clean up this cache, too
             drop_unfinished_files()
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(LIMIT)
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that is added later is seen
         choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": that_can_change}}
@@ -160,6 +191,12 @@ class Compiled:
         self.whole = whole
         self._remember(True)
         return result
+
+    def _in_its_words(self, guard: str) -> str:
+        """Return a guard, `self.stand_ins[0].n == 7` say, in terms of the function's own arguments: `agent.n == 7`."""
+        names = list(inspect.signature(self.function).parameters)
+        bound = re.sub(r"self\.stand_ins\[(\d+)\]", lambda match: names[int(match[1])], guard)
+        return bound.replace(".steppable.optimizer", "")
 
     def _traced(self, *arguments: Any) -> Any:
         """What is compiled: the function, with equivalent forms of what PyTorch can't compile."""
@@ -192,8 +229,11 @@ class Compiled:
                 weight.grad = None
                 weight.register_post_accumulate_grad_hook(lambda weight: seen.add(id(weight)))
         devices = [self.device] if self.device.type == "cuda" else []
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - a loss may draw from it
         with torch.random.fork_rng(devices=devices):
             self.function(*twins, *arguments)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         for weight, twin in zip(self.parameters, copies, strict=True):
             weight.grad = torch.zeros_like(weight) if id(twin) in seen else None
 

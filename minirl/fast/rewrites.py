@@ -1,7 +1,6 @@
 """Equivalent forms of what PyTorch's compiler can't compile, or compiles badly."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,50 +17,73 @@ FEW = 40_000  # multiplications: up to here, calling a matrix product costs more
 ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
 
 
+class CantCompile(Exception):
+    """The compiled function would not do what the plain one does. The message says why."""
+
+
 class Steppable:
     """An optimiser whose `step` can be part of a compiled function.
 
-    Its learning rates become tensors, so that a new rate is no reason to compile again, and its kernels become those
-    that the compiler can fuse with the rest. Setting `group["lr"]` to a number still works.
+    Within its call, between `prepare` and `release`, the learning rates are tensors, so that a new rate is no reason to
+    compile again. The kernels become those that the compiler can fuse with the rest.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
-        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in optimizer.param_groups]
-        self.given = [math.nan for _ in optimizer.param_groups]  # the rates' values
+        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in self.sizes]
+        self.filled: list[Any] = [None for _ in self.sizes]  # the numbers in them
+        self.given: list[Any] = [None for _ in self.sizes]  # what the groups have between calls
+        self.groups: list[dict[str, Any]] = []  # as last seen; those of a checkpoint are others
         self.fused = [group.get("fused") for group in optimizer.param_groups]
 
     def prepare(self) -> None:
-        """Read the learning rates, which may have been set or loaded from a checkpoint.
+        """Turn the learning rates into tensors.
 
         Raises:
-            RuntimeError: if the optimiser has hooks, which would not be called.
+            CantCompile: if there are hooks, which would not be called, or the optimiser has other parameters now.
         """
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            raise RuntimeError("the optimiser has hooks, which only its own `step` calls")
-        for number, (group, rate) in enumerate(zip(optimizer.param_groups, self.rates, strict=True)):
-            if (given := group["lr"]) is rate:
-                continue
-            if given != self.given[number]:
+            raise CantCompile("the optimiser has hooks, which only its own `step` calls")
+        if [len(group["params"]) for group in optimizer.param_groups] != self.sizes:
+            raise CantCompile("the optimiser has other parameters than at first")
+        for weight in self.parameters:
+            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+                raise CantCompile("a parameter has hooks, which only its own `backward` calls")
+        if self.groups is not optimizer.param_groups:
+            self.groups = optimizer.param_groups
+            self._choose_kernels()
+        for number, (group, rate) in enumerate(zip(self.groups, self.rates, strict=True)):
+            self.given[number] = given = group["lr"]
+            if isinstance(given, Tensor) or given != self.filled[number]:
                 rate.fill_(given)
-                self.given[number] = float(given)
+                self.filled[number] = None if isinstance(given, Tensor) else given
             group["lr"] = rate
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
+
+    def release(self) -> None:
+        """Give the groups their learning rates back, which may be numbers that are saved, compared or changed."""
+        for group, rate, given in zip(self.groups, self.rates, self.given, strict=False):
+            if group["lr"] is rate:
+                group["lr"] = given
+
+    def _choose_kernels(self) -> None:
+        state = self.optimizer.state
+        for group, rate in zip(self.groups, self.rates, strict=True):
             if "fused" in group:
                 group["fused"] = False
             if "capturable" in group and rate.is_cuda:  # steps are counted on the GPU, also those of a checkpoint
                 group["capturable"] = True
-                for state in [optimizer.state[weight] for weight in group["params"] if weight in optimizer.state]:
-                    state["step"] = state["step"].to(rate.device)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
+                for weight in filter(state.__contains__, group["params"]):
+                    state[weight]["step"] = state[weight]["step"].to(rate.device)
 
     def put_back(self) -> None:
         """Put the optimiser back as it was."""
-        for group, rate, fused in zip(self.optimizer.param_groups, self.rates, self.fused, strict=True):
-            if group["lr"] is rate:
-                group["lr"] = rate.item()
+        self.release()
+        for group, fused in zip(self.optimizer.param_groups, self.fused, strict=False):
             if "fused" in group:
                 group["fused"] = fused
 
