@@ -21,12 +21,10 @@ CPU = torch.device("cpu")
 
 
 def by_numpy(network: nn.Module, inputs: Tensor) -> bool:
-    """Whether NumPy computed it: an output in NumPy's memory has no gradient, and needs none."""
+    """Whether NumPy computes it."""
     assert isinstance(network, SmallSequential)
-    with torch.no_grad():
-        network(inputs)
-    known = network.__dict__.get("known")
-    return known is not None and known.layers is not None and len(inputs) <= known.rows
+    layers, rows = network.in_numpy()
+    return layers is not None and len(inputs) <= rows
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
@@ -80,6 +78,35 @@ def test_any_other_layers_are_pytorchs(layers: Callable[[], tuple[nn.Module, ...
     assert not by_numpy(body, inputs)
     with torch.no_grad():
         assert torch.equal(body(inputs), nn.Sequential(*body)(inputs))
+
+
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "own forward", "own class", "a hook of all modules"])
+def test_a_layer_that_is_changed_later_is_seen(what: str) -> None:
+    torch.manual_seed(0)
+    body = mlp((4, 8, 3), nn.Tanh)
+    layer, inputs = body[2], torch.randn(5, 4)
+    assert by_numpy(body, inputs)
+    assert isinstance(layer, nn.Linear)
+    if what == "hook":
+        undo: Any = layer.register_forward_hook(lambda *arguments: arguments[-1] + 1).remove
+    elif what == "pre-hook":
+        undo = layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)).remove
+    elif what == "own forward":
+        vars(layer)["forward"] = lambda inputs: nn.Linear.forward(layer, inputs) + 1
+        undo = functools.partial(vars(layer).pop, "forward")
+    elif what == "own class":
+        layer.__class__ = Doubling
+        undo = functools.partial(setattr, layer, "__class__", nn.Linear)
+    else:
+        undo = nn.modules.module.register_module_forward_hook(lambda *arguments: arguments[-1] + 1).remove
+    try:
+        with torch.no_grad():
+            values = body(inputs)
+        torch.testing.assert_close(values, body(inputs).detach())
+        assert not by_numpy(body, inputs)
+    finally:
+        undo()
+    assert by_numpy(body, inputs)
 
 
 def test_large_batches_other_dtypes_and_gradients_are_pytorchs() -> None:
@@ -192,3 +219,12 @@ def test_in_training_is_train_and_eval(own: bool) -> None:
     with InTraining(network):
         assert [module.training for module in network.modules()] == [True, True, not own, True]
     assert not any(module.training for module in network.modules())
+
+
+def test_in_training_sees_a_layer_that_comes_later() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    in_training, late = InTraining(network), nn.Dropout().eval()
+    network[1] = nn.Sequential(late).eval()
+    with in_training:
+        assert late.training
+    assert not late.training

@@ -20,6 +20,7 @@ class _Known(NamedTuple):
 
     sequences: list[dict[str, nn.Module | None]]  # its own, and those within it
     modules: list[nn.Module | None]
+    kinds: list[type]  # their types
     owners: list[dict[str, Any]]  # the parameters of those modules that have any
     memory: list[int]  # their addresses
     layers: list[Layer] | None  # None if PyTorch must do it
@@ -49,26 +50,40 @@ class SmallSequential(nn.Sequential):
     def in_numpy(self) -> tuple[list[Layer] | None, int]:
         """The layers, on the memory of the weights, rebuilt when these change; and for how many inputs to use them."""
         known: _Known | None = self.__dict__.get("known")
-        if known is not None and _children(known.sequences) == known.modules and _memory(known.owners) == known.memory:
-            return known.layers, known.rows
+        if (
+            known is not None
+            and _children(known.sequences) == known.modules
+            and list(map(type, known.modules)) == known.kinds
+            and _memory(known.owners) == known.memory
+        ):
+            return (None if any(map(_altered, known.modules)) or any(OF_ALL_MODULES) else known.layers), known.rows
         sequences = [module._modules for module in self.modules() if module is self or type(module) in CONTAINERS]
         modules = _children(sequences)
         owners = [module._parameters for module in modules if module is not None and module._parameters]
         layers = _layers(self)
         rows = FEW // max(1, sum(weight.numel() for weight in self.parameters()))
         # Neither a module nor a parameter, so it is neither saved nor copied.
-        self.__dict__["known"] = _Known(sequences, modules, owners, _memory(owners), layers, rows)
-        return layers, rows
+        kinds = list(map(type, modules))
+        self.__dict__["known"] = _Known(sequences, modules, kinds, owners, _memory(owners), layers, rows)
+        return self.in_numpy()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "known"}
 
 
 CONTAINERS = (SmallSequential, nn.Sequential)
+OF_ALL_MODULES = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
 def _children(sequences: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
     return [module for modules in sequences for module in modules.values()]
+
+
+def _altered(module: nn.Module | None) -> bool:
+    """Whether a module has hooks, or a `forward` that is not its class's."""
+    return module is not None and bool(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
 
 
 def _memory(owners: list[dict[str, Any]]) -> list[int]:
@@ -78,8 +93,6 @@ def _memory(owners: list[dict[str, Any]]) -> list[int]:
 def _layers(sequence: nn.Sequential) -> list[Layer] | None:
     layers: list[Layer] = []
     for module in sequence._modules.values():
-        if module is None or module._forward_hooks or module._forward_pre_hooks:
-            return None
         if isinstance(module, nn.Sequential) and type(module) in CONTAINERS:
             inner = _layers(module)
         else:
@@ -114,7 +127,12 @@ class InTraining:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.modules = list(network.modules())
+        self._look()
+
+    def _look(self) -> None:
+        self.modules = list(self.network.modules())
+        self.owners = [module._modules for module in self.modules]
+        self.children = _children(self.owners)
         kinds = {type(module) for module in self.modules}
         self.plain = all(kind.train is nn.Module.train and kind.eval is nn.Module.eval for kind in kinds)
 
@@ -125,6 +143,8 @@ class InTraining:
         self._set(False)
 
     def _set(self, training: bool) -> None:
+        if _children(self.owners) != self.children:  # a layer was replaced
+            self._look()
         if not self.plain:
             self.network.train(training)
             return
