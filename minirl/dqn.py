@@ -369,7 +369,7 @@ def train(
     """
     require_one_process("Double DQN")
     torch_device = select_device(device)
-    run_dir, saved = saved_run("dqn", run_dir, resume, "episodes", "rng", "memory", "envs", "obs")
+    run_dir, saved = saved_run("dqn", config, run_dir, resume, "episodes", "rng", "memory", "envs", "obs")
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
     if start.steps > config.last_step:
         raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")

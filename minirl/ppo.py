@@ -610,7 +610,7 @@ def train(
     torch_device = select_device(device)
     require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
     mine = my_share(config.num_envs)
-    run_dir, saved = saved_run("ppo", run_dir, resume, "envs", "obs")
+    run_dir, saved = saved_run("ppo", config, run_dir, resume, "envs", "obs")
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
     if first_step > last_step:

@@ -204,7 +204,8 @@ def train(
     """
     require_one_process("Q-learning")
     select_device(device)
-    run_dir, saved = saved_run("q_learning", run_dir, resume, "q_table", "episode", "recent", "rng", "envs", "obs")
+    keys = ("q_table", "episode", "recent", "rng", "envs", "obs")
+    run_dir, saved = saved_run("q_learning", config, run_dir, resume, *keys)
     seed_everything(config.seed)
     # A vector of one, because checkpoints save that; the loop steps the environment inside directly, which is faster.
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)

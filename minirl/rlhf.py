@@ -408,7 +408,7 @@ def train(
     """
     require_one_process("RLHF")
     torch_device = select_device(device)
-    run_dir, saved = saved_run("rlhf", run_dir, resume, "kl_coef", "pairs", "vocabulary", "texts")
+    run_dir, saved = saved_run("rlhf", config, run_dir, resume, "kl_coef", "pairs", "vocabulary", "texts")
     vocabulary, corpus, pairs = load_texts(config, torch_device)
     texts = checksum(corpus, *(pairs[:2] if pairs else ()))
     if saved is not None and saved["texts"] != texts:

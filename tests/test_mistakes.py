@@ -25,8 +25,8 @@ import torch
 
 from minirl import dqn, ppo, q_learning, rlhf
 from minirl.runs.directory import load_settings, save_config
-from minirl.runs.flags import saved_config, shown
-from minirl.runs.settings import flag_name
+from minirl.runs.flags import saved_config
+from minirl.runs.settings import as_text, flag_name
 from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
@@ -687,7 +687,7 @@ def test_random_flags_are_settings_in_range_or_one_line(
     rng = random.Random(0)
     good = 0
     fields = dataclasses.fields(config_class)
-    defaults = [shown(field.default) for field in fields]
+    defaults = [as_text(field.default) for field in fields]
     for number in range(200):
         argv: list[str] = []
         for _ in range(rng.choice([1, 1, 2, 3])):

@@ -389,6 +389,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(first, again)
 
 
+def test_other_settings_than_the_runs_own_are_refused(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    saved = (tmp_path / "run" / "config.json").read_text()
+    other = dataclasses.replace(TINY, total_timesteps=128, gamma=0.5, hidden_sizes=(64, 64))
+    with pytest.raises(ConfigError, match=r"--gamma 0\.5 can't go with --resume: the run has 0\.\d+; leave it out"):
+        train(other, run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert (tmp_path / "run" / "config.json").read_text() == saved
+    longer = dataclasses.replace(TINY, total_timesteps=128, num_workers=1, compile=False)
+    train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+
+
 def test_a_total_below_what_is_done_is_refused(tmp_path: Path) -> None:
     train(TINY, run_dir=tmp_path / "run", device="cpu")
     with pytest.raises(ConfigError, match="--total-timesteps must be at least the 64 steps"):

@@ -152,11 +152,10 @@ def test_a_run_goes_on_with_the_texts_that_it_began_with(tmp_path: Path, monkeyp
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = saved_config(RLHFConfig, tmp_path / "run", load_settings(tmp_path / "run"))
-    longer = dataclasses.replace(config, lm_steps=10)
-    train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+    train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
     (tmp_path / "texts").write_text("bad dog\ngood dog\n")  # the same letters
     with pytest.raises(ConfigError, match="--text and --preferences must be the files that the run began with, and"):
-        train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
+        train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
 
 
 def test_one_seed_gives_one_run_and_nothing_is_written_without_a_directory(

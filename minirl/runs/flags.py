@@ -17,7 +17,7 @@ from minirl.envs.guard import EnvError
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
 from minirl.runs.seeds import read_seeds
-from minirl.runs.settings import Sizes, field_types, flag_name
+from minirl.runs.settings import Sizes, as_text, field_types, flag_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +133,7 @@ def make_parser(config_class: type, description: str, scripts: dict[str, type]) 
     for field in dataclasses.fields(config_class):
         group = parser.add_argument_group(field.metadata["group"]) if field.metadata["group"] else group
         plain, optional = kinds[field.name]
-        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown(field.default)})"}
+        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {as_text(field.default)})"}
         if plain is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -179,17 +179,8 @@ def as_flags(arguments: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(flag_name(name if value else f"no_{name}"))
         else:
-            flags.append(f"{flag_name(name)}={shown(value)}")
+            flags.append(f"{flag_name(name)}={as_text(value)}")
     return flags
-
-
-def shown(default: Any) -> str:
-    """Return a setting as it is written on a command line."""
-    if isinstance(default, tuple):
-        return ",".join(map(str, default))
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return "none" if default is None else str(default)
 
 
 def read_path(text: str) -> Path:

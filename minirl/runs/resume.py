@@ -28,20 +28,46 @@ from minirl.runs.checkpoints import (
     reading,
     set_random_state,
 )
+from minirl.runs.directory import load_settings
 from minirl.runs.progress import say
 from minirl.runs.restore_check import how_a_copy_differs
 from minirl.runs.run import seed_everything
+from minirl.runs.settings import as_text, flag_name
 from minirl.streams import Stream, derived_seed
 
+# Settings that a resumed run may change: how long to continue, and what changes results by rounding at most.
+MAY_CHANGE = {
+    *("total_timesteps", "num_episodes", "stage", "num_workers", "num_threads", "compile", "checkpoint_frequency"),
+    "video_frequency",
+}
 
-def saved_run(algorithm: str, run_dir: str | Path | None, resume: bool, *keys: str) -> tuple[Path | None, State | None]:
-    """Return the absolute directory of a run and, if it is resumed, its checkpoint, which must have these keys.
+
+def saved_run(
+    algorithm: str, config: Any, run_dir: str | Path | None, resume: bool, *keys: str
+) -> tuple[Path | None, State | None]:
+    """Return the directory of a run, absolute, and its checkpoint if it is to be resumed, with these keys.
 
     Raises:
-        ConfigError: if there is no checkpoint of this algorithm.
+        ConfigError: if there is no checkpoint of this algorithm, or the run has other settings than `config`.
     """
     path = None if run_dir is None else Path(run_dir).absolute()  # environments may change the working directory
-    return path, broadcast_from_rank_0(lambda: load_checkpoint(path, algorithm, *keys)) if resume else None
+
+    def load() -> State:
+        saved = load_checkpoint(path, algorithm, *keys)
+        assert path is not None
+        require_same_settings(config, load_settings(path))
+        return saved
+
+    return path, broadcast_from_rank_0(load) if resume else None
+
+
+def require_same_settings(config: Any, settings: dict[str, Any]) -> None:
+    """Raise a ConfigError, naming the flag, if a setting is not what the run has, and may not change."""
+    for name in vars(config).keys() & settings.keys() - MAY_CHANGE:
+        value, saved = getattr(config, name), settings[name]
+        if value != (tuple(saved) if isinstance(saved, list) else saved):
+            given, kept = as_text(value), as_text(tuple(saved) if isinstance(saved, list) else saved)
+            raise ConfigError(f"{flag_name(name)} {given} can't go with --resume: the run has {kept}; leave it out")
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:

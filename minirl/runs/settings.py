@@ -56,6 +56,15 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def as_text(value: Any) -> str:
+    """Return a setting as one writes it on a command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
+
+
 def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
     """Map each field's name to its plain type and whether None is allowed (`float | None` -> float, True).
 

@@ -14,17 +14,10 @@ from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.runs.checkpoints import CHECKPOINT_FILE, DivergedError, brief
 from minirl.runs.directory import CONFIG_FILE, default_run_dir, load_settings
-from minirl.runs.flags import as_flags, fail, make_parser, saved_config, shown
+from minirl.runs.flags import as_flags, fail, make_parser, saved_config
 from minirl.runs.run import Stopped
 from minirl.runs.seeds import train_seeds
-from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
-
-# Settings allowed with --resume: how long to continue, and what changes results by rounding at most.
-MAY_CHANGE = (
-    *("total_timesteps", "num_episodes", "stage", "num_workers", "num_threads", "checkpoint_frequency"),
-    "video_frequency",
-)
 
 
 class Train(Protocol):
@@ -128,19 +121,13 @@ def train_with_seeds(
 
 
 def resumed_config(algorithm: str, config_class: type, run_dir: Path, given: dict[str, Any]) -> Any:
-    """Return the settings of a saved run; only those in `MAY_CHANGE` may be changed.
+    """Return the settings of a saved run, with those that were given; `train` refuses what may not change.
 
     Raises:
-        ConfigError: if the run is another algorithm's, or a flag contradicts the run's settings.
+        ConfigError: if the run is another algorithm's.
     """
     settings = load_settings(run_dir)
     saved_algorithm = settings["algorithm"]
     if saved_algorithm != algorithm:
         raise ConfigError(f"--resume must name a run of {algorithm}: {run_dir} is one of {saved_algorithm}")
-    config = saved_config(config_class, run_dir, settings)
-    for name, value in given.items():
-        if name not in MAY_CHANGE and value != (saved := getattr(config, name)):
-            raise ConfigError(
-                f"{flag_name(name)} {shown(value)} can't go with --resume: the run has {shown(saved)}; leave it out"
-            )
-    return dataclasses.replace(config, **given)
+    return dataclasses.replace(saved_config(config_class, run_dir, settings), **given)
