@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minirl.fast.machine import (
-    Float32Linear,
     autocast,
     keep_freed_memory,
     one_thread,
+    rounded_or_not,
     rounded_weights,
     tuned,
 )
@@ -73,24 +73,53 @@ def test_elsewhere_memory_is_left_alone(platform_name: str, monkeypatch: pytest.
     keep_freed_memory()
 
 
-def test_weights_are_rounded_once_and_are_themselves_again_afterwards() -> None:
+class ExactValue(nn.Module):
+    """A linear layer that is computed in float32, as somebody may write it for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            outputs: Tensor = self.inner(features.float())
+            return outputs
+
+
+def test_weights_are_rounded_once_and_are_themselves_all_the_time() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), Float32Linear(8, 2)
-    )
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), ExactValue())
     images = torch.randn(3, 1, 4, 4)
-    before = [weight.detach().clone() for weight in network.parameters()]
+    weights, types = list(network.parameters()), [type(module) for module in network.modules()]
+    before = [weight.detach().clone() for weight in weights]
     with torch.no_grad(), autocast(torch.bfloat16, images.device):
         expected = network(images)
-        with rounded_weights(network, torch.bfloat16):
-            assert network[0].weight.dtype == network[3].weight.dtype == torch.bfloat16
-            assert network[5].weight.dtype == torch.float32
+        with rounded_weights(network, torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+            assert vars(network[3])["rounded"].dtype == torch.bfloat16
             assert torch.equal(network(images), expected), "bit for bit what autocast gives"
-        assert expected.dtype == torch.float32, "the head is exact"
-    for weight, old in zip(network.parameters(), before, strict=True):
-        assert torch.equal(weight, old)
+            used: list[torch.dtype] = []
+
+            def spy(weight: Tensor, rounded: Tensor) -> Tensor:
+                result = rounded_or_not(weight, rounded)
+                used.append(result.dtype)
+                return result
+
+            patch.setattr("minirl.fast.machine.rounded_or_not", spy)
+            network(images)
+            assert used == [torch.bfloat16, torch.bfloat16, torch.float32]
+        assert expected.dtype == torch.float32
+    with torch.no_grad(), rounded_weights(network, torch.bfloat16):
+        exact = network(images)
+    assert torch.equal(exact, network(images)), "without autocast nothing is rounded"
+    with rounded_weights(network, torch.bfloat16), autocast(torch.bfloat16, images.device):
+        network(images).sum().backward()
+    assert all(weight.grad is not None for weight in weights)
     with pytest.raises(ValueError, match="in the middle"), rounded_weights(network, torch.bfloat16):
         raise ValueError("in the middle")
-    assert network[0].weight.dtype == torch.float32
     with rounded_weights(network, torch.float32):
-        assert network[0].weight.dtype == torch.float32
+        assert type(network[3]) is nn.Linear
+    assert [type(module) for module in network.modules()] == types
+    assert not any("rounded" in vars(module) for module in network.modules())
+    for weight, parameter, old in zip(weights, network.parameters(), before, strict=True):
+        assert weight is parameter
+        assert torch.equal(weight, old)

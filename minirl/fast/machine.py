@@ -142,23 +142,54 @@ class Float32Linear(nn.Linear):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
 
 
+class RoundedLinear(nn.Linear):
+    """An `nn.Linear` with a rounded copy of its weight, for use under autocast."""
+
+    rounded: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(inputs, rounded_or_not(self.weight, self.rounded), self.bias)
+
+
+class RoundedConv2d(nn.Conv2d):
+    """An `nn.Conv2d` with a rounded copy of its weight, for use under autocast."""
+
+    rounded: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, channels, ...)."""
+        maps: Tensor = self._conv_forward(inputs, rounded_or_not(self.weight, self.rounded), self.bias)
+        return maps
+
+
+ROUNDED: dict[type, Any] = {nn.Linear: RoundedLinear, nn.Conv2d: RoundedConv2d}
+PLAIN: dict[type, Any] = {rounded: plain for plain, rounded in ROUNDED.items()}
+
+
+def rounded_or_not(weight: Tensor, rounded: Tensor) -> Tensor:
+    """Return the rounded copy if autocast would round the weight to the same, and no gradient is wanted."""
+    kind = weight.device.type
+    same = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == rounded.dtype
+    return rounded if same and not torch.is_grad_enabled() else weight
+
+
 @contextlib.contextmanager
 def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None]:
-    """Within the block, round the weights of linear and convolutional layers as `torch.autocast` would, but only once.
+    """Within the block, linear and convolutional layers have weights rounded as `torch.autocast` would, but only once.
 
     Autocast rounds them at every call, which for a few observations takes longer than their products. The results are
-    the same; afterwards the weights are float32 again. It applies only to PyTorch's own layer types, since a subclass
-    may use its weight differently, and not on a GPU, which rounds in no time and whose recorded graphs need the weights
-    where they are.
+    the same; the weights themselves stay float32. Only PyTorch's own layer types are meant, since a subclass may use
+    its weight differently, and not on a GPU, which rounds in no time and whose recorded graphs must stay as they are.
     """
-    layers = [module for module in network.modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    weights = [layer.weight for layer in layers if layer.weight.device.type == "cpu"]
-    kept = [weight.data for weight in weights]
+    modules: list[Any] = [module for module in network.modules() if type(module) in ROUNDED]
+    layers = [layer for layer in modules if precision != torch.float32 and layer.weight.device.type == "cpu"]
     try:
-        if precision != torch.float32:
-            for weight in weights:
-                weight.data = weight.data.to(precision)
+        for layer in layers:
+            vars(layer)["rounded"] = layer.weight.detach().to(precision)
+            layer.__class__ = ROUNDED[type(layer)]
         yield
     finally:
-        for weight, data in zip(weights, kept, strict=True):
-            weight.data = data
+        for layer in layers:
+            layer.__class__ = PLAIN.get(type(layer), type(layer))
+            vars(layer).pop("rounded", None)
