@@ -357,7 +357,14 @@ def test_what_stands_later_than_a_recipe_wins(tmp_path: Path) -> None:
             "unrecognized arguments: 0.9; names of flags start with --, and switches take no value (a.args, line 1)",
         ),
         ("--gamma 0.9", ["--gamma", "9"], "--gamma must be a number from 0 to 1, not 9.0"),
-        ("--env-id 'Pong", [], '"--env-id \'Pong" must be flags: No closing quotation'),
+        ("--seed 1\n--env-id 'Pong", [], '"--env-id \'Pong" must be flags: No closing quotation (a.args, line 2)'),
+        ("--gamma 0.5\n--gamma 9", [], "--gamma must be a number from 0 to 1, not 9.0 (a.args, line 2)"),
+        ("--gamma x\n--gamma 0.5", [], "--gamma: must be a number, not 'x' (a.args, line 1)"),
+        ("--gamma 0.5\n@nested", [], "--gamma must be a number from 0 to 1, not 7.0 (nested, line 2)"),
+        ("--gamma 0.5\n@other", [], "No such file or directory: 'other' (a.args, line 2)"),
+        ("--gamma 0.5\n@a.args", [], "@a.args must be flags, and names itself (a.args, line 2)"),
+        ("# caf\xe9\n--gamma 0.5", [], "'utf-8' codec can't decode byte 0xe9 in position 5: invalid continuation byte"),
+        ("\xef\xbb\xbf--gamma 9", [], "--gamma must be a number from 0 to 1, not 9.0 (a.args, line 1)"),
     ],
 )
 def test_a_fault_in_a_recipe_is_named_with_its_line(
@@ -370,7 +377,8 @@ def test_a_fault_in_a_recipe_is_named_with_its_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        Path("a.args").write_text(content)
+        Path("a.args").write_text(content, encoding="latin-1")
+    Path("nested").write_text("--seed 1\n--gamma 7")
     with pytest.raises(SystemExit) as stop:
         run_training("ppo", PPOConfig, ppo.train, "", ["@a.args", *later])
     assert stop.value.code == 2

@@ -7,7 +7,7 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,44 +34,58 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, scripts: dict[str, type], **options: Any) -> None:
         open_streams()
         self.scripts = scripts
-        self.given: list[str] = []
+        self.words: list[tuple[str, str]] = []  # what was given, and where it stands
         layout = functools.partial(argparse.HelpFormatter, max_help_position=36)
-        super().__init__(allow_abbrev=False, formatter_class=layout, fromfile_prefix_chars="@", **options)
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 is a number, too
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and remember the arguments given."""
-        self.given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self.given, namespace)
+        """Parse, with the flags of each `@FILE` in its place."""
+        given = sys.argv[1:] if args is None else args
+        self.words = [word for argument in given for word in self._expanded(argument, "", ())]
+        return super().parse_known_args([word for word, _ in self.words], namespace)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of a flag file."""
+    def _expanded(self, given: str, origin: str, within: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
+        """Yield a word, or the words of an `@FILE`, and of each where it stands, "" for the command line."""
+        if not given.startswith("@"):
+            yield given, origin
+            return
+        path = Path(given[1:])
+        if path in within:
+            fail(f"{given} must be flags, and names itself{origin}")
         try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            fail(f"{arg_line.strip()!r} must be flags: {error}")
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' Notepad begins a file with a mark
+        except (OSError, ValueError) as error:  # the latter where it is no text
+            near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.args")], n=1)
+            hint = "" if path.exists() else "".join(f"; did you mean @{path.with_name(name)}?" for name in near)
+            fail(f"{given} must be a file of flags: {error}{hint}{origin}")
+        for number, line in enumerate(lines, start=1):
+            here = f" ({path}, line {number})"
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError as error:
+                fail(f"{line.strip()!r} must be flags: {error}{here}")
+            for word in words:
+                yield from self._expanded(word, here, (*within, path))
 
     def error(self, message: str) -> NoReturn:
-        """Print `error: message` and exit; if it is about a line of a file, name that line, too."""
+        """Print `error: message` and exit; if it is about a line of a file, name that, too."""
         unknown = message.removeprefix("unrecognized arguments: ")
         hint = "" if unknown == message else self._hint(unknown.split(" ")[0])
         about = re.search(r"--[a-z][a-z-]*", message)
-        origin = self._origin(about[0] if about else unknown.split(" ")[0])
-        for path in [Path(given[1:]) for given in self.given if given.startswith("@")]:
-            if "No such file" in message and not path.exists():
-                near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.args")], n=1)
-                hint = "".join(f"; did you mean @{path.with_name(name)}?" for name in near)
+        origin = self._origin(about[0] if about else unknown.split(" ")[0], message)
         message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, so not")
         fail(message + hint + origin)
 
-    def _origin(self, word: str) -> str:
-        if any(given.split("=")[0] == word for given in self.given):
-            return ""
-        for path in [Path(given[1:]) for given in self.given if given.startswith("@")]:
-            for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
-                if word in re.split(r"[\s=]", line.split("#")[0]):
-                    return f" ({path}, line {number})"
-        return ""
+    def _origin(self, flag: str, message: str) -> str:
+        """Return where a word stands; of several, the last one with a value that the message names, or the last."""
+        places = []
+        for number, (word, origin) in enumerate(self.words):
+            if word.split("=")[0] == flag:
+                following = self.words[number + 1][0] if number + 1 < len(self.words) else ""
+                value = word.partition("=")[2] or following
+                places.append((value in message.rpartition("not ")[2], number, origin))
+        return max(places, default=(False, 0, ""))[2]
 
     def _hint(self, unknown: str) -> str:
         if not unknown.startswith("-") or not unknown.strip("-"):
