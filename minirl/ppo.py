@@ -248,7 +248,7 @@ def compute_gae(
     td_errors = rewards + gamma * next_values.where(~terminated.bool(), 0.0) - values
     continues = ~(terminated.bool() | truncated.bool())
     advantages = torch.zeros_like(td_errors)  # not like the rewards, which may be integers
-    advantage = torch.zeros_like(td_errors[0])
+    advantage = td_errors.new_zeros(td_errors.shape[1:])
     for t in reversed(range(len(rewards))):
         advantage = td_errors[t] + gamma * gae_lambda * advantage.where(continues[t], 0.0)
         advantages[t] = advantage
@@ -301,12 +301,13 @@ def value_loss(
         ValueError: if the shapes differ, or `clip_coef` comes without `old_values`.
     """
     require_same_shape(values=values, returns=returns)
+    if old_values is not None:
+        require_same_shape(values=values, old_values=old_values)
     squared_error = (values - returns).square()
     if clip_coef is None:
         return squared_error.mean()
     if old_values is None:
         raise ValueError("value clipping needs old_values to clip around")
-    require_same_shape(values=values, old_values=old_values)
     clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return torch.max(squared_error, (clipped_values - returns).square()).mean()
 

@@ -18,6 +18,7 @@ import torch
 from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
 from minirl.envs.again import played_again
+from minirl.envs.guard import as_taken
 from minirl.envs.ids import is_box2d
 from minirl.envs.make import make_env
 from minirl.envs.state import CantCapture, capture, decode, encode, restore
@@ -238,6 +239,27 @@ def test_physics_is_put_back_whole() -> None:
     env.step(np.ones(8, np.float32))
     restore(other, state)
     assert whole(other) == expected, "a copy, and no view of what plays on"
+
+
+def test_physics_warns_and_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as seen, contextlib.closing(make_env("HalfCheetah-v5")) as env:
+        warnings.simplefilter("always")
+        assert not [warning for warning in seen if "MuJoCo" in str(warning.message)], "Gymnasium's models are its own"
+        env.reset(seed=0)
+        core: Any = env.unwrapped
+        core.data.qpos[:] = 1e12
+        env.step(np.zeros(6, np.float32))
+    assert any("MuJoCo: Nan, Inf or huge value in QPOS" in str(warning.message) for warning in seen)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("start", "dtype"), [(0, np.int64), (0, np.int32), (3, np.int32), (-1, np.int8)])
+def test_a_choice_is_a_number_of_its_spaces_dtype(start: int, dtype: Any) -> None:
+    space = gym.spaces.Discrete(4, start=start, dtype=dtype)
+    actions = [as_taken(space)(choice) for choice in range(4)]
+    assert actions == list(range(start, start + 4))
+    assert all(space.contains(action) and type(action) is dtype for action in actions)
 
 
 @pytest.mark.parametrize("draws", [False, True])

@@ -82,6 +82,8 @@ def test_value_clipping_needs_something_to_clip_around() -> None:
     with pytest.raises(ValueError, match="old_values"):
         value_loss(numbers(1.0), numbers(1.0), clip_coef=0.1)
     assert value_loss(numbers(1.0), numbers(3.0), old_values=numbers(9.0)).item() == 4.0, "no clip_coef, no clipping"
+    with pytest.raises(ValueError, match="old_values"):
+        value_loss(numbers(1.0), numbers(3.0), old_values=numbers(9.0)[:, None])
 
 
 BATCH: dict[str, Any] = {

@@ -31,7 +31,6 @@ OLD_API = {
     "step": "follows the old Gym API: `step` must return (observation, reward, terminated, truncated, info)",
     "seed": "follows the old Gym API: `reset` must take `seed` and `options`",
 }
-int64 = functools.cache(np.int64)  # an action; making one each time takes ten times as long
 NUMBERS = "biuf"  # kinds of NumPy's types
 # Paths of code that is not the environment's: ours, Gymnasium's, and Python's import machinery.
 OURS = (
@@ -143,12 +142,14 @@ class Guard:
 def as_taken(space: gym.Space[Any]) -> Callable[[Any], Any]:
     """Return a function that turns a policy's action into one that an environment takes.
 
-    For a Discrete space that is an `np.int64`; otherwise an array of the space's shape and dtype, which the environment
-    may keep. Choices count from the space's `start`. For a Box it is the nearest within the bounds; NaN stays NaN.
+    For a Discrete space that is a number of its dtype, mostly `np.int64`; otherwise an array of the space's shape and
+    dtype, which the environment may keep. Choices count from the space's `start`. For a Box it is the nearest within
+    the bounds; NaN stays NaN.
     """
     start = getattr(space, "start", 0)
     if isinstance(space, gym.spaces.Discrete):
-        return int64 if start == 0 else lambda action: int64(action + int(start))
+        of_its_dtype = functools.cache(np.dtype(space.dtype).type)  # making one anew takes ten times as long
+        return of_its_dtype if start == 0 else lambda action: of_its_dtype(action + int(start))
     if isinstance(space, gym.spaces.Box):
         low, high = space.low, space.high
         # What np.clip does, in a third of the time.

@@ -1,7 +1,10 @@
 """From an id to an environment that the algorithms can train on."""
 
+import contextlib
 import copy
 import functools
+import importlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +15,7 @@ from minirl.checks import ConfigError
 from minirl.envs.again import played_again
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import is_atari, is_box2d, is_slow, making, registered_id
+from minirl.envs.ids import extra_of, is_atari, is_box2d, is_slow, making, registered_id
 from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
@@ -44,6 +47,8 @@ def make_env(
         if frame_size != 84:
             raise ConfigError(f"--frame-size must be left out, for {env_id} is no Atari game")
         spec = gym.spec(registered_id(env_id))
+        if extra_of(env_id) == "mujoco":
+            quiet_mujoco()
         # Not every environment has the argument: pass it only if it is wanted.
         options: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
         env: gym.Env[Any, Any] = gym.make(spec, max_episode_steps=time_limit(spec), **options)
@@ -54,6 +59,18 @@ def make_env(
         if one_hot and isinstance(env.observation_space, CHOICES):
             env = OneHot(env)
         return env
+
+
+def quiet_mujoco() -> None:
+    """Send MuJoCo's warnings to Python's: by itself it writes MUJOCO_LOG.TXT into the working directory.
+
+    What is deprecated is a matter between Gymnasium's models and MuJoCo.
+    """
+    with contextlib.suppress(ImportError):  # to make the environment says which package is missing
+        mujoco = importlib.import_module("mujoco")
+        mujoco.set_mju_user_warning(
+            lambda message: None if "deprecated" in message else warnings.warn(f"MuJoCo: {message}", stacklevel=2)
+        )
 
 
 def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
