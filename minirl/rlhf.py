@@ -39,7 +39,7 @@ from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
 HELD_OUT, CHUNK = 2_000, 512  # pairs that the reward model is evaluated on; texts generated or scored at once
-WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage in which the rate rises; gradient steps of the reward model
+WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage with a rising rate; gradient steps between evaluations
 
 Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
 Step = tuple[dict[str, float], list[Episode]]  # what to log of one step
