@@ -1,5 +1,6 @@
 """Small layers in NumPy: the same numbers as PyTorch's, and PyTorch itself for anything else."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minirl import dqn
 from minirl.dqn import QNetwork, action_values, greedy_actions
@@ -109,6 +111,25 @@ def test_a_layer_that_is_changed_later_is_seen(what: str) -> None:
     assert by_numpy(body, inputs)
 
 
+def test_what_pytorch_transforms_or_counts_is_pytorchs() -> None:
+    """An ensemble as `torch.func` computes it, a directional derivative, and a count of multiplications."""
+    torch.manual_seed(0)
+    bodies: list[nn.Module] = [mlp((4, 8, 3), nn.ReLU) for _ in range(3)]
+    inputs, ensemble = torch.randn(5, 4), copy.deepcopy(bodies[0])
+    parameters, _ = torch.func.stack_module_state(bodies)
+    with torch.no_grad():
+        assert all(by_numpy(body, inputs) for body in (ensemble, *bodies))
+        expected = torch.stack([body(inputs) for body in bodies])
+        values = torch.func.vmap(lambda some: torch.func.functional_call(ensemble, some, (inputs,)))(parameters)
+        torch.testing.assert_close(values, expected)
+        slope = torch.func.jvp(bodies[0], (inputs,), (torch.ones(5, 4),))[1]
+        with FlopCounterMode(display=False) as counter:
+            bodies[0](inputs)
+    difference = (bodies[0](inputs + 1e-3) - bodies[0](inputs - 1e-3)).detach() / 2e-3
+    torch.testing.assert_close(slope, difference, rtol=0.05, atol=0.01)
+    assert counter.get_total_flops() == 2 * 5 * (4 * 8 + 8 * 3)
+
+
 def test_large_batches_other_dtypes_and_gradients_are_pytorchs() -> None:
     body = mlp((4, 8), nn.ReLU)
     assert not by_numpy(body, torch.randn(FEW // 40 + 1, 4))
@@ -121,8 +142,6 @@ def test_large_batches_other_dtypes_and_gradients_are_pytorchs() -> None:
 
 
 def test_what_is_known_is_neither_copied_nor_saved() -> None:
-    import copy
-
     body = mlp((4, 8), nn.ReLU)
     inputs = torch.randn(2, 4)
     assert by_numpy(body, inputs)

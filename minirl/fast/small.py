@@ -37,7 +37,7 @@ class SmallSequential(nn.Sequential):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, n) -> (B, m)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.ndim != 2:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.ndim != 2 or _watched(inputs):
             return nn.Sequential.forward(self, inputs)  # type: ignore[no-untyped-call,no-any-return]
         layers, rows = self.in_numpy()
         if layers is None or len(inputs) > rows or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -83,6 +83,16 @@ def _altered(module: nn.Module | None) -> bool:
     """Whether a module has hooks, or a `forward` that is not its class's."""
     return module is not None and bool(
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
+
+
+def _watched(inputs: Tensor) -> bool:
+    """Whether PyTorch transforms, traces or counts operations, as `torch.func.vmap` does: then it must compute them."""
+    return (
+        type(inputs) is not Tensor
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
     )
 
 
@@ -135,6 +145,7 @@ class InTraining:
         self.children = _children(self.owners)
         kinds = {type(module) for module in self.modules}
         self.plain = all(kind.train is nn.Module.train and kind.eval is nn.Module.eval for kind in kinds)
+        self.plain &= not any({"train", "eval"} & vars(module).keys() for module in self.modules)
 
     def __enter__(self) -> None:
         self._set(True)
