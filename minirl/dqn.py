@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import compiled
@@ -379,7 +379,7 @@ def train(
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(Stream.EXPLORATION, 0)))
     with (
         make_vector_env(
-            config.env_id, config.num_envs, num_workers=config.num_workers, frame_size=config.frame_size
+            config.env_id, config.num_envs, num_workers=config.num_workers, **env_options(vars(config))
         ) as envs,
         Evaluator(config, run_dir) as evaluator,
     ):

@@ -37,7 +37,7 @@ from minirl.distributed import (
     require_shares,
     world_size,
 )
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import Episode, VectorEnv
 from minirl.fast.compiled import compiled
@@ -66,6 +66,7 @@ from minirl.networks import (
 )
 from minirl.results.video import Videos
 from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses
+from minirl.runs.losses import stacked
 from minirl.runs.resume import env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, setting
@@ -419,6 +420,13 @@ class Rollout:
         """Return a column (T, N, ...), on the device."""
         return torch.as_tensor(self.columns[name], device=self.device)
 
+    def add(self, **computed: Tensor) -> None:
+        """Add columns (T, N, ...) that are computed from the others."""
+        for name, column in computed.items():
+            if name in self.kinds:
+                raise ValueError(f"{name} is computed from the rollout: what is put needs another name")
+            self.columns[name] = column
+
     def normalize_rewards(self, scaled: NormalizeReward) -> None:
         """Replace the environments' rewards by normalised ones."""
         ended = self.columns["terminated"] | self.columns["truncated"]
@@ -431,7 +439,8 @@ class Rollout:
             if number < whole:
                 raise ValueError(f"{name} must be put at every step: {number} of {whole} places are new")
         self.filled.clear()
-        return {name: column.flatten(0, 1) for name, column in {**{n: self[n] for n in self.columns}, **more}.items()}
+        self.add(**more)
+        return {name: self[name].flatten(0, 1) for name in self.columns}
 
 
 def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
@@ -506,7 +515,7 @@ def collect_rollout(
         episodes += [(t, episode) for episode in step.episodes]
     following = torch.cat([rollout["values"][1:], value(obs)[None]])
     # V(s'), of the final observation if the episode was truncated; if it terminated, `compute_gae` ignores V(s').
-    rollout.columns["next_values"] = torch.where(rollout["truncated"], final_values, following)
+    rollout.add(next_values=torch.where(rollout["truncated"], final_values, following))
     return obs, episodes
 
 
@@ -584,7 +593,7 @@ def update_policy(
 
 def mean_losses(history: list[dict[str, Tensor]]) -> dict[str, float]:
     """Return the mean of each statistic over some minibatches and all ranks, by TensorBoard tag."""
-    numbers = [torch.stack([of_one[name] for of_one in history]).mean() for name in history[0]]
+    numbers = [stacked(history, name).mean() for name in history[0]]
     means = mean_over_ranks(torch.stack(numbers)).tolist()
     return {f"losses/{name}": mean for name, mean in zip(history[0], means, strict=True)}
 
@@ -619,7 +628,7 @@ def train(
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
     with make_vector_env(
-        config.env_id, mine, num_workers=config.num_workers, in_halves=True, frame_size=config.frame_size
+        config.env_id, mine, num_workers=config.num_workers, in_halves=True, **env_options(vars(config))
     ) as envs:
         agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device).eval()
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)

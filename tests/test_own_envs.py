@@ -96,12 +96,14 @@ def test_a_run_on_numbers_of_numpys_types_can_be_read_again(algorithm: str, kind
     assert len(evaluate(tmp_path / "run", episodes=2, device="cpu")["returns"]) == 2
 
 
-@pytest.mark.parametrize("value", [np.float64(1), [{"seed": np.int64(3)}], Path("home"), lambda: None])
+@pytest.mark.parametrize("value", [np.dtype(float), [{"seed": Path("home")}], Path("home"), lambda: None])
 def test_a_checkpoint_that_cannot_be_read_never_takes_the_place_of_a_good_one(value: Any, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"steps": 1, "moments": np.ones(2)})
     good = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"checkpoint.pt must hold tensors and plain data, and extra is something el"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint.pt must hold tensors and plain data, and extra\S* is a \w+; the file"
+    ):
         save_checkpoint(path, {"steps": 2, "extra": value})
     assert path.read_bytes() == good
     assert list(tmp_path.iterdir()) == [path]

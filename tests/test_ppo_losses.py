@@ -106,7 +106,7 @@ def test_ppo_loss_adds_its_terms_with_their_signs() -> None:
     assert stats["clipfrac"].item() == 0.5
     expected_kl = ((1.5 - 1 - math.log(1.5)) + (0.9 - 1 - math.log(0.9))) / 2
     assert stats["approx_kl"].item() == pytest.approx(expected_kl)
-    assert list(stats) == ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"]
+    assert {"policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"} <= stats.keys()
     _, stats = ppo_loss(**BATCH, clip_coef=0.05, vf_coef=0.5, ent_coef=0.1)
     assert stats["clipfrac"].item() == 1.0, "above the range, and below it"
 

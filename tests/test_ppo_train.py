@@ -162,6 +162,13 @@ def test_a_column_is_whole_before_it_is_learned_from() -> None:
         rollout.samples()
 
 
+def test_what_is_computed_later_can_not_be_put() -> None:
+    rollout = Rollout(1, 2, CPU)
+    rollout.put(0, slice(None), returns=torch.ones(2), mine=torch.ones(2))
+    with pytest.raises(ValueError, match="returns is computed from the rollout: what is put needs another name"):
+        rollout.samples(advantages=torch.zeros(1, 2), returns=torch.zeros(1, 2))
+
+
 def test_a_rollout_of_pixels_holds_what_the_network_saw_and_said() -> None:
     """Played in halves, with actions that are drawn in halves: each environment must get its own."""
     with make_vector_env("PongNoFrameskip-v4", 3, in_halves=True) as envs:
@@ -396,6 +403,12 @@ def test_other_settings_than_the_runs_own_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--gamma 0\.5 can't go with --resume: the run has 0\.\d+; leave it out"):
         train(other, run_dir=tmp_path / "run", resume=True, device="cpu")
     assert (tmp_path / "run" / "config.json").read_text() == saved
+    settings = json.loads(saved)
+    del settings["vf_coef"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    newer = dataclasses.replace(TINY, total_timesteps=128, vf_coef=0.1)
+    with pytest.raises(ConfigError, match=r"--vf-coef 0\.1 can't go with --resume: the run has 0\.5"):
+        train(newer, run_dir=tmp_path / "run", resume=True, device="cpu")
     longer = dataclasses.replace(TINY, total_timesteps=128, num_workers=1, compile=False)
     train(longer, run_dir=tmp_path / "run", resume=True, device="cpu")
 

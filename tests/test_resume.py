@@ -1,12 +1,14 @@
 """A killed and resumed run ends like the same run left alone: every bit of what it learned and counted."""
 
 import dataclasses
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from torch import nn
 from minirl import dqn, ppo, q_learning, rlhf
 from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
-from minirl.runs.checkpoints import BEST_FILE, DivergedError, load_checkpoint, load_parts
+from minirl.runs.checkpoints import (
+    BEST_FILE,
+    DivergedError,
+    load_checkpoint,
+    load_parts,
+    require_finite,
+    save_checkpoint,
+)
 from minirl.runs.losses import RecentLosses
 from minirl.runs.run import Run
 from minirl.scripts.train import run_training
@@ -329,6 +338,28 @@ def test_what_a_checkpoint_lacks_is_named() -> None:
         load_parts(parts, {"model": parts["model"].state_dict(), "path": "there/checkpoint.pt"})
 
 
+def test_a_part_has_a_name_of_its_own() -> None:
+    with pytest.raises(ValueError, match="can't be called obs or returns: something else is"):
+        load_parts({"model": nn.Linear(1, 1), "returns": nn.Linear(1, 1), "obs": nn.Linear(1, 1)}, None)
+
+
+def test_numpys_numbers_are_saved_and_what_cannot_be_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"extra": {"mean": np.float64(0.5), "count": np.int32(3), "full": np.bool_(True)}})
+    assert torch.load(path, weights_only=True) == {"extra": {"mean": 0.5, "count": 3, "full": True}}
+    wrong = {"extra": {"queue": deque([1]), "list": [1, {"path": tmp_path}]}, "good": 1}
+    named = r"extra\['queue'\] is a deque and extra\['list'\]\[1\]\['path'\] is a \w+; the file before is kept"
+    with pytest.raises(ConfigError, match=named):
+        save_checkpoint(path, wrong)
+    assert torch.load(path, weights_only=True)["extra"]["count"] == 3
+
+
+def test_what_is_not_finite_is_named_with_its_part() -> None:
+    learned = {"model": {"weight": torch.tensor([math.nan])}, "extra": {"largest": torch.tensor(-math.inf)}}
+    with pytest.raises(DivergedError, match=r"weight, extra\.largest not finite at agent step 0"):
+        require_finite(learned, 0)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "train", "config", "message"),
     [
@@ -350,6 +381,17 @@ def logged(updates: list[list[float]]) -> list[dict[str, torch.Tensor]]:
     """What `gradient_step` of Double DQN returns in some updates."""
     names = ("td_loss", "q_values", "grad_norm")
     return [dict(zip(names, torch.tensor(numbers), strict=True)) for numbers in updates]
+
+
+@pytest.mark.parametrize(
+    ("number", "what"), [(torch.ones(3), r"of shape \(3,\)"), (0.5, "a float"), (np.float32(1), "a float32")]
+)
+def test_what_is_logged_of_a_step_is_a_tensor_of_one_number(number: Any, what: str) -> None:
+    line = f"losses/mine must be a tensor of one number for each gradient step, not {what}"
+    with pytest.raises(TypeError, match=line):
+        recent([{"td_loss": torch.tensor(1.0), "mine": number}], before=0).means()
+    with pytest.raises(TypeError, match=line):
+        ppo.mean_losses([{"mine": number}] * 2)
 
 
 def recent(losses: list[dict[str, torch.Tensor]], before: int) -> RecentLosses:

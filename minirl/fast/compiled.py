@@ -240,6 +240,8 @@ class Compiled:
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
         """Continue with the plain function."""
         reason = str(error).strip().split("\n")[0]
+        if "grad_fn" in reason:
+            reason += "; what is returned must be detached"
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
         theirs = [place for place in places if not place[0].startswith(NOT_THEIRS)]
         where = f" ({theirs[-1][0]}, line {theirs[-1][1]})" if theirs else ""

@@ -49,8 +49,8 @@ def save_checkpoint(path: Path, state: State) -> None:
         except OSError:
             raise
         except Exception as error:
-            bad = " and ".join(name for name, value in state.items() if not _readable(value))
-            what = f"must hold tensors and plain data, and {bad} is something else" if bad else "can't be read back"
+            bad = " and ".join(place for name, value in state.items() for place in _unreadable(name, value))
+            what = f"must hold tensors and plain data, and {bad}" if bad else "can't be read back"
             raise ConfigError(f"{path} {what}; the file before is kept") from error
 
 
@@ -61,19 +61,22 @@ def _saved(state: State) -> memoryview:
     return content.getbuffer()
 
 
-def _readable(value: Any) -> bool:
-    """Whether a value can be read back from a checkpoint."""
+def _unreadable(name: str, value: Any) -> Iterator[str]:
+    """Yield what in a value can't be read back from a checkpoint, as in "extra['queue'] is a deque"."""
     try:
         torch.load(io.BytesIO(_saved({"value": value})), weights_only=True)
     except Exception:  # torch raises a dozen kinds
-        return False
-    return True
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
+        places = [place for key, part in parts.items() for place in _unreadable(f"{name}[{key!r}]", part)]
+        yield from places or [f"{name} is a {type(value).__name__}"]
 
 
 def _with_tensors(value: Any) -> Any:
     """Return plain data with tensors in place of arrays: `weights_only=True` reads no arrays."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
+    if isinstance(value, np.bool_ | np.number):
+        return value.item()
     if isinstance(value, dict):
         return {key: _with_tensors(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -169,12 +172,18 @@ class Part(Protocol):
         """Put it back."""
 
 
+# Names in a checkpoint that are not parts.
+TAKEN = {*COMMON, "algorithm", "path", "ranks", "envs", "obs", "episodes", "rng", "memory", "kl_coef", "pairs", "texts"}
+
+
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
     """Restore each part from a checkpoint, by its name; without a checkpoint do nothing.
 
     Raises:
         ConfigError: if it does not fit: the run had another environment, or the file comes from elsewhere.
     """
+    if taken := TAKEN & parts.keys():
+        raise ValueError(f"a part of a checkpoint can't be called {' or '.join(sorted(taken))}: something else is")
     if saved is None:
         return
     if missing := [name for name in parts if name not in saved]:
@@ -253,9 +262,9 @@ def require_finite(learned: State, global_step: int) -> None:
 def not_finite(learned: State) -> list[str]:
     """Return the names of the weights that are not finite, in a Q-table or in any network of a checkpoint."""
     weights: dict[str, Any] = {"q_table": learned.get("q_table")}
-    for part in learned.values():
+    for name, part in learned.items():
         if isinstance(part, dict):
-            weights |= part
+            weights |= {key if name == "model" else f"{name}.{key}": value for key, value in part.items()}
     return [
         name for name, value in weights.items() if isinstance(value, torch.Tensor) and not torch.isfinite(value).all()
     ]

@@ -8,6 +8,20 @@ from torch import Tensor
 from minirl.runs.checkpoints import require_finite_losses
 
 
+def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
+    """Return a number of each of n steps, (n,).
+
+    Raises:
+        TypeError: naming it, if it is not a tensor of one number.
+    """
+    numbers = [numbers[name] for numbers in steps]
+    for number in numbers:
+        if not isinstance(number, Tensor) or number.ndim > 0:
+            what = f"of shape {tuple(number.shape)}" if isinstance(number, Tensor) else f"a {type(number).__name__}"
+            raise TypeError(f"losses/{name} must be a tensor of one number for each gradient step, not {what}")
+    return torch.stack(numbers)
+
+
 class RecentLosses:
     """The statistics of gradient steps since the last call of `means`. Checkpoints include them, so a kill loses none.
 
@@ -45,7 +59,7 @@ class RecentLosses:
 
     def _columns(self) -> dict[str, Tensor]:
         """Return the numbers of n steps by name, (n,) each."""
-        return {name: torch.stack([of_one[name] for of_one in self.recent]) for name in (self.recent or [{}])[0]}
+        return {name: stacked(self.recent, name) for name in (self.recent or [{}])[0]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps, and the numbers of the recent ones."""

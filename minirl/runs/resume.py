@@ -6,6 +6,7 @@ checkpoint names the files that belong to it. Files are complete before a checkp
 does, so that a kill at any moment leaves a checkpoint with its own memory.
 """
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ def saved_run(
 
 def require_same_settings(config: Any, settings: dict[str, Any]) -> None:
     """Raise a ConfigError, naming the flag, if a setting is not what the run has, and may not change."""
-    for name in vars(config).keys() & settings.keys() - MAY_CHANGE:
-        value, saved = getattr(config, name), settings[name]
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        saved = settings.get(name, field.default)  # a setting that is newer than the run
+        if name in MAY_CHANGE:
+            continue
         if value != (tuple(saved) if isinstance(saved, list) else saved):
             given, kept = as_text(value), as_text(tuple(saved) if isinstance(saved, list) else saved)
             raise ConfigError(f"{flag_name(name)} {given} can't go with --resume: the run has {kept}; leave it out")

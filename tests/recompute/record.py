@@ -129,7 +129,7 @@ def record(case: Case, folder: Path) -> Recording:
             patch.setattr(
                 module,
                 "make_vector_env",
-                lambda _, *args, frame_size, **options: VectorEnv(recorded.frames, *args, **options),
+                lambda _, *args, frame_size, one_hot, **options: VectorEnv(recorded.frames, *args, **options),
             )
         if case.own is not None:
             patch.setattr(module, "ActorCritic" if module is ppo else "QNetwork", case.own)
