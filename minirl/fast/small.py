@@ -21,6 +21,8 @@ class _Known(NamedTuple):
     sequences: list[dict[str, nn.Module | None]]  # its own, and those within it
     modules: list[nn.Module | None]
     kinds: list[type]  # their types
+    hooks: list[dict[int, Any]]  # theirs, and those of all modules: none as long as these are empty
+    attributes: list[dict[str, Any]]  # theirs: where a `forward` that is not the class's would be
     owners: list[dict[str, Any]]  # the parameters of those modules that have any
     memory: list[int]  # their addresses
     layers: list[Layer] | None  # None if PyTorch must do it
@@ -56,15 +58,27 @@ class SmallSequential(nn.Sequential):
             and list(map(type, known.modules)) == known.kinds
             and _memory(known.owners) == known.memory
         ):
-            return (None if any(map(_altered, known.modules)) or any(OF_ALL_MODULES) else known.layers), known.rows
+            altered = any(known.hooks) or any("forward" in attributes for attributes in known.attributes)
+            return (None if altered else known.layers), known.rows
         sequences = [module._modules for module in self.modules() if module is self or type(module) in CONTAINERS]
         modules = _children(sequences)
         owners = [module._parameters for module in modules if module is not None and module._parameters]
         layers = _layers(self)
         rows = FEW // max(1, sum(weight.numel() for weight in self.parameters()))
         # Neither a module nor a parameter, so it is neither saved nor copied.
-        kinds = list(map(type, modules))
-        self.__dict__["known"] = _Known(sequences, modules, kinds, owners, _memory(owners), layers, rows)
+        kinds, present = list(map(type, modules)), [module for module in modules if module is not None]
+        hooks = [hooks for module in present for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.__dict__["known"] = _Known(
+            sequences,
+            modules,
+            kinds,
+            [*hooks, *OF_ALL_MODULES],
+            list(map(vars, present)),
+            owners,
+            _memory(owners),
+            layers,
+            rows,
+        )
         return self.in_numpy()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,13 +91,6 @@ OF_ALL_MODULES = (nn.modules.module._global_forward_hooks, nn.modules.module._gl
 
 def _children(sequences: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
     return [module for modules in sequences for module in modules.values()]
-
-
-def _altered(module: nn.Module | None) -> bool:
-    """Whether a module has hooks, or a `forward` that is not its class's."""
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    )
 
 
 def _watched(inputs: Tensor) -> bool:
@@ -148,14 +155,14 @@ class InTraining:
         self.plain &= not any({"train", "eval"} & vars(module).keys() for module in self.modules)
 
     def __enter__(self) -> None:
+        if _children(self.owners) != self.children:  # a layer was replaced
+            self._look()
         self._set(True)
 
     def __exit__(self, *_: object) -> None:
         self._set(False)
 
     def _set(self, training: bool) -> None:
-        if _children(self.owners) != self.children:  # a layer was replaced
-            self._look()
         if not self.plain:
             self.network.train(training)
             return
