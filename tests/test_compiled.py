@@ -301,6 +301,30 @@ def test_a_compilation_that_fails_is_one_warning_and_then_the_plain_function(
     assert isinstance(optimizer.param_groups[0]["lr"], float), "the optimiser is what it was"
 
 
+def test_a_second_attempt_has_the_same_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+
+    def compile_late(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            attempts.append(1)
+            if len(attempts) == 1:
+                raise torch._dynamo.exc.TorchDynamoException("a gradient comes and goes")
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_late)
+    network, optimizer, step = small()
+    plain, _, plain_step = small(enabled=False)
+    for number in range(3):
+        step(torch.ones(3))
+        plain_step(torch.ones(3))
+        assert optimizer.param_groups[0]["lr"] == 0.1, number
+        assert isinstance(optimizer.param_groups[0]["lr"], float), number
+    assert step.enabled
+    torch.testing.assert_close(network.weight, plain.weight)
+
+
 class Killed(BaseException):
     """What a killed process sees: nothing is tidied up on the way out."""
 

@@ -145,6 +145,8 @@ class Compiled:
             # A parameter that has a gradient now may have had none at the last check, or the reverse. Or Ctrl-C has
             # ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
             self.trained = None
+            for optimizer in self.optimizers:
+                optimizer.release()
             with contextlib.suppress(torch._dynamo.exc.TorchDynamoException):
                 return self._call(arguments)
             return self._give_up(error, arguments)
