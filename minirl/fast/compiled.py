@@ -86,7 +86,8 @@ class Limit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to print it."""
-        if "hit config" not in str(record.msg) or not isinstance(record.args, tuple):
+        ours = "hit config" in str(record.msg) and "_traced_" in str(record.args)
+        if not ours or not isinstance(record.args, tuple):
             return True
         # As in "0/7: self.stand_ins[0].n == 7   # where it is read"
         self.reason = re.sub(r"^\d+/\d+: ", "", str(record.args[-2])).split("#")[0].strip()
