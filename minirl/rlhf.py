@@ -412,7 +412,7 @@ def train(
     vocabulary, corpus, pairs = load_texts(config, torch_device)
     texts = checksum(corpus, *(pairs[:2] if pairs else ()))
     if saved is not None and saved["texts"] != texts:
-        raise ConfigError("--text and --preferences must be the files that the run began with, and they have changed")
+        raise ConfigError("--text and --preferences must give the texts that the run began with: they have changed")
     prompts = corpus if pairs is None else pairs.learned()[0]
     plan = config.plan(config.num_pairs if pairs is None else len(prompts.tokens))
     total = sum(size * steps for size, steps in plan.values())

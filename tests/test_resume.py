@@ -23,6 +23,7 @@ from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import (
     BEST_FILE,
+    TAKEN,
     DivergedError,
     load_checkpoint,
     load_parts,
@@ -341,6 +342,31 @@ def test_what_a_checkpoint_lacks_is_named() -> None:
 def test_a_part_has_a_name_of_its_own() -> None:
     with pytest.raises(ValueError, match="can't be called obs or returns: something else is"):
         load_parts({"model": nn.Linear(1, 1), "returns": nn.Linear(1, 1), "obs": nn.Linear(1, 1)}, None)
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        (ppo, ppo.PPOConfig("CartPole-v1", total_timesteps=64, num_envs=2, num_steps=32, minibatch_size=64)),
+        (dqn, dqn.DQNConfig(total_timesteps=40, learning_starts=10, batch_size=8, eval_frequency=None)),
+        (rlhf, rlhf.RLHFConfig(stage="lm", lm_steps=1, width=4, num_layers=1, num_heads=1)),
+    ],
+)
+def test_no_part_can_have_the_name_of_what_a_checkpoint_holds_besides(
+    module: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: set[str] = set()
+    load = module.load_parts
+
+    def spy(learned: Any, saved: Any) -> None:
+        parts.update(learned)
+        load(learned, saved)
+
+    monkeypatch.setattr(module, "load_parts", spy)
+    module.train(config, run_dir=tmp_path / "run", device="cpu")
+    besides = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True).keys() - parts
+    assert besides <= TAKEN
+    assert {"returns", "random_state"} <= besides
 
 
 def test_numpys_numbers_are_saved_and_what_cannot_be_is_named(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_the_texts_that_it_began_with(tmp_path: Path, monkeyp
     config = saved_config(RLHFConfig, tmp_path / "run", load_settings(tmp_path / "run"))
     train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
     (tmp_path / "texts").write_text("bad dog\ngood dog\n")  # the same letters
-    with pytest.raises(ConfigError, match="--text and --preferences must be the files that the run began with, and"):
+    with pytest.raises(ConfigError, match="--text and --preferences must give the texts that the run began with: they"):
         train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
 
 

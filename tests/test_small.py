@@ -232,9 +232,11 @@ class Frozen(nn.BatchNorm1d):
         return super().train(False)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_in_training_is_train_and_eval(own: bool) -> None:
-    network = nn.Sequential(nn.Linear(2, 2), Frozen(2) if own else nn.BatchNorm1d(2), nn.Dropout()).eval()
+@pytest.mark.parametrize("own", [None, "class", "instance"])
+def test_in_training_is_train_and_eval(own: str | None) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), Frozen(2) if own == "class" else nn.BatchNorm1d(2), nn.Dropout()).eval()
+    if own == "instance":
+        network[1].train = lambda mode=True: network[1]  # type: ignore[method-assign]
     with InTraining(network):
         assert [module.training for module in network.modules()] == [True, True, not own, True]
     assert not any(module.training for module in network.modules())

@@ -173,7 +173,11 @@ class Part(Protocol):
 
 
 # Names in a checkpoint that are not parts.
-TAKEN = {*COMMON, "algorithm", "path", "ranks", "envs", "obs", "episodes", "rng", "memory", "kl_coef", "pairs", "texts"}
+TAKEN = {
+    *(*COMMON, "algorithm", "path", "ranks", "envs", "obs"),
+    *("episodes", "rng", "memory"),  # Double DQN's
+    *("kl_coef", "pairs", "vocabulary", "texts"),  # RLHF's
+}
 
 
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
