@@ -31,7 +31,6 @@ from minirl.networks import observation_tensor
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
-    Rollout,
     act,
     collect_rollout,
     compute_gae,
@@ -39,6 +38,7 @@ from minirl.ppo import (
     train,
     update_policy,
 )
+from minirl.rollout import Rollout
 
 CONFIG = PPOConfig()
 CPU = torch.device("cpu")

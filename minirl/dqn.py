@@ -31,25 +31,21 @@ from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
 from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
-from minirl.envs.vector import VectorEnv
-from minirl.fast.compiled import compiled
-from minirl.fast.gpu import to_device
-from minirl.fast.machine import PRECISIONS, Float32Linear, autocast, select_device, select_precision, tuned
+from minirl.fast.compiled import compiled, pays_off
+from minirl.fast.machine import PRECISIONS, Float32Linear, autocast, select_device, select_precision
 from minirl.fast.small import InTraining, SmallSequential
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
-from minirl.replay import ReplayBuffer
+from minirl.replay import Batch, ReplayBuffer
 from minirl.results.play import Evaluator
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import Part, State, load_parts, reading
+from minirl.runs.checkpoints import Part, State, load_parts, reading, save_parts
 from minirl.runs.losses import RecentLosses
 from minirl.runs.resume import MemoryFiles, env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
 from minirl.streams import MAX_SEED, Stream
 
 LOG_EVERY = 1_000  # agent steps
-COMPILED_FROM = 50_000  # gradient steps
-LEARNS_FROM = ("learning_starts", "batch_size", "train_frequency")  # the settings that decide when learning starts
 
 
 @dataclass(frozen=True)
@@ -80,19 +76,13 @@ class DQNConfig:
     end_epsilon: float = setting(0.05, "final share of random actions", at_least=0, at_most=1)
     exploration_fraction: float = setting(0.1, "share of the run over which epsilon falls", above=0, at_most=1)
     epsilon_decay: float | None = setting(None, "factor of epsilon per episode; none: linear", above=0, at_most=1)
-    eval_frequency: int | None = setting(
-        1_000, "agent steps between evaluations or none", at_least=1, group="evaluation"
-    )
+    eval_frequency: int | None = setting(1_000, "agent steps between evaluations", at_least=1, group="evaluation")
     eval_episodes: int = setting(20, "greedy games per evaluation; the best network goes to best.pt", at_least=1)
     confirm_episodes: int = setting(200, "further games to confirm a new best network", at_least=0)
     compile: bool | None = setting(None, "compile the update; none: in long runs", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto (the faster one)", choices=PRECISIONS)
-    num_workers: int | None = setting(
-        None, "processes that play; none: one per core if games are slow, else 1", at_least=1
-    )
-    num_threads: int | None = setting(
-        None, "PyTorch threads; none: 1 for small networks, else all", at_least=1, at_most=MAX_THREADS
-    )
+    num_workers: int | None = setting(None, "processes that play; none: one per core if games are slow", at_least=1)
+    num_threads: int | None = setting(None, "threads; none: by the network's size", at_least=1, at_most=MAX_THREADS)
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
@@ -104,21 +94,18 @@ class DQNConfig:
             raise ConfigError(f"--batch-size must be at most buffer_size = {self.buffer_size}, not {self.batch_size}")
         learns_from = max(self.learning_starts, self.batch_size)
         learns_from = math.ceil(learns_from / self.train_frequency) * self.train_frequency
-        if self.learning_starts >= self.total_timesteps:
-            wanted = f"below total_timesteps = {self.total_timesteps}, or nothing is learned"
-            raise ConfigError(f"--learning-starts must be {wanted}, not {self.learning_starts}")
         if learns_from > self.last_step:
-            because = ", ".join(f"{name} is {getattr(self, name)}" for name in LEARNS_FROM)
+            decides = ("learning_starts", "batch_size", "train_frequency")
+            because = ", ".join(f"{name} is {getattr(self, name)}" for name in decides)
             raise ConfigError(f"--total-timesteps must be at least {learns_from}, or nothing is learned: {because}")
         if self.end_epsilon > self.start_epsilon:
             limit = f"start_epsilon = {self.start_epsilon}"
             raise ConfigError(f"--end-epsilon must be at most {limit}, not {self.end_epsilon}")
 
     @property
-    def compiles(self) -> bool:
-        """Whether to compile the update: that takes some 20 seconds and saves a third of a millisecond per update."""
-        gradient_steps = self.total_timesteps * self.gradient_steps / self.train_frequency
-        return gradient_steps >= COMPILED_FROM if self.compile is None else self.compile
+    def num_gradient_steps(self) -> float:
+        """Gradient steps in a run, about."""
+        return self.total_timesteps * self.gradient_steps / self.train_frequency
 
     @property
     def last_step(self) -> int:
@@ -191,7 +178,7 @@ def double_dqn_target(
 def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool = False) -> Tensor:
     """The loss, L = mean((Q(s, a) - y)^2), or with `huber` the mean of the smooth-L1 of the same TD errors.
 
-    No factor 1/2 on the square. Smooth-L1 is d^2 / 2 up to |d| = 1 and |d| - 1/2 beyond: its gradient is the square's
+    No factor 1/2 on the square. Smooth-L1 is d^2 / 2 up to |d| = 1 and |d| - 1/2 beyond: its gradient is d
     clipped to [-1, 1], which is what Mnih et al. (2015) mean by clipping the error.
 
     Args:
@@ -205,9 +192,7 @@ def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: bool 
     """
     require_same_shape(actions=actions, targets=targets, q_values_of_an_action=q_values[..., 0])
     chosen = q_values.gather(-1, actions[..., None]).squeeze(-1)
-    dtype = torch.promote_types(chosen.dtype, targets.dtype)
-    loss = F.smooth_l1_loss if huber else F.mse_loss
-    return loss(chosen.to(dtype), targets.to(dtype))
+    return F.smooth_l1_loss(chosen, targets) if huber else F.mse_loss(chosen, targets)
 
 
 class Clock(NamedTuple):
@@ -261,8 +246,8 @@ def make_q_network(config: DQNConfig, observation_space: gym.Space[Any], action_
         ConfigError: if the actions are not Discrete, the observations are neither vectors nor images, or hidden layers
             are chosen for images.
     """
-    if is_image(observation_space) and config.hidden_sizes != DQNConfig.hidden_sizes:
-        raise ConfigError("--hidden-sizes must be left out: images go through the Nature CNN")
+    if is_image(observation_space):
+        require_default(config, "hidden_sizes", because="images go through the Nature CNN")
     if not isinstance(action_space, gym.spaces.Discrete):
         raise ConfigError(f"--env-id must have Discrete actions for DQN, not {action_space}")
     return QNetwork(observation_space, int(action_space.n), config.hidden_sizes)
@@ -290,43 +275,26 @@ def epsilon_greedy(q_values: NDArray[np.float32], epsilon: float, rng: np.random
     return actions
 
 
-def make_memory(config: DQNConfig, envs: VectorEnv, rng: np.random.Generator) -> ReplayBuffer:
-    """Make the replay memory; observations of `FrameStack` are stored frame by frame.
-
-    Raises:
-        ConfigError: if it is larger than the machine's memory.
-    """
-    size, space = config.buffer_size, envs.observation_space
-    try:
-        return ReplayBuffer(size, space, config.num_envs, stacked=envs.stacked, seed=rng)
-    except MemoryError as error:
-        raise ConfigError(f"--buffer-size must fit into this machine's memory, and {size} does not: {error}") from error
-
-
 def gradient_step(
     online: nn.Module,
     target: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: DQNConfig,
     precision: torch.dtype,
-    observations: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_observations: Tensor,
-    terminated: Tensor,
+    batch: Batch[Tensor],
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on a batch, columns (B, ...); return its statistics to log, by name."""
-    with autocast(precision, observations.device):
+    """Take one optimiser step on a batch; return its statistics to log, by name."""
+    with autocast(precision, batch.observations.device):
         with torch.no_grad():
-            next_q_online, next_q_target = online(next_observations), target(next_observations)
-        q_values = online(observations)
-    targets = double_dqn_target(rewards, terminated, next_q_online, next_q_target, config.gamma)
-    loss = dqn_loss(q_values, actions, targets, huber=config.huber)
+            next_q_online, next_q_target = online(batch.next_observations), target(batch.next_observations)
+        q_values = online(batch.observations)
+    targets = double_dqn_target(batch.rewards, batch.terminated, next_q_online, next_q_target, config.gamma)
+    loss = dqn_loss(q_values, batch.actions, targets, huber=config.huber)
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(online.parameters(), config.max_grad_norm or math.inf, foreach=False)
     optimizer.step()
-    chosen_q = q_values.detach().gather(-1, actions[:, None])
+    chosen_q = q_values.detach().gather(-1, batch.actions[:, None])
     return {"td_loss": loss.detach(), "q_values": chosen_q.mean(), "grad_norm": grad_norm}  # before clipping
 
 
@@ -371,8 +339,6 @@ def train(
     torch_device = select_device(device)
     run_dir, saved = saved_run("dqn", config, run_dir, resume, "episodes", "rng", "memory", "envs", "obs")
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
-    if start.steps > config.last_step:
-        raise ConfigError(f"--total-timesteps must be at least the {start.steps} steps already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
     # For exploration and replay. Not the seed itself, which is environment 0's: actions would correlate with its noise.
@@ -392,11 +358,12 @@ def train(
         # What a checkpoint holds: add a line here to save and load anything with `state_dict` and `load_state_dict`.
         learned: dict[str, Part] = {"model": online, "target": target, "optimizer": optimizer, "losses": losses}
         target_step = TargetUpdate(target, online, config.tau)
-        memory = make_memory(config, envs, rng)
+        memory = ReplayBuffer(config.buffer_size, spaces[0], config.num_envs, stacked=envs.stacked, seed=rng)
         memory_files = MemoryFiles(run_dir)
 
         precision = select_precision(config.precision, torch_device, images=is_image(envs.observation_space))
-        step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=config.compiles)
+        pays = pays_off(config.compile, config.num_gradient_steps)
+        step = compiled(gradient_step, online, target, optimizer, config, precision, enabled=pays)
         in_training = InTraining(online)  # batch norm learns and dropout is on in gradient steps only
         q_values = functools.partial(action_values, online, torch_device)
         greedy = functools.partial(greedy_actions, online, torch_device)
@@ -410,24 +377,19 @@ def train(
             if saved["envs"] is None:  # the environments could not be saved, and new games have begun
                 memory.cut()
 
-        def networks() -> State:
-            return {name: part.state_dict() for name, part in learned.items()}
-
         def state() -> State:
             return {
-                **networks(),
+                **save_parts(learned),
                 "episodes": now.episodes,
                 "rng": rng.bit_generator.state,
                 "memory": memory_files.save(memory),
                 **env_state(envs, obs),
             }
 
-        run = Run("dqn", config, run_dir, total=config.last_step, done=start.steps, resumed=saved)
-        with run, tuned(online, config.num_threads) as turns:
+        with Run("dqn", config, run_dir, online, total=config.last_step, done=start.steps, resumed=saved) as run:
             run.checkpoint(now.steps, state)
             finished = is_finished(config, now)
             while not finished:
-                turns.pass_on()  # to another training run on these cores
                 epsilon = epsilon_at(config, now)
                 if config.anneal_lr:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -443,9 +405,9 @@ def train(
 
                 if now.steps >= config.learning_starts and len(memory) >= config.batch_size:
                     for _ in range(config.gradient_steps * times_due(config.train_frequency, before.steps, now.steps)):
-                        batch = map(torch.from_numpy, memory.sample(config.batch_size))
+                        batch = memory.sample(config.batch_size).to(torch_device)
                         with in_training:
-                            losses.append(step(*(to_device(column, torch_device) for column in batch)))
+                            losses.append(step(batch))
                 for _ in range(target_updates_due(config, before, now)):
                     target_step.update()
 
@@ -458,7 +420,7 @@ def train(
                     run.log(now.steps, scalars, total=expected_steps(config, now))
                 if evaluate_now:
                     mean_return = evaluator.mean_return(greedy, now.steps, to_beat=run.best_return)
-                    run.keep_best(now.steps, mean_return, networks)
+                    run.keep_best(now.steps, mean_return, lambda: save_parts(learned))
                 videos.record(run, now.steps, greedy)
                 run.checkpoint(now.steps, state, finished=finished)
     return online

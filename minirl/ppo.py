@@ -15,7 +15,6 @@ Read from top to bottom: settings, network, the maths as pure functions, trainin
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,55 +26,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minirl import distributed
 from minirl.checks import ConfigError, require_same_shape
-from minirl.distributed import (
-    all_gather,
-    average_gradients,
-    mean_over_ranks,
-    my_share,
-    process_group,
-    require_shares,
-    world_size,
-)
 from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import Episode, VectorEnv
-from minirl.fast.compiled import compiled
+from minirl.fast.compiled import compiled, pays_off
 from minirl.fast.gpu import cuda_graphed, fetch_async
-from minirl.fast.machine import (
-    PRECISIONS,
-    Float32Linear,
-    autocast,
-    one_thread,
-    rounded_weights,
-    select_device,
-    select_precision,
-    tuned,
-)
+from minirl.fast.machine import PRECISIONS, Float32Linear, acting, autocast, select_device, select_precision
 from minirl.fast.small import InTraining
-from minirl.networks import (
-    Distribution,
-    NatureCNN,
-    NormalizeObservation,
-    NormalizeReward,
-    action_distribution,
-    is_image,
-    mlp,
-    observation_tensor,
-    orthogonal,
-)
+from minirl.networks import Distribution, NatureCNN, action_distribution, is_image, mlp, observation_tensor, orthogonal
+from minirl.normalize import NormalizeObservation, NormalizeReward
 from minirl.results.video import Videos
-from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses
-from minirl.runs.losses import stacked
+from minirl.rollout import Columns, Rollout
+from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses, save_parts
+from minirl.runs.losses import mean_losses
 from minirl.runs.resume import env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
 from minirl.streams import MAX_SEED
 
-COMPILED_FROM = {True: 5_000, False: 50_000}  # gradient steps, on images and on vectors
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
-
-Columns = dict[str, Tensor]  # a quantity's name -> its values, sample by sample
 
 
 @dataclass(frozen=True)
@@ -97,9 +68,7 @@ class PPOConfig:
     gae_lambda: float = setting(0.9, "lambda of the advantage estimate", at_least=0, at_most=1)
     norm_adv: bool = setting(True, "normalise the advantages of each minibatch")
     norm_reward: bool = setting(False, "divide rewards by the running standard deviation of the discounted return")
-    minibatch_size: int = setting(
-        256, "samples per gradient step; must divide N x T", at_least=1, group="gradient steps"
-    )
+    minibatch_size: int = setting(256, "samples per gradient step, a divisor of N x T", at_least=1, group="optimiser")
     update_epochs: int = setting(4, "passes over the N x T samples per update", at_least=1)
     learning_rate: float = setting(2.5e-4, "Adam's step size", above=0)
     anneal_lr: bool = setting(False, "lower the learning rate linearly to 0 at the end")
@@ -112,12 +81,8 @@ class PPOConfig:
     ent_coef: float = setting(0.01, "weight of the entropy bonus", at_least=0)
     compile: bool | None = setting(None, "compile acting and updates; none: in long runs", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto (the faster one)", choices=PRECISIONS)
-    num_workers: int | None = setting(
-        None, "processes that play; none: one per core if games are slow, else 1", at_least=1
-    )
-    num_threads: int | None = setting(
-        None, "PyTorch threads; none: 1 for small networks, else all", at_least=1, at_most=MAX_THREADS
-    )
+    num_workers: int | None = setting(None, "processes that play; none: one per core if games are slow", at_least=1)
+    num_threads: int | None = setting(None, "threads; none: by the network's size", at_least=1, at_most=MAX_THREADS)
     checkpoint_frequency: int = setting(100_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 
@@ -141,10 +106,10 @@ class PPOConfig:
         """Updates in a run: the last one may go past `total_timesteps`."""
         return math.ceil(self.total_timesteps / self.batch_size)
 
-    def compiles(self, images: bool) -> bool:
-        """Whether to compile the networks: that takes some 20 seconds and saves 10 ms per gradient step on images."""
-        gradient_steps = self.num_updates * self.update_epochs * self.batch_size // self.minibatch_size
-        return gradient_steps >= COMPILED_FROM[images] if self.compile is None else self.compile
+    @property
+    def num_gradient_steps(self) -> int:
+        """Gradient steps in a run, if no update ends early."""
+        return self.num_updates * self.update_epochs * (self.batch_size // self.minibatch_size)
 
 
 class ActorCritic(nn.Module):
@@ -158,47 +123,36 @@ class ActorCritic(nn.Module):
     Args:
         observation_space: a Box.
         action_space: Discrete, MultiDiscrete, MultiBinary or a Box of floats.
-        norm_obs: normalise vectors first; `train` updates the statistics.
-        hidden_sizes: widths of the MLPs' layers.
-        activation: of the MLPs, a name in `ACTIVATIONS`.
-        cnn_channels: channels of the CNN's three convolutions.
-        log_std_init: initial log standard deviation of a Gaussian policy.
+        config: the settings; the defaults if left out.
 
     Raises:
         ConfigError: if the spaces are not of these kinds, or `norm_obs` is set for images.
     """
 
     def __init__(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        *,
-        norm_obs: bool = PPOConfig.norm_obs,
-        hidden_sizes: tuple[int, ...] = PPOConfig.hidden_sizes,
-        activation: str = PPOConfig.activation,
-        cnn_channels: tuple[int, ...] = PPOConfig.cnn_channels,
-        log_std_init: float = PPOConfig.log_std_init,
+        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], config: PPOConfig | None = None
     ) -> None:
         super().__init__()
+        config = PPOConfig() if config is None else config
         num_outputs, self.make_distribution = action_distribution(action_space)
         assert observation_space.shape is not None
         self.critic_body: nn.Module | None = None  # a separate body on vectors only
         self.actor_body: nn.Module
-        self.normalize = NormalizeObservation(observation_space.shape) if norm_obs else None
+        self.normalize = NormalizeObservation(observation_space.shape) if config.norm_obs else None
         if is_image(observation_space):
-            if norm_obs:
+            if config.norm_obs:
                 raise ConfigError("--norm-obs must go with vectors as observations: images are divided by 255")
-            self.actor_body = NatureCNN(observation_space.shape, cnn_channels)
+            self.actor_body = NatureCNN(observation_space.shape, config.cnn_channels)
             num_features = NatureCNN.num_features
         else:
-            sizes = (*observation_space.shape, *hidden_sizes)
-            self.actor_body, self.critic_body = (mlp(sizes, ACTIVATIONS[activation]) for _ in range(2))
+            sizes = (*observation_space.shape, *config.hidden_sizes)
+            self.actor_body, self.critic_body = (mlp(sizes, ACTIVATIONS[config.activation]) for _ in range(2))
             num_features = sizes[-1]
         self.actor = orthogonal(Float32Linear(num_features, num_outputs), gain=0.01)
         self.critic = orthogonal(Float32Linear(num_features, 1), gain=1.0)
         self.log_std: nn.Parameter | None = None  # the same in all states
         if isinstance(action_space, gym.spaces.Box):
-            self.log_std = nn.Parameter(torch.full(action_space.shape, float(log_std_init)))
+            self.log_std = nn.Parameter(torch.full(action_space.shape, float(config.log_std_init)))
 
     def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Observations (B, ...) -> the distribution of actions, and the values (B,)."""
@@ -362,7 +316,7 @@ def normalized(advantages: Tensor) -> Tensor:
 
     Mean and std are over the whole minibatch of all ranks; CleanRL's `ppo_atari_multigpu.py` uses each rank's own.
     """
-    whole = all_gather(advantages)
+    whole = distributed.all_gather(advantages)
     shifted, whole = advantages - whole[0], whole - whole[0]
     # 1e-8 is 0 in float16.
     return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
@@ -379,92 +333,19 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(share.where(variance > rounding.square(), torch.nan))
 
 
-class Rollout:
-    """T steps of N environments: one column (T, N, ...) per quantity, allocated when it is first put.
-
-    A column keeps the dtype and layout of its first values: pixels stay uint8, channels-last. Tensors stay on the
-    device; NumPy arrays, from the environments, are copied there once, when read.
-
-    Raises:
-        ValueError: if a quantity changes its shape or dtype, or is missing at some of the steps.
-    """
-
-    def __init__(self, num_steps: int, num_envs: int, device: torch.device) -> None:
-        self.shape = (num_steps, num_envs)
-        self.device = device
-        self.columns: dict[str, Any] = {}
-        self.kinds: dict[str, tuple[int, tuple[int, ...], Any]] = {}  # dimensions, shape without the rows, dtype
-        self.filled: Counter[str] = Counter()  # how many of the T N entries were put since the last read
-
-    def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
-        """Store the results of step t in some of the environments: tensors and arrays (rows, ...) by name."""
-        for name, values in quantities.items():
-            kind = values.ndim, values.shape[1:], values.dtype
-            if name not in self.columns:
-                self.columns[name], self.kinds[name] = self._column(values), kind
-            if kind != self.kinds[name]:
-                wanted = f"rows of shape {tuple(self.kinds[name][1])} and {self.kinds[name][2]}, as at first"
-                raise ValueError(f"{name} must be {wanted}, not {tuple(values.shape)} and {values.dtype}")
-            self.columns[name][t, rows] = values
-            self.filled[name] += len(values)
-
-    def _column(self, values: Tensor | NDArray[Any]) -> Any:
-        if isinstance(values, np.ndarray):
-            return np.empty((*self.shape, *values.shape[1:]), values.dtype)
-        layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-        flat = (math.prod(self.shape), *values.shape[1:])
-        column = torch.empty(flat, dtype=values.dtype, device=self.device, memory_format=layout)
-        return column.unflatten(0, self.shape)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return a column (T, N, ...), on the device."""
-        return torch.as_tensor(self.columns[name], device=self.device)
-
-    def add(self, **computed: Tensor) -> None:
-        """Add columns (T, N, ...) that are computed from the others."""
-        for name, column in computed.items():
-            if name in self.kinds:
-                raise ValueError(f"{name} is computed from the rollout: what is put needs another name")
-            self.columns[name] = column
-
-    def normalize_rewards(self, scaled: NormalizeReward) -> None:
-        """Replace the environments' rewards by normalised ones."""
-        ended = self.columns["terminated"] | self.columns["truncated"]
-        self.columns["rewards"] = scaled(self.columns["rewards"], ended)
-
-    def samples(self, **more: Tensor) -> Columns:
-        """Return all columns, and `more` (T, N), sample by sample: (T N, ...)."""
-        whole = math.prod(self.shape)
-        for name, number in self.filled.items():
-            if number < whole:
-                raise ValueError(f"{name} must be put at every step: {number} of {whole} places are new")
-        self.filled.clear()
-        self.add(**more)
-        return {name: self[name].flatten(0, 1) for name in self.columns}
-
-
 def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
     """Make the network that the settings ask for.
 
     Raises:
         ConfigError: if the spaces are not supported, or a setting does not apply to them.
     """
-    images = is_image(observation_space)
-    if images and (config.hidden_sizes, config.activation) != (PPOConfig.hidden_sizes, PPOConfig.activation):
-        raise ConfigError("--hidden-sizes and --activation must be left out: images go through the Nature CNN")
-    if not images and config.cnn_channels != PPOConfig.cnn_channels:
-        raise ConfigError("--cnn-channels must be left out: only images go through a CNN")
-    if not isinstance(action_space, gym.spaces.Box) and config.log_std_init != 0:
-        raise ConfigError("--log-std-init must be left out: only actions that are numbers have a Gaussian")
-    return ActorCritic(
-        observation_space,
-        action_space,
-        norm_obs=config.norm_obs,
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        cnn_channels=config.cnn_channels,
-        log_std_init=config.log_std_init,
-    )
+    if is_image(observation_space):
+        require_default(config, "hidden_sizes", "activation", because="images go through the Nature CNN")
+    else:
+        require_default(config, "cnn_channels", because="only images go through a CNN")
+    if not isinstance(action_space, gym.spaces.Box):
+        require_default(config, "log_std_init", because="only actions that are numbers have a Gaussian")
+    return ActorCritic(observation_space, action_space, config)
 
 
 def act(agent: nn.Module, precision: torch.dtype, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -565,7 +446,7 @@ def gradient_step(
     loss, stats = minibatch_loss(agent, config, precision, batch, clip_coef)
     optimizer.zero_grad()
     loss.backward()
-    average_gradients(optimizer)  # over all ranks, if there are several
+    distributed.average_gradients(optimizer)  # over all ranks, if there are several
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm, foreach=False)
     optimizer.step()
     return {**stats, "grad_norm": grad_norm}  # before clipping
@@ -580,25 +461,19 @@ def update_policy(
     equal part of every minibatch.
     """
     device, batch_size = samples["advantages"].device, len(samples["advantages"])
+    size = config.minibatch_size // distributed.world_size()
     clip = torch.full((), clip_coef, device=device)  # a tensor: each new float would compile `step` again
     history: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
-        for indices in torch.randperm(batch_size, device=device).split(config.minibatch_size // world_size()):
+        for indices in torch.randperm(batch_size, device=device).split(size):
             history.append(step(samples, indices, clip))
         # Checked once per epoch, on its last minibatch, as in CleanRL; Stable-Baselines3 stops mid-epoch, at 1.5 x.
-        if config.target_kl is not None and mean_over_ranks(history[-1]["approx_kl"]) > config.target_kl:
+        if config.target_kl is not None and distributed.mean_over_ranks(history[-1]["approx_kl"]) > config.target_kl:
             break
     return mean_losses(history)
 
 
-def mean_losses(history: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the mean of each statistic over some minibatches and all ranks, by TensorBoard tag."""
-    numbers = [stacked(history, name).mean() for name in history[0]]
-    means = mean_over_ranks(torch.stack(numbers)).tolist()
-    return {f"losses/{name}": mean for name, mean in zip(history[0], means, strict=True)}
-
-
-@process_group()
+@distributed.process_group()
 def train(
     config: PPOConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> ActorCritic:
@@ -618,13 +493,11 @@ def train(
         KeyboardInterrupt: on Ctrl-C, after saving; its subclass `Stopped` on SIGTERM, SIGHUP or a closed stderr.
     """
     torch_device = select_device(device)
-    require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
-    mine = my_share(config.num_envs)
+    distributed.require_shares(num_envs=config.num_envs, minibatch_size=config.minibatch_size)
+    mine = distributed.my_share(config.num_envs)
     run_dir, saved = saved_run("ppo", config, run_dir, resume, "envs", "obs")
     first_step: int = saved["global_step"] if saved else 0
     last_step = config.num_updates * config.batch_size
-    if first_step > last_step:
-        raise ConfigError(f"--total-timesteps must be at least the {first_step} steps already done")
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
     with make_vector_env(
@@ -641,8 +514,9 @@ def train(
 
         images = is_image(envs.observation_space)
         precision = select_precision(config.precision, torch_device, images=images)
-        policy = compiled(act, agent, precision, enabled=config.compiles(images))
-        step = compiled(gradient_step, agent, optimizer, config, precision, enabled=config.compiles(images))
+        pays = pays_off(config.compile, config.num_gradient_steps, images=images)
+        policy = compiled(act, agent, precision, enabled=pays)
+        step = compiled(gradient_step, agent, optimizer, config, precision, enabled=pays)
         gae = cuda_graphed(compute_gae, torch_device)
         in_training = InTraining(agent)  # batch norm learns and dropout is on in updates only, as in Stable-Baselines3
 
@@ -652,34 +526,25 @@ def train(
         rollout.put(0, slice(None), observations=observation_tensor(obs, torch_device))
 
         def state() -> State:
-            return {**{name: part.state_dict() for name, part in learned.items()}, **env_state(envs, obs)}
+            return {**save_parts(learned), **env_state(envs, obs)}
 
-        run = Run("ppo", config, run_dir, total=last_step, done=first_step, resumed=saved)
-        with run, tuned(agent, config.num_threads) as turns:
+        with Run("ppo", config, run_dir, agent, total=last_step, done=first_step, resumed=saved) as run:
             run.checkpoint(first_step, state)
             for update in range(first_step // config.batch_size, config.num_updates):
-                turns.pass_on()  # to another training run on these cores
                 remaining = 1 - update / config.num_updates
                 clip_coef = config.clip_coef * (remaining if config.anneal_clip else 1)
                 if config.anneal_lr:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * remaining
 
-                with one_thread(), rounded_weights(agent, precision):
+                with acting(agent, precision):
                     obs, episodes = collect_rollout(agent, precision, policy, envs, obs, rollout)
                 for t, episode in episodes:
                     run.log_episodes(update * config.batch_size + (t + 1) * config.num_envs, [episode])
                 if config.norm_reward:
                     rollout.normalize_rewards(norm_reward)
-                advantages, returns = gae(
-                    rollout["rewards"],
-                    rollout["values"],
-                    rollout["next_values"],
-                    rollout["terminated"],
-                    rollout["truncated"],
-                    config.gamma,
-                    config.gae_lambda,
-                )
+                columns = (rollout[name] for name in ("rewards", "values", "next_values", "terminated", "truncated"))
+                advantages, returns = gae(*columns, config.gamma, config.gae_lambda)
                 samples = rollout.samples(advantages=advantages, returns=returns)
                 with in_training:
                     losses = update_policy(step, samples, config, clip_coef)
@@ -690,7 +555,7 @@ def train(
 
                 global_step = (update + 1) * config.batch_size
                 losses["losses/explained_variance"] = explained_variance(
-                    all_gather(rollout["values"]), all_gather(returns)
+                    distributed.all_gather(rollout["values"]), distributed.all_gather(returns)
                 )
                 run.log(global_step, {"charts/learning_rate": float(optimizer.param_groups[0]["lr"]), **losses})
                 videos.record(run, global_step, lambda obs: choose_actions(agent, obs))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from minirl.checks import ConfigError, described
 from minirl.distributed import require_one_process
 from minirl.envs.guard import Guard
-from minirl.envs.ids import registered_id
+from minirl.envs.ids import spec_of
 from minirl.envs.make import make_bare_env, time_limit
 from minirl.envs.vector import VectorEnv
 from minirl.fast.machine import select_device
@@ -48,9 +48,7 @@ class QLearningConfig:
     env_id: str = setting("minirl/GridWorld-v0", "environment with Discrete observations and actions", group="task")
     seed: int = setting(42, "seed of every random number", at_least=0, at_most=MAX_SEED)
     num_episodes: int = setting(10_000, "episodes to train for", at_least=1)
-    alpha: float = setting(
-        0.3, "learning rate: how far an entry moves towards its target", above=0, at_most=1, group="learning"
-    )
+    alpha: float = setting(0.3, "learning rate, the step towards the target", above=0, at_most=1, group="learning")
     anneal_alpha: bool = setting(False, "lower alpha linearly to 0 at the end; noisy environments need it")
     gamma: float = setting(0.99, "discount factor", at_least=0, at_most=1)
     # The notebook's table starts at 0: then 10 of 300 seeds never learn the values of the path that they do not take,
@@ -209,7 +207,7 @@ def train(
     seed_everything(config.seed)
     # A vector of one, because checkpoints save that; the loop steps the environment inside directly, which is faster.
     envs = VectorEnv(functools.partial(make_tabular_env, config.env_id), 1, num_workers=1)
-    guard, max_steps = envs.local_envs[0], time_limit(gym.spec(registered_id(config.env_id)))
+    guard, max_steps = envs.local_envs[0], time_limit(spec_of(config.env_id))
     env = guard.env
     q_table = new_table(env, config.initial_value)
     # Not the seed itself, which is the environment's: exploration would correlate with its noise.
@@ -222,8 +220,6 @@ def train(
             rng.setstate((random.Random.VERSION, tuple(saved["rng"].tolist()), None))
             episode, global_step = int(saved["episode"]), saved["global_step"]
             recent.extend(Played(*numbers) for numbers in saved["recent"])
-        if episode > config.num_episodes:
-            raise ConfigError(f"--num-episodes must be at least the {episode} already done")
     videos = Videos(config, run_dir, global_step, one_hot=False)
     obs = start_envs(envs, config.seed, saved)
     greedy = functools.partial(greedy_actions, q_table)

@@ -5,20 +5,27 @@ million transitions of Atari take 56 GB. Here each frame is stored once, which t
 when they are sampled, byte for byte as they were.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from minirl.checks import ConfigError
+from minirl.fast.gpu import to_device
 from minirl.networks import channels_last, is_image
 
 COLUMNS = {"actions": np.int64, "rewards": np.float32, "terminated": np.bool_}  # of a transition, without observations
 SPARE = 20  # one spare row for this many transitions, for the final frames of episodes
 
 
-class Batch(NamedTuple):
-    """Sampled transitions, B of them.
+Array = TypeVar("Array")
+
+
+class Batch(NamedTuple, Generic[Array]):
+    """Sampled transitions, B of them: NumPy arrays, or tensors after `to`.
 
     Attributes:
         observations: (B, ...).
@@ -28,11 +35,15 @@ class Batch(NamedTuple):
         terminated: (B,) bool, real ends; a truncated episode bootstraps from its final observation.
     """
 
-    observations: NDArray[Any]
-    actions: NDArray[np.int64]
-    rewards: NDArray[np.float32]
-    next_observations: NDArray[Any]
-    terminated: NDArray[np.bool_]
+    observations: Array
+    actions: Array
+    rewards: Array
+    next_observations: Array
+    terminated: Array
+
+    def to(self, device: torch.device) -> "Batch[Tensor]":
+        """Return it as tensors on a device."""
+        return Batch(*(to_device(torch.as_tensor(column), device) for column in self))
 
 
 class ReplayBuffer:
@@ -49,6 +60,7 @@ class ReplayBuffer:
     Raises:
         ValueError: if the capacity is not a positive multiple of the number of environments, or `stacked` is set for
             observations that are not byte images (C, H, W).
+        ConfigError: if it is larger than the machine's memory.
     """
 
     def __init__(
@@ -69,7 +81,11 @@ class ReplayBuffer:
         shape = (num_envs, self.length)
         self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
         kind = _Frames if stacked else _Pairs
-        self.observations: _Pairs | _Frames = kind(num_envs, self.length, observation_space)
+        try:
+            self.observations: _Pairs | _Frames = kind(num_envs, self.length, observation_space)
+        except MemoryError as error:
+            wanted = f"fit into this machine's memory, and {capacity} does not: {error}"
+            raise ConfigError(f"--buffer-size must {wanted}") from error
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled."""
@@ -104,7 +120,7 @@ class ReplayBuffer:
         """Cut the episodes: the next observations belong to new ones, for example in a resumed run."""
         self.observations.cut()
 
-    def sample(self, batch_size: int) -> Batch:
+    def sample(self, batch_size: int) -> Batch[NDArray[Any]]:
         """Draw transitions uniformly, with replacement.
 
         Raises:

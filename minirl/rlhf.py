@@ -26,10 +26,20 @@ from torch.nn import functional as F
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
 from minirl.envs.vector import Episode
-from minirl.fast.machine import Float32Linear, select_device, tuned
+from minirl.fast.machine import Float32Linear, select_device
 from minirl.networks import Categorical
-from minirl.ppo import compute_gae, explained_variance, mean_losses, normalized, ppo_loss
-from minirl.runs.checkpoints import Part, State, load_parts, reading, require_finite_losses, set_random_state
+from minirl.ppo import compute_gae, explained_variance, normalized, ppo_loss
+from minirl.rollout import Columns
+from minirl.runs.checkpoints import (
+    Part,
+    State,
+    load_parts,
+    reading,
+    require_finite_losses,
+    save_parts,
+    set_random_state,
+)
+from minirl.runs.losses import mean_losses
 from minirl.runs.resume import saved_run
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, setting
@@ -41,7 +51,6 @@ STAGES = ("lm", "reward", "ppo")
 HELD_OUT, CHUNK = 2_000, 512  # pairs that the reward model is evaluated on; texts generated or scored at once
 WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage with a rising rate; gradient steps between evaluations
 
-Columns = dict[str, Tensor]  # a quantity's name -> its values, text by text
 Step = tuple[dict[str, float], list[Episode]]  # what to log of one step
 
 
@@ -437,15 +446,15 @@ def train(
 
     def state() -> State:
         kept = {"kl_coef": kl_coef, "pairs": pairs and pairs.plain(), "vocabulary": vocabulary.tokens, "texts": texts}
-        return {**{name: part.state_dict() for name, part in learned.items()}, **kept}
+        return {**save_parts(learned), **kept}
 
-    run = Run("rlhf", config, run_dir, total=total, done=done, unit="texts", resumed=saved)
-    with run, tuned(model, config.num_threads) as turns:
+    with Run("rlhf", config, run_dir, model, total=total, done=done, unit="texts", resumed=saved) as run:
         run.checkpoint(done, state)
         before = 0  # texts of earlier stages
         for stage, (size, num_steps) in plan.items():
             optimizer = optimizers[stage]
-            first, before = (done - before) // size, before + size * num_steps
+            first = (done - before) // size  # of this stage's steps
+            before += size * num_steps
             if done >= before:
                 continue
             if stage == "lm":
@@ -460,7 +469,6 @@ def train(
                     reference.load_state_dict(model.state_dict())
                 steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
             for scalars, episodes in steps:
-                turns.pass_on()  # to another training run on these cores
                 done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)

@@ -67,11 +67,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "numbers-once": {"minirl.fast.rewrites.ARITHMETIC": ()},
     "numpy": {"minirl.fast.small.FEW": 0},
     "one-call-target": {"minirl.dqn.TargetUpdate": _MovedOneByOne},
-    "one-thread-beside": {"minirl.ppo.one_thread": contextlib.nullcontext},
+    "one-thread-beside": {"minirl.fast.machine.one_thread": contextlib.nullcontext},
     "one-thread-small": {"minirl.fast.machine.SMALL": 0},
     "onednn": {"minirl.fast.passes.onednn_is_faster": lambda: False},
     "products": {"minirl.fast.rewrites.FEW": 0},
-    "rounded-weights": {"minirl.ppo.rounded_weights": lambda network, precision: contextlib.nullcontext()},
+    "rounded-weights": {"minirl.fast.machine.rounded_weights": lambda network, precision: contextlib.nullcontext()},
     "skip-and-shrink": {"minirl.envs.atari.why_not_faster": lambda layers: "it is switched off"},
     "turns": {"minirl.fast.turns.available_cores": lambda: 1_000_000},
 }

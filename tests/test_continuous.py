@@ -23,11 +23,9 @@ from minirl.networks import (
     Bernoullis,
     Categoricals,
     Gaussian,
-    NormalizeObservation,
-    NormalizeReward,
-    RunningMeanStd,
     action_distribution,
 )
+from minirl.normalize import NormalizeObservation, NormalizeReward, RunningMeanStd
 from minirl.plots.of_run import draw_picture
 from minirl.ppo import ActorCritic, PPOConfig, choose_actions, train
 from minirl.results.play import play_games
@@ -287,7 +285,7 @@ def test_a_checkpoint_holds_what_is_normalised_by_and_evaluation_leaves_it(tmp_p
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert int(saved["norm_reward"]["count"]) == config.total_timesteps
     with make_vector_env("Pendulum-v1", 2) as envs:
-        mine = ActorCritic(envs.observation_space, envs.action_space, norm_obs=True)
+        mine = ActorCritic(envs.observation_space, envs.action_space, PPOConfig(norm_obs=True))
         mine.load_state_dict(saved["model"])
         with pytest.raises(RuntimeError, match=r"normalize\.mean"):
             ActorCritic(envs.observation_space, envs.action_space).load_state_dict(saved["model"])

@@ -135,10 +135,10 @@ def raise_error() -> None:
 
 def test_advantages_are_normalised_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, others = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
-    monkeypatch.setattr("minirl.ppo.all_gather", lambda values: torch.cat([others, values]))
+    monkeypatch.setattr("minirl.distributed.all_gather", lambda values: torch.cat([others, values]))
     # All four: mean 3, squared distances 0, 9, 4, 1, sum 14, divided by 3.
     torch.testing.assert_close(normalized(mine), torch.tensor([-2.0, -1.0]) / (14 / 3) ** 0.5)
-    monkeypatch.setattr("minirl.ppo.all_gather", lambda values: torch.full((6,), 0.1))
+    monkeypatch.setattr("minirl.distributed.all_gather", lambda values: torch.full((6,), 0.1))
     assert normalized(torch.full((2,), 0.1)).tolist() == [0, 0], "to the last bit"
 
 

@@ -24,7 +24,6 @@ from minirl.dqn import (
     epsilon_greedy,
     expected_steps,
     gradient_step,
-    make_memory,
     train,
 )
 from minirl.envs.make import make_vector_env
@@ -384,7 +383,7 @@ def test_other_observations_train(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_each_frame_of_a_game_is_stored_once() -> None:
     with make_vector_env(SMALL_PONG.env_id, 1) as envs:
-        memory = make_memory(SMALL_PONG, envs, np.random.default_rng(0))
+        memory = ReplayBuffer(SMALL_PONG.buffer_size, envs.observation_space, stacked=envs.stacked)
     arrays = [array for array in vars(memory.observations).values() if isinstance(array, np.ndarray)]
     frames = sum(array.nbytes for array in arrays) / (84 * 84)
     assert SMALL_PONG.buffer_size < frames < 1.1 * SMALL_PONG.buffer_size
@@ -454,7 +453,10 @@ def test_learns_cartpole(tmp_path: Path, total_timesteps: int, compiled: bool) -
     ("settings", "message"),
     [
         ({"batch_size": 51}, "--batch-size must be at most buffer_size = 50"),
-        ({"learning_starts": 60}, "--learning-starts must be below total_timesteps = 60"),
+        (
+            {"learning_starts": 61},
+            "--total-timesteps must be at least 61, or nothing is learned: learning_starts is 61",
+        ),
         ({"train_frequency": 61}, "--total-timesteps must be at least 61, or nothing is learned"),
         ({"batch_size": 50, "total_timesteps": 49}, "--total-timesteps must be at least 50, or nothing is learned"),
         ({"train_frequency": 0}, "--train-frequency must be a whole number of at least 1"),

@@ -11,14 +11,14 @@ import torch
 
 from minirl.dqn import DQNConfig, QNetwork, TargetUpdate, double_dqn_target, dqn_loss, gradient_step, make_q_network
 from minirl.envs.make import make_vector_env
-from minirl.fast.compiled import Compiled, compiled
+from minirl.fast.compiled import Compiled, compiled, pays_off
 from minirl.replay import Batch
 from tests.weights import assert_close_elsewhere_and_in_bfloat16, parameters
 
 CPU = torch.device("cpu")
 
 
-def random_batch(size: int = 16, seed: int = 0) -> Batch:
+def random_batch(size: int = 16, seed: int = 0) -> Batch[Any]:
     rng = np.random.default_rng(seed)
     return Batch(
         rng.normal(size=(size, 4)).astype(np.float32),
@@ -41,12 +41,12 @@ class Learner:
         self.device = device
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.learning_rate, fused=True)
         bound = (self.online, self.target, self.optimizer, config, torch.float32)
-        self.step = compiled(gradient_step, *bound, enabled=config.compiles)
+        self.step = compiled(gradient_step, *bound, enabled=pays_off(config.compile, config.num_gradient_steps))
         self.target_step = TargetUpdate(self.target, self.online, config.tau)
 
-    def update(self, batch: Batch, learning_rate: float) -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch[Any], learning_rate: float) -> dict[str, torch.Tensor]:
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        logged: dict[str, torch.Tensor] = self.step(*(torch.from_numpy(column).to(self.device) for column in batch))
+        logged: dict[str, torch.Tensor] = self.step(batch.to(torch.device(self.device)))
         return logged
 
 
@@ -137,11 +137,9 @@ def test_every_network_of_a_process_is_compiled() -> None:
 
 
 def test_only_long_runs_are_compiled() -> None:
-    assert DQNConfig(total_timesteps=100_000, train_frequency=2).compiles
-    assert not DQNConfig(total_timesteps=100_000, train_frequency=4).compiles
-    assert DQNConfig(total_timesteps=100_000, train_frequency=16, gradient_steps=8).compiles
-    assert DQNConfig(total_timesteps=2_000, compile=True).compiles
-    assert not DQNConfig(compile=False).compiles
+    assert pays_off(None, DQNConfig(total_timesteps=100_000, train_frequency=2).num_gradient_steps)
+    assert not pays_off(None, DQNConfig(total_timesteps=100_000, train_frequency=4).num_gradient_steps)
+    assert pays_off(None, DQNConfig(total_timesteps=100_000, train_frequency=16, gradient_steps=8).num_gradient_steps)
 
 
 def test_gradients_do_not_add_up_over_updates() -> None:
@@ -211,20 +209,21 @@ def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:
     torch.manual_seed(0)
     obs, next_obs = torch.rand(2, 16, 3, 9, 9).unbind()
     layout = torch.channels_last
-    batch = [
+    batch = Batch(
+        obs.contiguous(memory_format=layout),
         torch.randint(2, (16,)),
         torch.randn(16),
         next_obs.contiguous(memory_format=layout),
         torch.zeros(16).bool(),
-    ]
+    )
     online, target = Own(), Own()
     plain = copy.deepcopy(online)
     own, reference = (torch.optim.Adam(net.parameters(), lr=1e-3, fused=net is online) for net in (online, plain))
     for _ in range(30):
         bound = (online, target, own, DQNConfig(), torch.float32)
-        loss = gradient_step(*bound, obs.contiguous(memory_format=layout), *batch)["td_loss"]
-        targets = double_dqn_target(batch[1], batch[3], plain(next_obs), target(next_obs), DQNConfig().gamma)
-        expected = dqn_loss(plain(obs), batch[0], targets)
+        loss = gradient_step(*bound, batch)["td_loss"]
+        targets = double_dqn_target(batch.rewards, batch.terminated, plain(next_obs), target(next_obs), 0.99)
+        expected = dqn_loss(plain(obs), batch.actions, targets)
         reference.zero_grad()
         expected.backward()
         reference.step()
@@ -235,14 +234,14 @@ def test_in_bfloat16_the_values_that_are_logged_and_the_weights_stay_float32(dev
     torch.manual_seed(0)
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     obs = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
-    batch = (obs, torch.tensor([0, 1, 2, 3]), torch.randn(4), obs.flip(0), torch.tensor([True, False, False, False]))
+    ends = torch.tensor([True, False, False, False])
+    batch = Batch(obs, torch.tensor([0, 1, 2, 3]), torch.randn(4), obs.flip(0), ends)
     logged, gradients = [], []
     for precision, here in ((torch.float32, "cpu"), (torch.float32, device), (torch.bfloat16, device)):
         torch.manual_seed(1)
         online, target = QNetwork(space, 6).to(here), QNetwork(space, 6).to(here)
         optimizer = torch.optim.Adam(online.parameters(), lr=1e-3)
-        columns = [column.to(here) for column in batch]
-        numbers = gradient_step(online, target, optimizer, DQNConfig(), precision, *columns)
+        numbers = gradient_step(online, target, optimizer, DQNConfig(), precision, batch.to(torch.device(here)))
         logged.append(torch.stack([*numbers.values()]).cpu())
         gradients.append(torch.cat([p.grad.flatten() for p in online.parameters() if p.grad is not None]).cpu())
         assert {parameter.dtype for parameter in online.parameters()} == {torch.float32}

@@ -13,7 +13,7 @@ FLOORS = [
     ("minirl.envs",),
     ("minirl.distributed",),
     ("minirl.fast",),
-    ("minirl.networks", "minirl.replay"),
+    ("minirl.networks", "minirl.normalize", "minirl.replay", "minirl.rollout"),
     ("minirl.runs",),
     ("minirl.texts", "minirl.transformer"),
     ("minirl.results",),

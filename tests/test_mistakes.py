@@ -377,7 +377,7 @@ CASES: list[tuple[str, str, str]] = [
     ),
     ("dqn", "--num-envs 3", "--buffer-size must be a multiple of num_envs = 3, not 100000"),
     ("dqn", "--batch-size 100001", "--batch-size must be at most buffer_size = 100000, not 100001"),
-    ("dqn", "--learning-starts 100000", "--learning-starts must be below total_timesteps = 100000, .*"),
+    ("dqn", "--learning-starts 100001", "--total-timesteps must be at least 100001, .*: learning_starts is 100001, .*"),
     ("dqn", "--start-epsilon 0.01", "--end-epsilon must be at most start_epsilon = 0.01, not 0.05"),
     ("dqn", "--buffer-size 1000000000000", "--buffer-size must fit into this machine's memory, and 10+ does not: .*"),
     # Environments
@@ -486,7 +486,7 @@ CASES: list[tuple[str, str, str]] = [
     ("dqn", "--resume dqn-run --hidden-sizes 8", "--hidden-sizes 8 can't go with --resume: the run has 24,24; .*"),
     ("ppo", "--resume ppo-run --total-timesteps 64", "--total-timesteps must be at least the 128 steps already done"),
     ("dqn", "--resume dqn-run --total-timesteps 200", "--total-timesteps must be at least the 300 steps already done"),
-    ("q", "--resume q-run --num-episodes 4", "--num-episodes must be at least the 5 already done"),
+    ("q", "--resume q-run --num-episodes 4", "--num-episodes must be at least the 5 episodes already done"),
     ("evaluate", "nowhere", "nowhere must be a run directory, and has no config.json"),
     ("plots", "ppo-run nowhere", "nowhere must be a run directory, and has no config.json"),
     # config.json

@@ -78,7 +78,7 @@ def test_layers_start_with_the_gains_of_the_paper() -> None:
             largest = float(torch.linalg.matrix_norm(weight, ord=2))
             assert largest == pytest.approx(gain, rel=1e-4), "orthogonal: all singular values are the gain"
     assert [type(layer) for layer in ActorCritic(VECTOR, TWO).actor_body.children()] == [nn.Linear, nn.Tanh] * 2
-    other = ActorCritic(VECTOR, TWO, hidden_sizes=(5, 6, 7), activation="relu")
+    other = ActorCritic(VECTOR, TWO, PPOConfig(hidden_sizes=(5, 6, 7), activation="relu"))
     for body in (other.actor_body, other.critic_body):
         assert body is not None
         assert [type(layer) for layer in body.children()] == [nn.Linear, nn.ReLU] * 3

@@ -23,13 +23,13 @@ from minirl.networks import observation_tensor
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
-    Rollout,
     act,
     collect_rollout,
     compute_gae,
     train,
     update_policy,
 )
+from minirl.rollout import Rollout
 from minirl.runs.checkpoints import load_checkpoint
 from tests.fake_envs import counter
 from tests.scalars import read_scalars

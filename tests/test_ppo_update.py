@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from minirl.envs.make import make_vector_env
-from minirl.fast.compiled import compiled
+from minirl.fast.compiled import compiled, pays_off
 from minirl.ppo import (
     ActorCritic,
     PPOConfig,
-    Rollout,
     act,
     explained_variance,
     gradient_step,
@@ -27,6 +26,7 @@ from minirl.ppo import (
     train,
     update_policy,
 )
+from minirl.rollout import Rollout
 from tests.weights import assert_close_elsewhere_and_in_bfloat16, parameters
 
 
@@ -293,14 +293,13 @@ def test_equal_advantages_are_normalised_to_nothing(value: float) -> None:
 
 
 def test_only_long_runs_are_compiled() -> None:
-    assert PPOConfig().compiles(images=True)
     steps = 5_000 // (4 * 4) * 1024
-    assert not PPOConfig(total_timesteps=steps).compiles(images=True)
-    assert PPOConfig(total_timesteps=steps + 1).compiles(images=True)
-    assert not PPOConfig(total_timesteps=1_000_000).compiles(images=False)
-    assert PPOConfig().compiles(images=False)
-    assert not PPOConfig(compile=False).compiles(images=True)
-    assert PPOConfig(compile=True, total_timesteps=1).compiles(images=False)
+    assert not pays_off(None, PPOConfig(total_timesteps=steps).num_gradient_steps, images=True)
+    assert pays_off(None, PPOConfig(total_timesteps=steps + 1).num_gradient_steps, images=True)
+    assert not pays_off(None, PPOConfig(total_timesteps=1_000_000).num_gradient_steps)
+    assert pays_off(None, PPOConfig().num_gradient_steps)
+    assert not pays_off(False, 1_000_000, images=True)
+    assert pays_off(True, 1)
 
 
 @pytest.mark.parametrize(

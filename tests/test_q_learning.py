@@ -440,7 +440,7 @@ def test_the_script_prints_the_tables_and_goes_on_with_more_episodes(tmp_path: P
 
 def test_fewer_episodes_than_are_done_are_refused(tmp_path: Path) -> None:
     train(SHORT, run_dir=tmp_path / "run")
-    with pytest.raises(ConfigError, match="--num-episodes must be at least the 250 already done"):
+    with pytest.raises(ConfigError, match="--num-episodes must be at least the 250 episodes already done"):
         train(dataclasses.replace(SHORT, num_episodes=100), run_dir=tmp_path / "run", resume=True)
 
 

@@ -30,7 +30,7 @@ from minirl.runs.checkpoints import (
     require_finite,
     save_checkpoint,
 )
-from minirl.runs.losses import RecentLosses
+from minirl.runs.losses import RecentLosses, mean_losses
 from minirl.runs.run import Run
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
@@ -417,7 +417,7 @@ def test_what_is_logged_of_a_step_is_a_tensor_of_one_number(number: Any, what: s
     with pytest.raises(TypeError, match=line):
         recent([{"td_loss": torch.tensor(1.0), "mine": number}], before=0).means()
     with pytest.raises(TypeError, match=line):
-        ppo.mean_losses([{"mine": number}] * 2)
+        mean_losses([{"mine": number}] * 2)
 
 
 def recent(losses: list[dict[str, torch.Tensor]], before: int) -> RecentLosses:

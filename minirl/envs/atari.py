@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from minirl.checks import ConfigError, fingerprint
 from minirl.envs.atari_fast import SkipAndShrink
 from minirl.envs.episode import EpisodeStatistics, PlaysInReset
-from minirl.envs.ids import is_atari, registered_id
+from minirl.envs.ids import is_atari, spec_of
 from minirl.envs.state import layers_of
 
 gym.register_envs(ale_py)
@@ -305,8 +305,7 @@ def make_atari_env(
     """
     if not is_atari(env_id):
         raise ConfigError(f"--env-id must be an Atari game here, not {env_id!r}")
-    spec = gym.spec(registered_id(env_id))
-    env = gym.make(spec, frameskip=1, render_mode=render_mode, disable_env_checker=True)
+    env = gym.make(spec_of(env_id), frameskip=1, render_mode=render_mode, disable_env_checker=True)
     if noop_max > 0:
         env = NoopReset(env, noop_max)
     env = MaxAndSkip(env, frame_skip)

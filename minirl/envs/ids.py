@@ -8,7 +8,7 @@ from typing import Any
 
 import ale_py
 import gymnasium as gym
-from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
+from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
 
 from minirl.checks import ConfigError, described
 from minirl.envs.guard import EnvError, culprit_of
@@ -43,6 +43,16 @@ def registered_id(env_id: str) -> str:
     if version is None:
         version = find_highest_version(namespace, base_name)
     return get_env_id(namespace, base_name, version)
+
+
+def spec_of(env_id: str) -> EnvSpec:
+    """Return Gymnasium's specification of an environment.
+
+    Raises:
+        ConfigError, EnvError: see `registered_id`; also if it is not registered.
+    """
+    with making(env_id):
+        return gym.spec(registered_id(env_id))
 
 
 def is_atari(env_id: str) -> bool:

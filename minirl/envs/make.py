@@ -15,7 +15,7 @@ from minirl.checks import ConfigError
 from minirl.envs.again import played_again
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
-from minirl.envs.ids import extra_of, is_atari, is_box2d, is_slow, making, registered_id
+from minirl.envs.ids import extra_of, is_atari, is_box2d, is_slow, making, spec_of
 from minirl.envs.spaces import CHOICES, OneHot, require_array
 from minirl.envs.vector import VectorEnv
 
@@ -46,7 +46,7 @@ def make_env(
             return make_atari_env(env_id, render_mode=render_mode, size=frame_size, fast=True)
         if frame_size != 84:
             raise ConfigError(f"--frame-size must be left out, for {env_id} is no Atari game")
-        spec = gym.spec(registered_id(env_id))
+        spec = spec_of(env_id)
         if extra_of(env_id) == "mujoco":
             quiet_mujoco()
         # Not every environment has the argument: pass it only if it is wanted.
@@ -83,7 +83,7 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
         EnvError: if its own code raises while it is made.
     """
     with making(env_id):
-        spec = copy.deepcopy(gym.spec(registered_id(env_id)))
+        spec = copy.deepcopy(spec_of(env_id))
         spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None
         return gym.make(spec)
 

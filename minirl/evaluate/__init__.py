@@ -18,7 +18,6 @@ import torch
 from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.dqn import DQNConfig, greedy_actions, make_q_network
-from minirl.envs.guard import EnvError
 from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate.of_texts import evaluate_texts, in_lines
@@ -31,7 +30,7 @@ from minirl.results.window import at_game_speed, open_window
 from minirl.rlhf import RLHFConfig
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.runs.directory import load_settings
-from minirl.runs.flags import Parser, fail, read_path, reader, saved_config
+from minirl.runs.flags import Parser, errors_in_one_line, read_path, reader, saved_config
 from minirl.runs.progress import Progress, answer
 from minirl.runs.run import seed_everything
 from minirl.streams import MAX_SEED
@@ -103,7 +102,7 @@ def evaluate(
     env_id = settings["env_id"]
     shown = env_options(settings)
     with make_envs(env_id, episodes, render, shown) as envs:
-        policy = load_policy(run_dir, settings, envs, stochastic, last, torch_device)
+        policy = load_policy(run_dir, settings, envs, torch_device, stochastic=stochastic, last=last)
         if video is not None:
             seed_everything(seed)
             if not record_game(policy, env_id, seed, video, **shown):
@@ -132,7 +131,13 @@ def make_envs(env_id: str, episodes: int, render: bool, shown: dict[str, Any]) -
 
 
 def load_policy(
-    run_dir: Path, settings: dict[str, Any], envs: VectorEnv, stochastic: bool, last: bool, device: torch.device
+    run_dir: Path,
+    settings: dict[str, Any],
+    envs: VectorEnv,
+    device: torch.device,
+    *,
+    stochastic: bool = False,
+    last: bool = False,
 ) -> Policy:
     """Return the saved network or table as a function from observations to actions.
 
@@ -188,6 +193,7 @@ def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
     return functools.partial(q_learning.greedy_actions, table)
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, play and print."""
     parser = Parser(
@@ -206,21 +212,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     arguments = vars(parser.parse_args(argv))
     as_json = arguments.pop("json")
-    try:
-        result = evaluate(**arguments)
-        if "samples" in result:
-            answer(json.dumps(result) if as_json else in_lines(result))
-            return
+    result = evaluate(**arguments)
+    if as_json:
+        answer(json.dumps(result))
+    elif "samples" in result:
+        answer(in_lines(result))
+    else:
         how = "sampled" if arguments["stochastic"] else "greedy"
-        sentence = (
+        answer(
             f"return over {result['episodes']} games, {how} actions: "
             f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
             f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
         )
-        answer(json.dumps(result) if as_json else sentence)
-    except ConfigError as error:
-        fail(error)
-    except EnvError as error:
-        fail(error, status=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

@@ -193,3 +193,10 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
         for layer in layers:
             layer.__class__ = PLAIN.get(type(layer), type(layer))
             vars(layer).pop("rounded", None)
+
+
+@contextlib.contextmanager
+def acting(network: nn.Module, precision: torch.dtype) -> Iterator[None]:
+    """Within the block the network chooses actions while workers play: `one_thread`, `rounded_weights`."""
+    with one_thread(), rounded_weights(network, precision):
+        yield

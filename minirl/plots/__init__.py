@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minirl.checks import ConfigError
-from minirl.envs.guard import EnvError
 from minirl.evaluate import TRAINING_SCRIPTS
 from minirl.plots.of_run import KINDS, draw_picture
 from minirl.q_learning import LOG_EVERY
@@ -17,7 +16,7 @@ from minirl.results.curves import Curve, curves_figure, read_curve
 from minirl.results.figure import check_output, save_figure
 from minirl.results.scores import read_scores, scores_figure
 from minirl.runs.directory import load_settings
-from minirl.runs.flags import Parser, fail, read_path
+from minirl.runs.flags import Parser, errors_in_one_line, read_path
 from minirl.runs.progress import Progress, answer
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
     return curves_figure(curves, x)
 
 
+@errors_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and draw."""
     parser = Parser(scripts=TRAINING_SCRIPTS, prog="python -m minirl.plots", description="Draw pictures of runs.")
@@ -73,20 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     name = "curve" if arguments.kind == "curves" else arguments.kind
     output: Path = arguments.output or arguments.run_dirs[0] / f"{name}.png"
     output = output if output.suffix else output.with_suffix(".png")
-    try:
-        if arguments.output is not None:
-            check_output(output)
-        if arguments.kind == "curves":
-            figure = draw_curves(arguments.run_dirs, arguments.x)
-        elif len(arguments.run_dirs) == 1:
-            figure = draw_picture(arguments.kind, arguments.run_dirs[0], arguments.device)
-        else:
-            raise ConfigError(f"--kind {arguments.kind} must go with one RUN_DIR, not {len(arguments.run_dirs)}")
-        save_figure(figure, output)
-        answer(output)
-    except ConfigError as error:
-        fail(error)
-    except EnvError as error:
-        fail(error, status=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    if arguments.output is not None:
+        check_output(output)
+    if arguments.kind == "curves":
+        figure = draw_curves(arguments.run_dirs, arguments.x)
+    elif len(arguments.run_dirs) == 1:
+        figure = draw_picture(arguments.kind, arguments.run_dirs[0], arguments.device)
+    else:
+        raise ConfigError(f"--kind {arguments.kind} must go with one RUN_DIR, not {len(arguments.run_dirs)}")
+    save_figure(figure, output)
+    answer(output)

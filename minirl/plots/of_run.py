@@ -150,7 +150,7 @@ def policy_map(
     states[..., 3] = np.radians(velocities)[:, None]
     game = []
     with make_vector_env(settings["env_id"], 1, **env_options(settings)) as envs:
-        policy = load_policy(run_dir, settings, envs, False, False, device)
+        policy = load_policy(run_dir, settings, envs, device)
         actions = policy(states.reshape(-1, 4)).reshape(MAP_POINTS, MAP_POINTS)
         obs, ended = envs.reset(seed=settings["seed"]), False
         while not ended:
@@ -167,6 +167,7 @@ def telling_moments(run_dir: Path, settings: dict[str, Any], device: torch.devic
     They are the moments of lowest, median and highest entropy: at which the policy is surest, halfway and least sure.
     """
     moments: list[Moment] = []
+    entropies: list[float] = []
     with made(settings, render_mode="rgb_array") as env:
         agent = ppo_agent(run_dir, env.observation_space, env.action_space, device)
         game: Any = env.unwrapped
@@ -175,24 +176,19 @@ def telling_moments(run_dir: Path, settings: dict[str, Any], device: torch.devic
             with torch.no_grad():
                 distribution, _ = agent(torch.as_tensor(obs[None], device=device))
             probabilities = distribution.probs[0].double().cpu().numpy()
+            entropies.append(distribution.entropy().item())
             moments.append(Moment(len(moments), game.render(), probabilities, ""))
             obs, _, terminated, truncated, info = env.step(int(probabilities.argmax()))
             if (terminated or truncated) and "episode" not in info:
                 obs, info = env.reset()  # a life was lost; the game goes on
         names = list(game.get_action_meanings())
-    by_entropy = sorted(moments, key=lambda moment: entropy(moment.probabilities))
+    by_entropy = [moments[number] for number in np.argsort(entropies, kind="stable")]
     chosen = {
         "where the policy is surest": by_entropy[0],
         "halfway between": by_entropy[len(moments) // 2],
         "where it is least sure": by_entropy[-1],
     }
     return [dataclasses.replace(moment, name=name) for name, moment in chosen.items()], names
-
-
-def entropy(probabilities: NDArray[np.float64]) -> float:
-    """Return -sum p log p of a distribution (A,)."""
-    positive = probabilities[probabilities > 0]
-    return float(-(positive * np.log(positive)).sum())
 
 
 def preprocessing(settings: dict[str, Any]) -> Stages:

@@ -180,6 +180,11 @@ TAKEN = {
 }
 
 
+def save_parts(parts: Mapping[str, Part]) -> State:
+    """Return the state of each part, by its name."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
     """Restore each part from a checkpoint, by its name; without a checkpoint do nothing.
 

@@ -22,10 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
 from minirl.checks import ConfigError
-from minirl.envs.ids import making, registered_id
+from minirl.envs.ids import spec_of
 from minirl.runs.checkpoints import BEST_FILE, atomic_file, load_checkpoint
 
 if sys.platform != "win32":
@@ -49,8 +47,7 @@ def default_run_dir(algorithm: str, config: Any) -> Iterator[Path]:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-seed{config.seed}"
     run_dir = Path("runs").absolute() / algorithm / env_name / name
     if hasattr(config, "env_id"):
-        with making(env_id):
-            gym.spec(registered_id(env_id))  # before the directory, whose own error would hide this one
+        spec_of(env_id)  # before the directory, whose own error would hide this one
     for number in itertools.count(2):
         try:
             run_dir.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Command lines from config dataclasses: every field is a flag."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,7 +18,7 @@ from minirl.envs.guard import EnvError
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
 from minirl.runs.seeds import read_seeds
-from minirl.runs.settings import Sizes, as_text, field_types, flag_name
+from minirl.runs.settings import NOUNS, Sizes, as_text, field_types, flag_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +120,19 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program at an error in the block: 2 for a user's mistake, 1 for an environment's, 130 for Ctrl-C."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(error)
+    except EnvError as error:
+        fail(error, status=1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:
     """Return the config of the settings in a run's `config.json`.
 
@@ -213,7 +227,7 @@ def reader(plain: type, optional: bool = False) -> Callable[[str], Any]:
         try:
             return tuple(map(int, text.split(","))) if plain == Sizes else plain(text)
         except ValueError:
-            noun = {int: "a whole number", float: "a number", Sizes: "whole numbers as in 24,24"}[plain]
+            noun = "whole numbers as in 24,24" if plain == Sizes else NOUNS[plain]
             raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}") from None
 
     return read

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirl.distributed import mean_over_ranks
 from minirl.runs.checkpoints import require_finite_losses
 
 
@@ -20,6 +21,12 @@ def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
             what = f"of shape {tuple(number.shape)}" if isinstance(number, Tensor) else f"a {type(number).__name__}"
             raise TypeError(f"losses/{name} must be a tensor of one number for each gradient step, not {what}")
     return torch.stack(numbers)
+
+
+def mean_losses(steps: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the mean of each number over some gradient steps and all ranks, by TensorBoard tag."""
+    means = mean_over_ranks(torch.stack([stacked(steps, name).mean() for name in steps[0]])).tolist()
+    return {f"losses/{name}": mean for name, mean in zip(steps[0], means, strict=True)}
 
 
 class RecentLosses:

@@ -107,14 +107,10 @@ class Progress:
             self.last_line = time.monotonic()
             print(self._line(note), file=self.stream, flush=True)
 
-    def per_second(self) -> float:
-        """Return how much was done per second since this session began."""
-        return (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
-
     def _line(self, note: str) -> str:
-        speed = self.per_second()
+        speed = (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
         clock = datetime.timedelta(seconds=int(max(self.total - self.done, 0) / speed)) if speed > 0 else "unknown time"
-        line = f"{self.done:,} of {self.total:,} {self.unit}, {self.per_second():,.0f} a second, {clock} left"
+        line = f"{self.done:,} of {self.total:,} {self.unit}, {speed:,.0f} a second, {clock} left"
         return f"{line}, {note}" if note else line
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import nn
 
 from minirl.checks import ConfigError
 from minirl.distributed import (
@@ -35,6 +36,8 @@ from minirl.distributed import (
     world_size,
 )
 from minirl.envs.vector import Episode
+from minirl.fast.machine import tuned
+from minirl.fast.turns import Turns
 from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
@@ -46,7 +49,7 @@ from minirl.runs.checkpoints import (
 from minirl.runs.directory import CONFIG_FILE, claim, files_after, load_settings, lock, save_config
 from minirl.runs.events import Events, save_settings_row
 from minirl.runs.progress import Progress, say, silence
-from minirl.runs.settings import new_schedules, recipe_note
+from minirl.runs.settings import flag_name, length_setting, new_schedules, recipe_note
 
 BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
 
@@ -112,10 +115,14 @@ class Run:
         algorithm: its name, for `config.json`.
         config: the settings; `checkpoint_frequency` (agent steps) is read here.
         run_dir: where to write; None for nowhere.
+        network: what is trained, for the number of threads; None if PyTorch computes nothing.
         total: the length of the whole run, in `unit`.
         done: how much of it earlier sessions did.
         unit: what progress is counted in, "steps" or "episodes".
         resumed: the checkpoint that this run continues from.
+
+    Raises:
+        ConfigError: if more is done than the whole run, or the directory can't be used.
     """
 
     def __init__(
@@ -123,14 +130,19 @@ class Run:
         algorithm: str,
         config: Any,
         run_dir: Path | None,
+        network: nn.Module | None = None,
         *,
         total: int,
         done: int = 0,
         unit: str = "steps",
         resumed: State | None = None,
     ) -> None:
+        if done > total:
+            raise ConfigError(f"{flag_name(length_setting(config))} must be at least the {done} {unit} already done")
         self.algorithm = algorithm
         self.config = config
+        self.network = network
+        self.turns: Turns | None = None
         self.run_dir = run_dir
         self.returns: deque[float] = deque(resumed["returns"] if resumed else [], maxlen=100)
         self.best_return: float = resumed["best_return"] if resumed else -math.inf
@@ -182,14 +194,18 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._old_handlers: dict[int, Any] = {}
+        self._stack = contextlib.ExitStack()
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in stop_signals():
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
+        if self.network is not None:
+            self.turns = self._stack.enter_context(tuned(self.network, self.config.num_threads))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stack.close()
         self.progress.close()
         try:
             if self.events is not None:
@@ -302,6 +318,8 @@ class Run:
             stop = self.stop_signal  # it may have come meanwhile
         if stop is not None and not finished:
             raise stop_by(stop)
+        if self.turns is not None and not finished:
+            self.turns.pass_on()  # to another training run on these cores
 
     def _agreed_stop(self) -> int | None:
         """Return the signal that one of several ranks has received; later ones wait for the next call."""

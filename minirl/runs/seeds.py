@@ -19,11 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from minirl.checks import ConfigError
-from minirl.envs.ids import is_atari, is_slow, making, registered_id
+from minirl.envs.ids import is_atari, is_slow, spec_of
 from minirl.envs.vector import available_cores
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import CONFIG_FILE
@@ -75,8 +74,7 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
         ConfigError: if there is no such environment, or a directory is taken.
     """
     if hasattr(config, "env_id"):
-        with making(config.env_id):
-            gym.spec(registered_id(config.env_id))
+        spec_of(config.env_id)
     for run_dir in run_dirs.values():
         if (run_dir / CONFIG_FILE).exists():
             go_on = shlex.join(["--resume", str(run_dir)])

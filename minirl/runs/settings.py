@@ -112,6 +112,12 @@ def check_settings(config: Any) -> None:
             raise ConfigError(f"{flag_name(field.name)} must be at most {MAX_WHOLE}, not {value!r}")
 
 
+def require_default(config: Any, *names: str, because: str) -> None:
+    """Raise a ConfigError, naming the flags, if one of these settings was chosen: here it would do nothing."""
+    if any(getattr(config, name) != getattr(type(config), name) for name in names):
+        raise ConfigError(f"{' and '.join(map(flag_name, names))} must be left out: {because}")
+
+
 def _has_type(value: Any, plain: type) -> bool:
     if plain == Sizes:
         return isinstance(value, tuple) and all(_has_type(size, int) for size in value)
@@ -170,6 +176,11 @@ def recipe_note(algorithm: str, config: Any) -> str | None:
     return f"all settings are the defaults, which are for {defaults.env_id}{where}"
 
 
+def length_setting(config: Any) -> str:
+    """Return the name of the setting that says how long a run is."""
+    return "total_timesteps" if hasattr(config, "total_timesteps") else "num_episodes"
+
+
 def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | None:
     """Return a line on how a changed total affects a run's schedules; None if it is unchanged or there are none.
 
@@ -178,7 +189,7 @@ def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | Non
         config: the settings from here on.
         done: the share of the new total that is done.
     """
-    name = "total_timesteps" if hasattr(config, "total_timesteps") else "num_episodes"
+    name = length_setting(config)
     total = getattr(config, name)
     annealed = [
         field.name

@@ -132,7 +132,7 @@ def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patien
     """
     seed = evaluation_seed(settings)
     with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **env_options(settings)) as envs:
-        policy = load_policy(run_dir, settings, envs, False, False, select_device(device))
+        policy = load_policy(run_dir, settings, envs, select_device(device))
         deadline = time.monotonic() + patience
 
         def hurried(observations: NDArray[Any]) -> NDArray[Any]:
