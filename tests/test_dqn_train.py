@@ -132,7 +132,7 @@ class Calls:
             add(buffer, *arrays)
 
         def spy_step(*arguments: Any) -> dict[str, Tensor]:
-            assert len(arguments[-1]) == config.batch_size
+            assert len(arguments[-1].rewards) == config.batch_size
             self.updates.append(self.added)
             self.rates.append(arguments[2].param_groups[0]["lr"])
             assert arguments[0].training

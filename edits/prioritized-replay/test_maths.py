@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minirl.dqn import DQNConfig, QNetwork, dqn_loss, gradient_step
-from minirl.replay import ReplayBuffer
+from minirl.replay import Batch, ReplayBuffer
 
 NOTHING = np.zeros(2, np.bool_)
 
@@ -81,9 +81,8 @@ def test_a_gradient_step_gives_the_td_errors_of_before() -> None:
             rewards[i] + (0 if terminated[i] else 0.9 * following[i]) - online(obs[i])[actions[i]] for i in range(4)
         ]
     adam, config = torch.optim.Adam(online.parameters()), DQNConfig(gamma=0.9)
-    logged, errors = gradient_step(
-        online, target, adam, config, torch.float32, obs, actions, rewards, next_obs, terminated, weights
-    )
+    batch = Batch(obs, actions, rewards, next_obs, terminated, weights, torch.arange(4))
+    logged, errors = gradient_step(online, target, adam, config, torch.float32, batch)
     torch.testing.assert_close(errors, torch.stack(expected))
     torch.testing.assert_close(logged["td_loss"], errors.square().mean())
 
