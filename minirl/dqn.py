@@ -82,7 +82,7 @@ class DQNConfig:
     compile: bool | None = setting(None, "compile the update; none: in long runs", group="machine and files")
     precision: str = setting("auto", "of the CNN: float32, bfloat16 or auto (the faster one)", choices=PRECISIONS)
     num_workers: int | None = setting(None, "processes that play; none: one per core if games are slow", at_least=1)
-    num_threads: int | None = setting(None, "threads; none: by the network's size", at_least=1, at_most=MAX_THREADS)
+    num_threads: int | None = setting(None, "threads; none: 1 for small networks", at_least=1, at_most=MAX_THREADS)
     checkpoint_frequency: int = setting(10_000, "agent steps between checkpoints", at_least=1)
     video_frequency: int | None = setting(None, "agent steps between games recorded as videos; none: never", at_least=1)
 

@@ -184,6 +184,62 @@ def play_episode(
     return Played(episodic_return, length, total_error)
 
 
+def means(played: Iterable[Played]) -> dict[str, float]:
+    """Return the mean return, length and |TD error| of some episodes, by TensorBoard tag."""
+    returns, lengths, total_errors = zip(*played, strict=True)
+    return {
+        "charts/episodic_return": sum(returns) / len(returns),
+        "charts/episodic_length": sum(lengths) / len(lengths),
+        "losses/td_error": sum(total_errors) / sum(lengths),
+    }
+
+
+def make_tabular_env(env_id: str) -> gym.Env[int, int]:
+    """Make an environment whose observations and actions are integers from 0.
+
+    Raises:
+        ConfigError: if there is no such environment, or its observations or actions are something else.
+    """
+    env = make_bare_env(env_id)
+    for name, space in [("observations", env.observation_space), ("actions", env.action_space)]:
+        if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+            raise ConfigError(f"--env-id must have Discrete {name} that count from 0 for a Q-table, not {space}")
+    return env
+
+
+def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
+    """Return the number of states and of actions."""
+    states: Any = env.observation_space
+    actions: Any = env.action_space
+    return int(states.n), int(actions.n)
+
+
+def new_table(env: gym.Env[int, int], value: float) -> QTable:
+    """Return a Q-table (S, A) filled with this value.
+
+    Raises:
+        ConfigError: if it is larger than the machine's memory.
+    """
+    try:
+        return np.full(table_shape(env), value)
+    except (MemoryError, ValueError) as error:  # ValueError if its size in bytes overflows
+        wanted = "so few states that a table of them fits into this machine's memory"
+        raise ConfigError(f"--env-id must have {wanted}, not {table_shape(env)[0]:,}: {described(error)}") from error
+
+
+def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
+    """Return the Q-table of a checkpoint.
+
+    Raises:
+        ConfigError: if it does not have this environment's size.
+    """
+    with reading(saved):
+        table: QTable = saved["q_table"].double().numpy()
+        if table.shape != table_shape(env):
+            raise ValueError(f"the environment has {table_shape(env)} states and actions, its table {table.shape}")
+    return table
+
+
 def train(
     config: QLearningConfig, *, run_dir: str | Path | None = None, resume: bool = False, device: str = "auto"
 ) -> QTable:
@@ -251,59 +307,3 @@ def train(
             videos.record(run, global_step, greedy)
             run.checkpoint(global_step, state, finished=episode == total)
     return q_table
-
-
-def means(played: Iterable[Played]) -> dict[str, float]:
-    """Return the mean return, length and |TD error| of some episodes, by TensorBoard tag."""
-    returns, lengths, total_errors = zip(*played, strict=True)
-    return {
-        "charts/episodic_return": sum(returns) / len(returns),
-        "charts/episodic_length": sum(lengths) / len(lengths),
-        "losses/td_error": sum(total_errors) / sum(lengths),
-    }
-
-
-def make_tabular_env(env_id: str) -> gym.Env[int, int]:
-    """Make an environment whose observations and actions are integers from 0.
-
-    Raises:
-        ConfigError: if there is no such environment, or its observations or actions are something else.
-    """
-    env = make_bare_env(env_id)
-    for name, space in [("observations", env.observation_space), ("actions", env.action_space)]:
-        if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-            raise ConfigError(f"--env-id must have Discrete {name} that count from 0 for a Q-table, not {space}")
-    return env
-
-
-def table_shape(env: gym.Env[int, int] | VectorEnv) -> tuple[int, int]:
-    """Return the number of states and of actions."""
-    states: Any = env.observation_space
-    actions: Any = env.action_space
-    return int(states.n), int(actions.n)
-
-
-def new_table(env: gym.Env[int, int], value: float) -> QTable:
-    """Return a Q-table (S, A) filled with this value.
-
-    Raises:
-        ConfigError: if it is larger than the machine's memory.
-    """
-    try:
-        return np.full(table_shape(env), value)
-    except (MemoryError, ValueError) as error:  # ValueError if its size in bytes overflows
-        wanted = "so few states that a table of them fits into this machine's memory"
-        raise ConfigError(f"--env-id must have {wanted}, not {table_shape(env)[0]:,}: {described(error)}") from error
-
-
-def load_table(saved: State, env: gym.Env[int, int] | VectorEnv) -> QTable:
-    """Return the Q-table of a checkpoint.
-
-    Raises:
-        ConfigError: if it does not have this environment's size.
-    """
-    with reading(saved):
-        table: QTable = saved["q_table"].double().numpy()
-        if table.shape != table_shape(env):
-            raise ValueError(f"the environment has {table_shape(env)} states and actions, its table {table.shape}")
-    return table
