@@ -78,10 +78,9 @@ class ReplayBuffer:
         self.length = capacity // num_envs  # of each environment's ring
         self.rng = np.random.default_rng(seed)
         self.added = 0  # transitions ever added, per environment
-        shape = (num_envs, self.length)
-        self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
-        kind = _Frames if stacked else _Pairs
+        shape, kind = (num_envs, self.length), _Frames if stacked else _Pairs
         try:
+            self.columns: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in COLUMNS.items()}
             self.observations: _Pairs | _Frames = kind(num_envs, self.length, observation_space)
         except MemoryError as error:
             wanted = f"fit into this machine's memory, and {capacity} does not: {error}"

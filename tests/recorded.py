@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minirl.envs.atari import FrameStack
 from minirl.envs.episode import EpisodeStatistics
 from minirl.networks import Categorical
+from minirl.ppo import PPOConfig
 
 SIDE = 44  # of an image: the CNN's last maps are 2 x 2
 FRAMES = 4  # in a stack
@@ -152,7 +153,7 @@ class OwnBody(nn.Module):
 
 
 class OwnActorCritic(nn.Module):
-    def __init__(self, observation_space: gym.Space[Any], action_space: Any, **settings: Any) -> None:
+    def __init__(self, observation_space: gym.Space[Any], action_space: Any, config: PPOConfig) -> None:
         super().__init__()
         self.body, self.actor, self.critic = OwnBody(), nn.Linear(16, int(action_space.n)), nn.Linear(16, 1)
 

@@ -150,7 +150,7 @@ def check_dqn(config: Any, recording: Recording, report: Report, log_every: int)
                 target = update.before.networks[1]
                 target_bound = {name: 0 * weight for name, weight in target.items()}
                 batch = dict(
-                    zip(("obs", "actions", "rewards", "next_obs", "terminated"), update.arguments, strict=True)
+                    zip(("obs", "actions", "rewards", "next_obs", "terminated"), update.arguments[0], strict=True)
                 )
                 report.same("batch size", len(batch["actions"]), config.batch_size)
                 sampled.check(report, batch, t)

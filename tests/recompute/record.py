@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minirl import dqn, ppo, q_learning
 from minirl.envs.vector import VectorEnv
 from minirl.fast.compiled import Compiled
+from minirl.replay import Batch
 from minirl.runs import checkpoints, resume
 from tests import recorded
 from tests.reference import Weights
@@ -68,6 +69,8 @@ def doubled(value: Any) -> Any:
     """A copy, in float64."""
     if isinstance(value, dict):
         return {name: doubled(item) for name, item in value.items()}
+    if isinstance(value, Batch):
+        return Batch(*map(doubled, value))
     return value.detach().clone().contiguous().double() if isinstance(value, Tensor) else value
 
 
