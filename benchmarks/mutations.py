@@ -39,7 +39,8 @@ class Mutation(NamedTuple):
             ValueError: if the code that it changes does not occur exactly once.
         """
         if (count := source.count(self.old)) != 1:
-            raise ValueError(f"{self.name}: {self.file} must have this once, not {count} times:\n{self.old}")
+            where = f"{self.name} (benchmarks/mutations.txt): {self.file}"
+            raise ValueError(f"{where} must have this once, not {count} times:\n{self.old}")
         return source.replace(self.old, self.new)
 
 

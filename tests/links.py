@@ -1,7 +1,7 @@
 """Links from the documents to lines of code: `python -m tests.links` updates their line numbers.
 
-Such a link quotes the code that it leads to, [`ratio = ...`](../minirl/ppo.py#L219), and the quote occurs on only one
-line of the file, so that the line can always be found again.
+Such a link quotes the code that it leads to, [`ratio = ...`](../minirl/ppo.py#L219). Only one line of the file is or
+has the quote, so that it can always be found again; a document must quote another line, or more of it, if that changes.
 """
 
 import re
@@ -22,7 +22,8 @@ def relink(document: Path) -> tuple[str, list[str]]:
     def mended(link: re.Match[str]) -> str:
         code = link["code"].replace("\\|", "|")  # in a table
         lines = (document.parent / link["file"]).read_text().splitlines()
-        found = [number for number, line in enumerate(lines, 1) if code in line]
+        whole = [number for number, line in enumerate(lines, 1) if code == line.strip()]
+        found = whole if len(whole) == 1 else [number for number, line in enumerate(lines, 1) if code in line]
         if len(found) != 1:
             wrong.append(f"{document.name}: {link['file']} must have `{code}` on one line, not on {found or 'none'}")
             return link[0]

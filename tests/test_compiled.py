@@ -21,7 +21,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from minirl.fast import passes
-from minirl.fast.compiled import Compiled, compiled, is_whole, that_can_change
+from minirl.fast.compiled import Compiled, compiled, is_whole
 from minirl.fast.passes import products_by_onednn
 from minirl.fast.rewrites import FEW, StandIn, Steppable, Traceable
 from tests.weights import parameters
@@ -376,10 +376,10 @@ def test_a_library_that_was_cut_is_not_whole(tmp_path: Path) -> None:
     assert not is_whole(library), "its length was written, and nothing else"
 
 
-@pytest.mark.parametrize("before", [None, True, False])
+@pytest.mark.parametrize("before", [None, 2, 0])
 @pytest.mark.parametrize("now", [True, False])
-def test_a_resumed_run_says_when_it_compiles_otherwise_than_before(
-    now: bool, before: bool | None, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_compiles_as_before_or_says_that_it_does_not(
+    now: bool, before: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compile_or_not(function: Any, **options: Any) -> Any:
         if not now:
@@ -395,12 +395,10 @@ def test_a_resumed_run_says_when_it_compiles_otherwise_than_before(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         step(torch.ones(2))
-    said = [
-        str(warning.message) for warning in seen if "its bits differ from those of a run left" in str(warning.message)
-    ]
-    assert len(said) == (before is not None and before != now)
-    assert ("no longer compiled" in "".join(said)) == (said != [] and not now)
-    assert optimizer.state_dict()["param_groups"][0]["compiled"] == now
+    said = "".join(str(warning.message) for warning in seen)
+    assert ("its bits differ from those of a run left" in said) == (before == 2 and not now)
+    assert ("it was not compiled before the run was stopped" in said) == (before == 0)
+    assert optimizer.state_dict()["param_groups"][0]["compiled"] == (now and before != 0)
 
 
 @pytest.mark.parametrize("what", ["Python that can't be compiled", "hooks of the optimiser"])
@@ -434,7 +432,7 @@ def negate(tensor: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("what", ["hook", "accumulated", "optimiser", "group"])
+@pytest.mark.parametrize("what", ["hook", "accumulated", "optimiser", "group", "step"])
 def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ends = []
@@ -448,8 +446,16 @@ def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypat
                 network.weight.register_post_accumulate_grad_hook(lambda weight: negate(weight.grad))
             elif what == "optimiser":
                 optimizer.register_step_pre_hook(lambda *_: negate(network.weight.grad))
-            else:
+            elif what == "group":
                 optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            else:
+                own = optimizer.step
+
+                def flipped() -> None:
+                    negate(network.weight.grad)
+                    own()
+
+                optimizer.step = flipped  # type: ignore[assignment,method-assign]
 
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -489,8 +495,8 @@ def test_learning_rates_are_numbers_between_calls(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pytest.CaptureFixture[str]) -> None:
-    ends = []
-    for enabled in (False, True):
+    ends, given_up = [], []
+    for kind in ("plain", "compiled", "stopped"):
         network, optimizer, _ = small()
         network.calls = 0  # type: ignore[assignment]
 
@@ -501,22 +507,34 @@ def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pyte
             if network.calls % 2 == 0:
                 optimizer.step()
 
-        call = compiled(step, network, optimizer, enabled=enabled)
+        call = compiled(step, network, optimizer, enabled=kind != "plain")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            for _ in range(14):
+            for number in range(14):
+                if (kind, number) == ("stopped", 5):
+                    saved, played, weight = optimizer.state_dict(), network.calls, network.weight.detach().clone()
+                    network, optimizer, _ = small()
+                    network.calls = played
+                    network.weight.data.copy_(weight)
+                    optimizer.load_state_dict(saved)
+                    call = compiled(step, network, optimizer)
                 call(torch.ones(2))
+                if getattr(call, "enabled", True) is False:
+                    given_up.append((kind, number))
         assert network.calls == 14
-        said = [str(warning.message) for warning in seen if "going on without" in str(warning.message)]
-        assert len(said) == enabled
-        assert not enabled or "8 is the limit: network.calls == " in said[0]
+        said = [str(warning.message) for warning in seen]
+        assert sum("the bits differ from those of a run left alone" in line for line in said) == (kind == "stopped")
+        reasons = [line for line in said if "going on without" in line]
+        assert len(reasons) == (kind != "plain")
+        assert kind == "plain" or "8 is the limit: network.calls == " in reasons[0]
         ends.append(network.weight.item())
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+    assert given_up == [("compiled", number) for number in range(8, 14)] + [("stopped", 13)]
     assert "hit config" not in capfd.readouterr().err
 
 
 def test_looking_for_gradients_changes_nothing() -> None:
-    """The first call finds the parameters that have one, with copies: no statistics, random numbers or step change."""
+    """The first call finds the parameters that have one, with copies: nothing changes, and no random number is used."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
     unused = nn.Parameter(torch.ones(1))
@@ -526,10 +544,13 @@ def test_looking_for_gradients_changes_nothing() -> None:
         optimizer.zero_grad()
         (network(batch).square().mean() * random.random() * np.random.rand()).backward()  # noqa: NPY002
         optimizer.step()
+        batch.zero_()
 
     before = copy.deepcopy(network.state_dict())
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-    Compiled(step, (network, optimizer))._make_gradients([torch.randn(4, 2, generator=torch.Generator())])
+    batch = torch.randn(4, 2, generator=torch.Generator())
+    Compiled(step, (network, optimizer))._make_gradients([batch])
+    assert batch.all()
     assert torch.equal(drawn[0], torch.get_rng_state())
     assert random.getstate() == drawn[1]
     np.testing.assert_equal(np.random.get_state(legacy=False), drawn[2])  # noqa: NPY002
@@ -575,7 +596,7 @@ def test_a_gpu_is_compiled_for_without_the_headers_of_cuda(
     function.device = torch.device(device)
     assert function(-1) == 1
     assert seen.get("cpp_wrapper", False) == in_cpp
-    assert seen["guard_filter_fn"] is that_can_change
+    assert seen["guard_filter_fn"] == function._guards
 
 
 def test_compilation_does_not_warn_that_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:

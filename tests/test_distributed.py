@@ -36,7 +36,7 @@ from minirl.envs.vector import available_cores
 from minirl.ppo import PPOConfig, normalized
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.resume import of_this_rank
-from minirl.runs.run import Run, require_same_weights
+from minirl.runs.run import Run, require_same_parts
 from tests.conftest import PATIENCE
 from tests.ranks import MINIBATCH, NUM_ENVS
 from tests.scalars import read_scalars
@@ -167,7 +167,7 @@ def test_environments_are_dealt_out_to_another_number_of_ranks(
 
 
 @pytest.mark.parametrize(("change", "status"), [(0.0, "same"), (1e-7, "other")])
-def test_a_checkpoint_is_of_weights_that_all_ranks_have(
+def test_a_checkpoint_is_of_parts_that_all_ranks_have(
     change: float, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = torch.tensor([1.0, 2.0]), torch.tensor([1.0 + 2 * change, 2.0])
@@ -176,8 +176,10 @@ def test_a_checkpoint_is_of_weights_that_all_ranks_have(
     monkeypatch.setattr(
         "minirl.runs.run.max_over_ranks", lambda mine: max(mine, checksums[1] if mine > 0 else -checksums[1])
     )
-    with contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="different weights"):
-        require_same_weights({"model": {"weight": weights[0]}})
+    with (
+        contextlib.nullcontext() if status == "same" else pytest.raises(RankError, match="the same 'mine' in `learned`")
+    ):
+        require_same_parts({"envs": {"states": object()}, "mine": {"weight": weights[0]}})
 
 
 def test_a_signal_that_comes_while_ranks_agree_on_one_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

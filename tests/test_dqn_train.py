@@ -124,6 +124,7 @@ class Calls:
         self.updates: list[int] = []
         self.targets: list[int] = []
         self.rates: list[float] = []
+        self.modes = (False, False)
         self.added = 0
         add, update_target = ReplayBuffer.add, TargetUpdate.update
 
@@ -135,8 +136,7 @@ class Calls:
             assert len(arguments[-1].rewards) == config.batch_size
             self.updates.append(self.added)
             self.rates.append(arguments[2].param_groups[0]["lr"])
-            assert arguments[0].training
-            assert not arguments[1].training
+            self.modes = arguments[0].training, arguments[1].training
             return gradient_step(*arguments)
 
         def spy_target(target: TargetUpdate) -> None:
@@ -153,6 +153,7 @@ def test_updates_come_after_the_start_and_as_often_as_asked(monkeypatch: pytest.
     calls = Calls(monkeypatch, dataclasses.replace(TINY, train_frequency=8, target_network_frequency=15))
     assert calls.updates == [24, 32, 40, 48, 56]
     assert calls.targets == [15, 30, 45, 60]
+    assert calls.modes == (True, False), "of the online and the target network"
     several = Calls(monkeypatch, dataclasses.replace(TINY, train_frequency=16, gradient_steps=3))
     assert several.updates == [*[32] * 3, *[48] * 3]
 

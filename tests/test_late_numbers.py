@@ -33,6 +33,7 @@ class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.activation = nn.Linear(2, 1), nn.Identity()
+        self.of_three: Any = torch.sign
         for weight in self.parameters():
             nn.init.ones_(weight)
 
@@ -68,6 +69,8 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
         return listed[0] + more["number"]
 
     setattr(thing, "function", one)  # noqa: B010
+    setattr(thing, "of_three", torch.sign)  # noqa: B010
+    threes = torch.full((), 3.0)
     return {
         "closure": (lambda _: local, lambda _: becomes_3()),
         "object in a closure": (lambda _: thing.number, lambda _: setattr(thing, "number", 3.0)),
@@ -81,6 +84,22 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
             lambda _: setattr(thing, "late", 3.0),
         ),
         "function": (lambda _: thing.function(), lambda _: setattr(thing, "function", three)),  # type: ignore[attr-defined]
+        "function of PyTorch's": (
+            lambda _: thing.of_three(threes),  # type: ignore[attr-defined]
+            lambda _: setattr(thing, "of_three", torch.abs),
+        ),
+        "function of PyTorch's that the network has": (
+            lambda network: network.of_three(threes),
+            lambda network: setattr(network, "of_three", torch.abs),
+        ),
+        "attribute that a layer of PyTorch's had not": (
+            lambda network: getattr(network.layer, "late", 1.0),
+            lambda network: setattr(network.layer, "late", 3.0),
+        ),
+        "forward of a layer of PyTorch's": (
+            lambda network: network(torch.ones(1, 2)).detach(),
+            lambda network: setattr(network.activation, "forward", lambda features: 3 * features),
+        ),
         "class of the network": (lambda network: network.scale, lambda network: setattr(network, "scale", 3.0)),
         "attribute that the network had not": (
             lambda network: network(torch.ones(1, 2)).detach(),
@@ -131,8 +150,10 @@ def test_only_conditions_on_fixed_code_are_dropped() -> None:
     kept = [Condition("TENSOR_MATCH", linear.weight), Condition("CONSTANT_MATCH", 1), Condition("TYPE_MATCH", linear)]
     kept += [Condition("CLOSURE_MATCH", one), Condition("HASATTR", Thing(1.0)), Condition("CLASS_MATCH", Thing)]
     kept += [Condition("TYPE_MATCH", {}, "self.stand_ins[0].steppable.optimizer.state")]
-    dropped = [Condition("CLOSURE_MATCH", nn.functional.relu), Condition("HASATTR", linear.weight)]
-    dropped += [Condition("CLASS_MATCH", nn.Linear), Condition("TYPE_MATCH", {}), Condition("MODULE_MATCH", torch)]
-    dropped += [Condition("NOT_PRESENT_IN_GENERIC_DICT", linear), Condition("HASATTR", Traceable([]))]
+    kept += [Condition("NOT_PRESENT_IN_GENERIC_DICT", linear), Condition("BUILTIN_MATCH", torch.abs, "L['x'].act")]
+    of_torch = "G['__import_torch_dot_nn_dot_modules_dot_linear'].F.relu"
+    dropped = [Condition("CLOSURE_MATCH", nn.functional.relu, of_torch), Condition("HASATTR", linear.weight)]
+    dropped += [Condition("CLASS_MATCH", nn.Linear, "type(self.stand_ins[0])"), Condition("TYPE_MATCH", {})]
+    dropped += [Condition("MODULE_MATCH", torch), Condition("HASATTR", Traceable([]))]
     assert that_can_change(kept) == [True] * len(kept)
     assert that_can_change(dropped) == [False] * len(dropped)

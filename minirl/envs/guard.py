@@ -32,11 +32,10 @@ OLD_API = {
     "seed": "follows the old Gym API: `reset` must take `seed` and `options`",
 }
 NUMBERS = "biuf"  # kinds of NumPy's types
-# Paths of code that is not the environment's: ours, Gymnasium's, and Python's import machinery.
-OURS = (
-    "<frozen importlib",
-    *(f"{Path(str(package.__file__)).parent}{os.sep}" for package in (minirl, gym, importlib)),
-)
+MINIRL, GYMNASIUM, IMPORTLIB = (f"{Path(str(package.__file__)).parent}{os.sep}" for package in (minirl, gym, importlib))
+OURS = (MINIRL, GYMNASIUM, IMPORTLIB, "<frozen importlib")  # paths of code that is not the environment's
+# Files of ours that call an environment or make one: what they call may be a wrapper that a user edits.
+CALLS = tuple(os.path.join(MINIRL, "envs", name) for name in ("guard.py", "ids.py", "state.py"))
 
 
 class EnvError(RuntimeError):
@@ -249,7 +248,7 @@ def blame(error: Exception, where: str, method: str) -> tuple[EnvError, BaseExce
 def culprit_of(error: BaseException) -> tuple[BaseException, str]:
     """Return which of an error and its causes was raised in the environment's code, and its traceback cut to that code.
 
-    If none was: the error itself, and no traceback.
+    If none was: the error itself, and the traceback of the wrapper in this package that raised it, if one did.
     """
     candidate: BaseException | None = error
     while candidate is not None:
@@ -258,7 +257,18 @@ def culprit_of(error: BaseException) -> tuple[BaseException, str]:
         if trace.stack or isinstance(candidate, SyntaxError):  # a SyntaxError names the file itself
             return candidate, "".join(trace.format())
         candidate = candidate.__cause__ or candidate.__context__
-    return error, ""
+    return error, _trace_of_wrapper(error)
+
+
+def _trace_of_wrapper(error: BaseException) -> str:
+    """Return the traceback from the last file of `CALLS` on, if it ends in another file of this package."""
+    trace = traceback.TracebackException.from_exception(error, compact=True)
+    calls = [place for place, frame in enumerate(trace.stack) if frame.filename in CALLS]
+    frames = trace.stack[calls[-1] + 1 :] if calls else []
+    if not frames or not frames[-1].filename.startswith(MINIRL):
+        return ""
+    trace.stack = traceback.StackSummary.from_list(frames)
+    return "".join(trace.format())
 
 
 def _cut(trace: traceback.TracebackException) -> None:

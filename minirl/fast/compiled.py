@@ -13,8 +13,8 @@
 What is trained is bound here; a batch's tensors come with each call. The result is that of the plain function, up to
 rounding. Python numbers that it reads, the shapes of a batch and which parameters are frozen are checked at each call;
 if they change, the function is compiled again for them. If compilation fails (no compiler, or Python that PyTorch can't
-compile), a warning says why, and the plain function runs. Whether an optimiser's steps are compiled is part of its
-state, `group["compiled"]`: a resumed run in which that changes says so.
+compile), a warning says why, and the plain function runs. How many variants of an optimiser's step were compiled is
+part of its state, `group["compiled"]`, 0 if none: a resumed run does as before, or says why its bits may differ.
 """
 
 import contextlib
@@ -76,7 +76,11 @@ CODE = {
     "NOT_PRESENT_IN_GENERIC_DICT",
     "TYPE_MATCH",
 }
+# How a guard names what is read from such a module, from Python's own functions, or from a class.
+FROM_FIXED = re.compile(r"G\['__(import_torch|import_minirl_dot_fast|builtins)|type\(|dict\(")
 FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that do not change while they run
+
+FOR_STATE = 2  # variants of any step: an optimiser's first step creates its state, the others find it
 
 
 class Limit(logging.Filter):
@@ -134,6 +138,7 @@ class Compiled:
         self.trained: list[bool] | None = None  # which parameters were not frozen at the last check
         self.arguments: Sequence[Any] = ()  # of the last call, if calls are recorded
         self.whole: Callable[..., Any] | None = None
+        self.variants = 0  # how many were compiled here
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function with its first arguments and these."""
@@ -175,14 +180,17 @@ class Compiled:
         if self.device.type in gpu.RECORDED:
             self.arguments = arguments
         if self.whole is not None:
-            return self.whole(*arguments)
+            result = self.whole(*arguments)
+            self._remember(self.variants)
+            return result
+        self._go_on()
         wait_at_most(PATIENT)  # for other ranks, which also compile it
         with contextlib.suppress(OSError):  # other processes clean up this cache, too
             drop_unfinished_files()
         logging.getLogger("torch._dynamo.convert_frame").addFilter(LIMIT)
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that is added later is seen
-        choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": that_can_change}}
+        choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": self._guards}}
         if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
         else:
@@ -197,8 +205,28 @@ class Compiled:
             warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is intended, on a GPU, too
             result = whole(*arguments)
         self.whole = whole
-        self._remember(True)
+        self._remember(max(self.variants, 1))
         return result
+
+    def _go_on(self) -> None:
+        """Go on as before the run was stopped."""
+        before = [group["compiled"] for group in self._groups() if "compiled" in group]
+        if before and not all(before):
+            raise CantCompile("it was not compiled before the run was stopped")
+        if before and max(before) > FOR_STATE:
+            limit = torch._dynamo.config.recompile_limit
+            why = (
+                f"a step compiled {max(before)} times, for new values, is given up on after {limit}, counted anew here"
+            )
+            warnings.warn(f"{why}: if that happens, the bits differ from those of a run left alone", stacklevel=1)
+
+    def _guards(self, conditions: Sequence[Any]) -> list[bool]:
+        """Count a variant; see `that_can_change`."""
+        self.variants += 1
+        return that_can_change(conditions)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.optimizer.param_groups]
 
     def _in_its_words(self, guard: str) -> str:
         """Return a guard, `self.stand_ins[0].n == 7` say, in terms of the function's own arguments: `agent.n == 7`."""
@@ -230,7 +258,7 @@ class Compiled:
         """
         if not self.parameters:
             return
-        twins, copies = copy.deepcopy((self.bound, self.parameters))
+        twins, copies, given = copy.deepcopy((self.bound, self.parameters, tuple(arguments)))
         seen: set[int] = set()
         for weight in copies:
             if weight.requires_grad:
@@ -239,7 +267,7 @@ class Compiled:
         devices = [self.device] if self.device.type == "cuda" else []
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - a loss may draw from it
         with torch.random.fork_rng(devices=devices):
-            self.function(*twins, *arguments)
+            self.function(*twins, *given)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         for weight, twin in zip(self.parameters, copies, strict=True):
@@ -257,17 +285,17 @@ class Compiled:
         self.enabled = False
         for optimizer in self.optimizers:
             optimizer.put_back()
-        self._remember(False)
+        if self.whole is None and any(group.get("compiled") for group in self._groups()):
+            now = "no longer compiled, as it was before it was stopped"
+            warnings.warn(f"this run is {now}: its bits differ from those of a run left alone", stacklevel=1)
+        self.variants = 0
+        self._remember(0)
         return self.plain(*arguments)
 
-    def _remember(self, compiled: bool) -> None:
-        """Note in the optimiser's state whether steps are compiled, and warn if that has changed."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.optimizer.param_groups]
-        if any(group.get("compiled", compiled) != compiled for group in groups):
-            now = "compiled from here on, and was not" if compiled else "no longer compiled, as it was"
-            warnings.warn(f"this run is {now}: its bits differ from those of a run left alone", stacklevel=1)
-        for group in groups:
-            group["compiled"] = compiled
+    def _remember(self, variants: int) -> None:
+        """Note in the optimiser's state how many variants were compiled."""
+        for group in self._groups():
+            group["compiled"] = variants
 
 
 def drop_unfinished_files() -> None:
@@ -304,18 +332,18 @@ def that_can_change(conditions: Sequence[Any]) -> list[bool]:
 
     In CartPole's update these are 260 of 580, and take a tenth of its time.
     """
-    return [
-        # An optimiser's state is created in its first step, and replaced from a checkpoint.
-        condition.guard_type not in CODE
-        or ".steppable.optimizer.state" in condition.name
-        or not is_fixed(condition.value, by_type=condition.guard_type == "TYPE_MATCH")
-        for condition in conditions
-    ]
+    return [one.guard_type not in CODE or not is_fixed(one.name, one.value) for one in conditions]
 
 
-def is_fixed(value: Any, *, by_type: bool) -> bool:
-    """Whether a function, a class or an object's class is not the user's; a layer may be replaced by another type."""
-    if by_type and isinstance(value, nn.Module):
+def is_fixed(name: str, value: Any) -> bool:
+    """Whether a value that compiled code reads by this name is not the user's, who may replace it.
+
+    A layer may get attributes, or be replaced; an attribute or a global may become another function of PyTorch's; an
+    optimiser's state is created in its first step, and replaced from a checkpoint.
+    """
+    if isinstance(value, nn.Module) or ".steppable.optimizer.state" in name:
+        return False
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and not FROM_FIXED.match(name):
         return False
     owner = value if isinstance(value, (type, types.FunctionType)) else type(value)
     return FIXED.match(str(owner.__module__)) is not None

@@ -48,6 +48,9 @@ class Steppable:
         optimizer = self.optimizer
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             raise CantCompile("the optimiser has hooks, which only its own `step` calls")
+        own = vars(optimizer).get("step")
+        if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+            raise CantCompile("the optimiser has a `step` of its own, and only its class's is compiled")
         if [len(group["params"]) for group in optimizer.param_groups] != self.sizes:
             raise CantCompile("the optimiser has other parameters than at first")
         for weight in self.parameters:

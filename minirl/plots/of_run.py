@@ -97,8 +97,7 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
     """Make a run's environment, and close it at the end."""
-    shown = {**env_options(settings), "one_hot": False}  # only pictures of Q-tables have Discrete observations
-    env = make_env(settings["env_id"], render_mode=render_mode, **shown)
+    env = make_env(settings["env_id"], render_mode=render_mode, **env_options(settings))
     try:
         yield env
     finally:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from minirl.checks import ConfigError
 from minirl.distributed import (
@@ -41,6 +42,7 @@ from minirl.fast.turns import Turns
 from minirl.runs.checkpoints import (
     BEST_FILE,
     CHECKPOINT_FILE,
+    TAKEN,
     State,
     random_state,
     require_finite,
@@ -350,7 +352,7 @@ class Run:
             if self.events is not None:
                 self.events.flush()  # or a killed run would continue from here without the last events
             learned = state()
-            require_same_weights(learned)
+            require_same_parts(learned)
             require_finite(learned, global_step)
             broadcast_from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
         except OSError as error:
@@ -358,12 +360,16 @@ class Run:
             raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error
 
 
-def require_same_weights(learned: State) -> None:
-    """Raise RankError unless all ranks have the same weights, bit for bit, as a checksum tells."""
+def require_same_parts(state: State) -> None:
+    """Raise RankError unless all ranks have the same parts, bit for bit, as checksums tell: rank 0 saves its own."""
     if world_size() == 1:
         return
-    checksum = 0
-    for value in learned["model"].values():
-        checksum = zlib.crc32(value.detach().cpu().contiguous().numpy(), checksum)
-    if max_over_ranks(checksum) != -max_over_ranks(-checksum):
-        raise RankError("ranks have come to different weights: they must run the same code, on processors of one kind")
+    for name in sorted(state.keys() - TAKEN):
+        checksum = 0
+        for value in tree_leaves(state[name]):
+            array = value.detach().cpu().contiguous().numpy() if isinstance(value, torch.Tensor) else value
+            whole = array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode()
+            checksum = zlib.crc32(whole, checksum)
+        if max_over_ranks(checksum) != -max_over_ranks(-checksum):
+            why = "every gradient must be averaged (`average_gradients`), on processors of one kind"
+            raise RankError(f"ranks must have the same {name!r} in `learned`, for rank 0 saves its own; {why}")
