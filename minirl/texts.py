@@ -275,7 +275,7 @@ def read_corpus(path: Path, kind: str, context: int) -> tuple[Vocabulary, Texts]
     Raises:
         ConfigError: if there is no such file, or no text in it.
     """
-    lines = [line.strip() for line in read(path, "--text").splitlines()]
+    lines = [line.strip() for line in read(path, "--text").split("\n")]
     vocabulary = Vocabulary(kind, sorted({*"".join(lines)}) if kind == "characters" else [])
     numbers = [vocabulary.encode(line) for line in lines if line]
     if not numbers:
@@ -294,7 +294,7 @@ def read_pairs(path: Path, vocabulary: Vocabulary, context: int, seed: int) -> P
             context, or has words or characters that are not in the vocabulary.
     """
     pairs: list[dict[str, list[int]]] = []
-    for number, line in enumerate(read(path, "--preferences").splitlines(), start=1):
+    for number, line in enumerate(read(path, "--preferences").split("\n"), start=1):
         if line.strip():
             try:
                 pairs.append(read_pair(line, vocabulary, context))
@@ -336,7 +336,7 @@ def read(path: Path, flag: str) -> str:
         ConfigError: if it can't be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' Notepad begins a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} must be a file of text (UTF-8): {error}") from None
 

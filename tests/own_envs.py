@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import WrapperSpec
 
 STATES = 6
 LENGTH = 7  # steps until an episode is truncated
@@ -49,6 +50,39 @@ class Walk(gym.Env[Any, Any]):
     def noise(self) -> float:
         """A number from 0 to 1."""
         return float(self.np_random.random())
+
+
+class Shaped(gym.RewardWrapper[Any, Any]):
+    """A wrapper with a mistake; a test calls it one of this package's."""
+
+    def reward(self, reward: Any) -> Any:
+        return reward - self.penalty  # type: ignore[attr-defined]
+
+
+class Repeats(gym.Wrapper[Any, Any, Any, Any]):
+    """Takes each action up to four times."""
+
+    def step(self, action: Any) -> Step:
+        for _ in range(4):
+            result = self.env.step(action)
+            if result[2] or result[3]:
+                break
+        return result
+
+
+class Endless(Walk):
+    def step(self, action: int) -> Step:
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, False, {}
+
+
+gym.register(
+    "RepeatsTable-v0",
+    "tests.own_envs:Endless",
+    kwargs={"table": True},
+    max_episode_steps=8,
+    additional_wrappers=(WrapperSpec("Repeats", "tests.own_envs:Repeats", {}),),
+)
 
 
 class Pays(Walk):

@@ -93,6 +93,10 @@ def fail() -> Any:
     raise LookupError("the map\nhas a hole")
 
 
+def leave() -> Any:
+    raise SystemExit("the window was closed")
+
+
 def paying(reward: Any) -> dict[str, Any]:
     return {"odd": lambda obs, paid, *rest: (obs, reward, *rest)}
 
@@ -152,7 +156,9 @@ both("Messages", info={"reset_reward": 1000.0, "episode": 3})
 both("Four", odd=lambda obs, paid, terminated, truncated, info: (obs, paid, terminated, info))
 both("ResetAlone", start=lambda obs, info: obs)
 both("ResetPair", start=lambda obs, info: (0.5, 1.0))
+both("NoInfo", odd=lambda obs, paid, terminated, truncated, info: (obs, paid, terminated, truncated, None))
 both("Raises", odd=lambda *_: fail())
+both("Exits", odd=lambda *_: leave())
 both("ResetRaises", start=lambda *_: fail())
 both("RenderRaises", image=fail)
 gym.register("NeverMade-v0", "tests.peculiar_envs:NeverMade")

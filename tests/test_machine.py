@@ -1,5 +1,6 @@
 """Where the arithmetic runs: threads, memory, precision."""
 
+import operator
 import platform
 import subprocess
 import sys
@@ -84,6 +85,22 @@ class ExactValue(nn.Module):
         with torch.autocast("cpu", enabled=False):
             outputs: Tensor = self.inner(features.float())
             return outputs
+
+
+@pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm", "parametrizations.spectral_norm"])
+def test_weights_that_are_computed_at_each_call_are_not_rounded_once(norm: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(operator.attrgetter(norm)(nn.utils)(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8)).eval()
+    inputs = torch.randn(3, 8)
+    with torch.no_grad(), autocast(torch.bfloat16, inputs.device):
+        network(inputs)
+        for name, weight in network.named_parameters():
+            if name.startswith("0."):
+                weight.add_(1)
+        with rounded_weights(network, torch.bfloat16):
+            assert "rounded" in vars(network[2])
+            during = network(inputs)
+        assert torch.equal(during, network(inputs))
 
 
 def test_weights_are_rounded_once_and_are_themselves_all_the_time() -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import random
+import re
 import warnings
 from collections import deque
 from pathlib import Path
@@ -18,11 +20,13 @@ import torch
 from minirl import dqn, ppo, q_learning
 from minirl.checks import ConfigError
 from minirl.envs.again import played_again
-from minirl.envs.guard import as_taken
+from minirl.envs.guard import OURS, EnvError, Guard, as_taken
 from minirl.envs.ids import is_box2d
 from minirl.envs.make import make_env
-from minirl.envs.state import CantCapture, capture, decode, encode, restore
+from minirl.envs.state import CantCapture, CantRestore, capture, decode, encode, restore
+from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
+from minirl.replay import ReplayBuffer
 from minirl.runs import restore_check
 from minirl.runs.checkpoints import load_checkpoint, save_checkpoint
 from minirl.runs.restore_check import how_a_copy_differs
@@ -30,6 +34,7 @@ from tests.fake_envs import Faulty
 from tests.own_envs import (
     EXACT,
     KINDS,
+    Endless,
     Falls,
     GlobalNumpy,
     Hidden,
@@ -37,6 +42,7 @@ from tests.own_envs import (
     Nested,
     OwnGenerator,
     Samples,
+    Shaped,
     Shared,
     Walk,
 )
@@ -329,6 +335,87 @@ def test_wrappers_that_hold_functions_and_spaces_of_spaces_can_be_captured() -> 
     copy_of_it = make()
     restore(copy_of_it, state)
     np.testing.assert_array_equal(copy_of_it.step(0)[0], expected)
+
+
+def test_statistics_of_gymnasiums_wrappers_are_captured() -> None:
+    def make() -> gym.Env[Any, Any]:
+        return gym.wrappers.NormalizeObservation(Walk())
+
+    assert how_a_copy_differs(make) == ""
+    env, other = make(), make()
+    env.reset(seed=0)
+    env.step(1)
+    restore(other, capture(env))
+    np.testing.assert_array_equal(other.step(1)[0], env.step(1)[0])
+
+
+def test_statistics_that_evaluation_does_not_have_are_warned_of() -> None:
+    gym.register("Normal-v0", lambda **_: gym.wrappers.NormalizeObservation(Walk()))
+    try:
+        with pytest.warns(UserWarning, match="Normal-v0 normalises observations by statistics of its own"):
+            make_env("Normal-v0")
+    finally:
+        del gym.registry["Normal-v0"]
+
+
+def add_one(number: float) -> float:
+    return number + 1
+
+
+def add_two(number: float) -> float:
+    return number + 2
+
+
+@pytest.mark.parametrize(("thing", "other"), [(add_one, add_two), (Walk, Endless), (lambda: 1, add_one), (add_one, 1)])
+def test_another_function_or_class_is_not_taken_for_the_one_that_was_there(thing: Any, other: Any) -> None:
+    env: Any = Walk()
+    env.thing = thing
+    state = capture(env)
+    again: Any = Walk()
+    again.thing = thing
+    restore(again, state)
+    assert again.thing is thing
+    again.thing = other
+    with pytest.raises(CantRestore, match=r"the environment was made of a .*, and is now of a"):
+        restore(again, state)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "q_learning"])
+def test_environments_that_cannot_be_put_back_start_new_episodes_and_a_line_says_why(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = "num_episodes" if algorithm == "q_learning" else "total_timesteps"
+    train, config = config_of(algorithm, "Walk")
+    train(config, run_dir=tmp_path / "run", device="cpu")
+
+    def cant(env: Any, state: Any) -> None:
+        raise CantRestore("the environment was made of a Hard, and is now of a Easy")
+
+    cuts: list[int] = []
+    cut = ReplayBuffer.cut
+    monkeypatch.setattr(ReplayBuffer, "cut", lambda memory: cuts.append(cut(memory) or 1))
+    monkeypatch.setattr("minirl.envs.workers.restore", cant)
+    config = dataclasses.replace(config, **{name: 2 * getattr(config, name)})
+    train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
+    assert "can't be put back, and start new episodes: the environment was made of a Hard" in capfd.readouterr().err
+    assert cuts == [1] * (algorithm == "dqn")
+
+
+def test_a_mistake_in_a_wrapper_of_this_package_comes_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minirl.envs.guard.MINIRL", f"{Path(__file__).parent}{os.sep}")
+    monkeypatch.setattr("minirl.envs.guard.OURS", (*OURS, f"{Path(__file__).parent}{os.sep}"))
+    guard = Guard(Shaped(Walk()))
+    guard.reset(seed=0)
+    with pytest.raises(EnvError, match="no attribute 'penalty'") as caught:
+        guard.step(0)
+    assert re.findall(r'File ".*/(\w+).py".* in (\w+)', caught.value.trace)[-1] == ("own_envs", "reward")
+
+
+def test_what_fails_when_it_is_closed_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Walk, "close", lambda self: [][0])
+    envs = VectorEnv(Walk, 2)
+    with pytest.warns(UserWarning, match=r"environment 0 .* can't be closed: IndexError: list index out of range"):
+        envs.close()
 
 
 def test_what_cannot_be_captured_is_named() -> None:

@@ -89,6 +89,8 @@ FAULTS: list[tuple[str, str, str, str | None]] = [
     ("RewardPair", "at its step 3", r"paid a reward that is no number: array\(\[1., 2.\]\)", None),
     ("RewardList", "at its step 3", r"paid a reward that is no number: \[1.0\]", None),
     ("Four", "at its step 3", ".* old Gym API: `step` must return .observation, reward, terminated, .*", None),
+    ("NoInfo", "at its step 3", "returned an info that is no dictionary: None", None),
+    ("Exits", "at its step 3", "raised SystemExit: the window was closed", "SystemExit: the window was closed"),
     ("ResetAlone", "in its first reset", OLD, None),
     ("ResetPair", "in its first reset", f"({OLD}|{NO_DICT})", None),
     ("OldReset", "in its first reset", "follows the old Gym API: `reset` must take `seed` and `options`", None),

@@ -21,6 +21,7 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.envs.guard import Guard
+from minirl.envs.make import make_bare_env
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
 from minirl.q_learning import (
@@ -436,6 +437,14 @@ def test_the_script_prints_the_tables_and_goes_on_with_more_episodes(tmp_path: P
     assert script("--resume", str(run_dir), "--num-episodes", "10100") == printed
     assert load_checkpoint(run_dir, "q_learning")["episode"] == 10_100
     assert script("--env-id", "Taxi-v4", "--num-episodes", "50").startswith("Q-table: 500 states x 6 actions; ")
+
+
+def test_a_wrapper_that_an_environment_is_registered_with_is_below_no_other_time_limit() -> None:
+    env, steps, ended = make_bare_env("tests.own_envs:RepeatsTable-v0"), 0, False
+    env.reset(seed=0)
+    while not ended:
+        ended, steps = env.step(0)[3], steps + 1
+    assert steps == 2, "eight steps of the environment, four at a time"
 
 
 def test_fewer_episodes_than_are_done_are_refused(tmp_path: Path) -> None:

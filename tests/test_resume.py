@@ -420,6 +420,12 @@ def test_what_is_logged_of_a_step_is_a_tensor_of_one_number(number: Any, what: s
         mean_losses([{"mine": number}] * 2)
 
 
+def test_what_is_logged_is_the_number_of_each_step_not_the_last_one() -> None:
+    temperature = torch.tensor(1.0)
+    with pytest.raises(TypeError, match=r"losses/mine must be a new tensor at each gradient step: `clone\(\)` it"):
+        mean_losses([{"mine": temperature}, {"mine": temperature.detach()}])
+
+
 def recent(losses: list[dict[str, torch.Tensor]], before: int) -> RecentLosses:
     result = RecentLosses(torch.device("cpu"))
     result.steps = before

@@ -206,6 +206,15 @@ def test_a_file_without_text_is_refused(content: bytes | None, message: str, tmp
         read_corpus(tmp_path / "text", "characters", 6)
 
 
+def test_lines_end_only_where_a_line_ends_and_a_files_mark_is_no_text(tmp_path: Path) -> None:
+    text = "\ufeffa\u2028b\n"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    vocabulary, corpus = read_corpus(tmp_path / "text", "characters", 6)
+    assert {"a", "\u2028", "b"} <= {*vocabulary.tokens}
+    assert "\ufeff" not in vocabulary.tokens
+    assert len(corpus.tokens) == 1
+
+
 def test_one_pair_is_too_few(tmp_path: Path) -> None:
     (tmp_path / "pairs").write_text(GOOD_PAIR)
     with pytest.raises(ConfigError, match=r"--preferences must be a file of at least two pairs, and .* has 1"):

@@ -90,7 +90,7 @@ class Guard:
             if not isinstance(info, dict):  # for example two numbers that are the whole observation
                 raise UnusableError(OLD_API["reset"])
             return self._plain(obs), info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault, cause = blame(error, str(self), "reset")
             raise fault from cause
 
@@ -106,14 +106,16 @@ class Guard:
         try:
             returned: Step = self._step(self._taken(action))
             obs, reward, terminated, truncated, info = returned
-            if type(reward) is float and type(terminated) is bool and type(truncated) is bool:  # as they should be
+            if type(reward) is float and type(terminated) is type(truncated) is bool and type(info) is dict:  # mostly
                 if type(obs) is int:
                     if obs in self.states:
                         return returned
                 elif type(obs) is np.ndarray and obs.dtype == self.dtype and obs.shape == self.shape:
                     return returned
+            if not isinstance(info, dict):
+                raise UnusableError(f"returned an info that is no dictionary: {_shown(info)}")
             return self._plain(obs), plain_reward(reward), bool(terminated), bool(truncated), info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fault, cause = blame(error, str(self), "step")
             raise fault from cause
 
@@ -224,7 +226,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def blame(error: Exception, where: str, method: str) -> tuple[EnvError, BaseException | None]:
+def blame(error: Exception | SystemExit, where: str, method: str) -> tuple[EnvError, BaseException | None]:
     """Return what to raise for an error in a method of an environment, and its cause.
 
     Args:

@@ -17,6 +17,7 @@ from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import extra_of, is_atari, is_box2d, is_slow, making, spec_of
 from minirl.envs.spaces import CHOICES, OneHot, require_array
+from minirl.envs.state import layers_of
 from minirl.envs.vector import VectorEnv
 
 # Steps after which an episode is truncated if the environment sets no limit: a greedy policy can walk in circles.
@@ -55,6 +56,9 @@ def make_env(
         if is_box2d(env_id):
             env = played_again(env)
         env = EpisodeStatistics(env)
+        if any(isinstance(layer, gym.wrappers.NormalizeObservation) for layer in layers_of(env)):
+            starts = "and evaluation starts them anew: --norm-obs saves them with PPO's network"
+            warnings.warn(f"{env_id} normalises observations by statistics of its own, {starts}", stacklevel=2)
         require_array(env.observation_space)
         if one_hot and isinstance(env.observation_space, CHOICES):
             env = OneHot(env)
@@ -84,7 +88,9 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     """
     with making(env_id):
         spec = copy.deepcopy(spec_of(env_id))
-        spec.order_enforce, spec.disable_env_checker, spec.max_episode_steps = False, True, None
+        spec.order_enforce, spec.disable_env_checker = False, True
+        if not spec.additional_wrappers:  # which count steps of their own, above the time limit
+            spec.max_episode_steps = None
         return gym.make(spec)
 
 

@@ -2,9 +2,10 @@
 
 What the next step depends on is in the attributes of an environment, of its wrappers and of the environments that it
 holds: numbers, arrays, random generators, and containers of these. They are captured by name, each once: what two of
-them share, such as an array, they share again. Environments, spaces and functions stay those that the new environment
-was made with, and get back what may have changed in them: attributes, the generator that `sample` draws from, the
-variables that a function has closed over.
+them share, such as an array, they share again. Environments, spaces, functions and classes stay those that the new
+environment was made with, and get back what may have changed in them: attributes, the generator that `sample` draws
+from, the variables that a function has closed over. If the new environment has another one in that place, because it
+chooses as it plays, it can't be restored.
 
 The emulator of an Atari game has its own state, which ALE can copy, random numbers included; so does MuJoCo's physics,
 wherever it is held. Below a `PlayedAgain`, the episode so far is captured and played again. An environment that keeps
@@ -30,6 +31,7 @@ import numpy as np
 from ale_py import ALEInterface, ALEState
 from ale_py.env import AtariEnv
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers.utils import RunningMeanStd
 from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
@@ -43,10 +45,10 @@ PLAIN = (bool, int, float, str, type(None))
 NUMBERS_AND_TEXT = "biufcmMSU"  # kinds of NumPy's types: the others hold Python objects, or several fields
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 # CONSTANT: what has no state of its own. KEPT: what is never recreated, only its parts are put back.
-CONSTANT = (EnvSpec, ALEInterface, type, types.ModuleType, np.dtype)
+CONSTANT = (EnvSpec, ALEInterface, types.ModuleType, np.dtype)
 # Also constant, by name, as the package may be missing: the model that defines the physics, and the rendering window.
 MUJOCO_CONSTANT = ("MjModel", "MujocoRenderer")
-KEPT = (gym.Env, gym.spaces.Space, types.FunctionType, *CONSTANT)
+KEPT = (gym.Env, gym.spaces.Space, RunningMeanStd, types.FunctionType, type, *CONSTANT)
 # Attributes in which these Gymnasium classes store what an environment was made with.
 MADE_WITH = {
     gym.utils.RecordConstructorArgs: ("_saved_kwargs",),
@@ -206,7 +208,7 @@ class _Writer:
         raise TypeError(kind.__name__)
 
     def describe_kept(self, value: Any) -> State:
-        state: State = {"kept": type(value).__name__}
+        state: State = {"kept": name_of(value)}
         if isinstance(value, AtariEnv):
             if value.ale.getFloat("repeat_action_probability") > 0:
                 raise CantCapture("with sticky actions, ALE's own state lacks the button that is held")
@@ -315,7 +317,7 @@ def _make_array(state: State, memory: NDArray[np.uint8]) -> NDArray[Any]:
 
 def _put_back(state: State, seen: list[Any], old: Any) -> None:
     """Put the parts of a kept object back into the new environment's object in its place."""
-    name_now = type(old).__name__
+    name_now = name_of(old)
     if name_now != state["kept"]:
         raise CantRestore(f"the environment was made of a {state['kept']}, and is now of a {name_now}")
     parts = _parts(old)
@@ -343,6 +345,8 @@ def _parts(value: Any) -> dict[str, Any]:
         return {str(i): cell.cell_contents for i, cell in enumerate(value.__closure__ or ())}
     if isinstance(value, gym.spaces.Space):
         return {name: part for name, part in vars(value).items() if name == "_np_random" or "space" in name}
+    if isinstance(value, RunningMeanStd):
+        return vars(value)
     if not isinstance(value, gym.Env):
         return {}
     if isinstance(value, AtariEnv):  # the rest is set only once
@@ -351,6 +355,13 @@ def _parts(value: Any) -> dict[str, Any]:
         return value.parts()
     made_with = {name for kind, names in MADE_WITH.items() if isinstance(value, kind) for name in names}
     return {name: part for name, part in vars(value).items() if not (name in made_with or is_constant(part))}
+
+
+def name_of(value: Any) -> str:
+    """Return what tells a kept object from others that may be in its place: for most, its class."""
+    if isinstance(value, types.FunctionType):
+        return f"function {value.__qualname__}, line {value.__code__.co_firstlineno}"
+    return f"class {value.__qualname__}" if isinstance(value, type) else type(value).__name__
 
 
 def is_constant(part: Any) -> bool:

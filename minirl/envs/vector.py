@@ -17,6 +17,7 @@ which then plays none itself, computes actions for the other.
 import atexit
 import itertools
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +98,9 @@ class VectorEnv:
         try:
             for parts in theirs:
                 self._workers.append(Worker(make_env, parts, first, self._arrays))
-            self._ask_workers("make")
+            # Environments may draw while they are made: in workers from seeds that depend on this process's.
+            state: Any = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+            self._ask_workers("make", zlib.crc32(np.append(state["key"], state["pos"]).tobytes()))
             self._hear_workers()
         except BaseException:
             self.close()

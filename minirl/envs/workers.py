@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from minirl.checks import ConfigError
+from minirl.checks import ConfigError, described
 from minirl.envs.atari import shows_stacks
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import EnvError, Guard
@@ -215,9 +216,12 @@ class EnvGroup:
             restore(env.env, states[row])
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments; what one raises is a warning."""
         for env in self.envs.values():
-            env.env.close()
+            try:
+                env.env.close()
+            except Exception as error:
+                warnings.warn(f"{env.name} can't be closed: {described(error)}", stacklevel=2)
 
 
 class Worker:
@@ -307,11 +311,11 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], fir
             result: Any = []
             failure: EnvError | str | None = None
             try:
+                if command in ("make", "reset") and argument is not None:
+                    seed_generators(argument, *(first + part.stop for part in parts))
                 if group is None:
                     group = EnvGroup(make_env, parts, first)
                 elif command == "reset":
-                    if argument is not None:
-                        seed_generators(argument, *(first + part.stop for part in parts))
                     group.reset(arrays, argument)
                 elif command == "step":
                     result = group.step(arrays, argument)

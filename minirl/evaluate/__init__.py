@@ -101,6 +101,7 @@ def evaluate(
         return evaluate_texts(run_dir, settings, episodes, seed, device)
     env_id = settings["env_id"]
     shown = env_options(settings)
+    seed_everything(seed)  # environments may draw while they are made, too
     with make_envs(env_id, episodes, render, shown) as envs:
         policy = load_policy(run_dir, settings, envs, torch_device, stochastic=stochastic, last=last)
         if video is not None:

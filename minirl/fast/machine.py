@@ -183,7 +183,10 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
     its weight differently, and not on a GPU, which rounds in no time and whose recorded graphs must stay as they are.
     """
     modules: list[Any] = [module for module in network.modules() if type(module) in ROUNDED]
-    layers = [layer for layer in modules if precision != torch.float32 and layer.weight.device.type == "cpu"]
+    if precision == torch.float32 or any(module.weight.device.type != "cpu" for module in modules):
+        modules = []
+    # `spectral_norm` and others like it compute the weight anew at each call, in a hook.
+    layers = [layer for layer in modules if "weight" in layer._parameters and not layer._forward_pre_hooks]
     try:
         for layer in layers:
             vars(layer)["rounded"] = layer.weight.detach().to(precision)

@@ -63,9 +63,10 @@ class Evaluator:
         self.envs: VectorEnv | None = None
         if self.frequency is not None:
             side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
-            self.envs = make_vector_env(
-                config.env_id, side_by_side, num_workers=config.num_workers, **env_options(vars(config))
-            )
+            with untouched_random_state():  # environments may draw while they are made
+                self.envs = make_vector_env(
+                    config.env_id, side_by_side, num_workers=config.num_workers, **env_options(vars(config))
+                )
 
     def __enter__(self) -> "Evaluator":
         return self

@@ -24,7 +24,7 @@ from typing import Any
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import spec_of
-from minirl.runs.checkpoints import BEST_FILE, atomic_file, load_checkpoint
+from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, atomic_file, load_checkpoint
 
 if sys.platform != "win32":
     import fcntl
@@ -76,10 +76,10 @@ def claim(run_dir: Path) -> None:
     except FileExistsError as error:
         if not run_dir.is_dir():
             raise ConfigError(f"--run-dir must be a directory, and {run_dir} is a file") from error
-        go_on = shlex.join(["--resume", str(run_dir)])
-        raise ConfigError(
-            f"--run-dir must be a new directory: {run_dir} holds a run; continue it with {go_on}"
-        ) from error
+        go_on = "continue it with " + shlex.join(["--resume", str(run_dir)])
+        if not (run_dir / CHECKPOINT_FILE).exists():
+            go_on = "it has no checkpoint yet: if it has been stopped, remove the directory"
+        raise ConfigError(f"--run-dir must be a new directory: {run_dir} holds a run; {go_on}") from error
     except OSError as error:
         raise ConfigError(f"--run-dir must be a directory that can be written: {error}") from error
 

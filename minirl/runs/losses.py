@@ -13,13 +13,15 @@ def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
     """Return a number of each of n steps, (n,).
 
     Raises:
-        TypeError: naming it, if it is not a tensor of one number.
+        TypeError: naming it, if it is not a tensor of one number, or the same tensor at two steps.
     """
     numbers = [numbers[name] for numbers in steps]
     for number in numbers:
         if not isinstance(number, Tensor) or number.ndim > 0:
             what = f"of shape {tuple(number.shape)}" if isinstance(number, Tensor) else f"a {type(number).__name__}"
             raise TypeError(f"losses/{name} must be a tensor of one number for each gradient step, not {what}")
+    if len({number.data_ptr() for number in numbers}) < len(numbers):  # a weight, say: all would be the last value
+        raise TypeError(f"losses/{name} must be a new tensor at each gradient step: `clone()` it")
     return torch.stack(numbers)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from minirl.checks import described
 from minirl.envs.state import capture, restore, seeded_reset
 from minirl.envs.workers import MakeEnv
-from minirl.runs.checkpoints import brief, random_state, set_random_state, untouched_random_state
+from minirl.runs.checkpoints import random_state, set_random_state, untouched_random_state
 
 BEFORE, AFTER = 6, 40  # steps before an environment is captured, and steps that are compared
 PATIENCE = 0.5  # seconds for the environment, and the same for its copy
@@ -51,7 +52,7 @@ def how_a_copy_differs(make_env: MakeEnv) -> str:
                     return ""
                 with contextlib.closing(make_env()) as other:
                     return how_it_differs(other, state, random_numbers, actions[BEFORE:], expected)
-        except Exception:
+        except (Exception, SystemExit):
             return ""
 
 
@@ -63,8 +64,8 @@ def how_it_differs(env: Env, state: Any, random_numbers: Any, actions: list[Any]
         for (number, one), (_, other) in zip(expected, play(env, actions, math.inf), strict=False):
             if different := [name for name in one if one[name] != other[name]]:
                 return f"a copy of one gave another {' and another '.join(different)} at step {number}"
-    except Exception as error:
-        return f"a copy of one can't be made or played ({brief(error)})"
+    except (Exception, SystemExit) as error:
+        return f"a copy of one can't be made or played ({described(error)})"
     return ""
 
 

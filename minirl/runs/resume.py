@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.distributed import broadcast_from_rank_0, gather_to_rank_0, my_share, rank, world_size
-from minirl.envs.state import CantCapture
+from minirl.envs.state import CantCapture, CantRestore
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
 from minirl.runs.checkpoints import (
@@ -110,6 +110,8 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
 
     Each rank has its own random numbers; those of rank 0 are the same as without other ranks.
 
+    If they can't be put back, new episodes start, a line says why, and `saved["envs"]` becomes None.
+
     Returns:
         The observations, (N, ...).
 
@@ -127,7 +129,12 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()
     else:
         with reading(saved):
-            envs.restore(saved["envs"])
+            try:
+                envs.restore(saved["envs"])
+            except CantRestore as error:
+                say(f"the environments can't be put back, and start new episodes: {error}")
+                saved["envs"] = None
+                obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()
             shape = (envs.num_envs, *(envs.observation_space.shape or ()))
             if obs.shape != shape:
                 raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")

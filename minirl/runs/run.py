@@ -357,7 +357,8 @@ class Run:
             broadcast_from_rank_0(lambda: save_checkpoint(path, {**common, **learned}))
         except OSError as error:
             step = f"agent step {global_step:,}"
-            raise ConfigError(f"{path} can't be written at {step}; the one before is kept: {error}") from error
+            kept = "; the one before is kept" if path.exists() else ""
+            raise ConfigError(f"{path} can't be written at {step}{kept}: {error}") from error
 
 
 def require_same_parts(state: State) -> None:

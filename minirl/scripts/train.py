@@ -78,7 +78,7 @@ def run_training(
         # PyTorch has a special error for GPU memory; for CPU memory it raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail(f"the settings must fit into this machine's memory, --num-envs or --num-steps say: {brief(error)}")
+        fail(f"the settings must fit into this machine's memory, those that say how many or how wide: {brief(error)}")
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)) from None
 
