@@ -486,7 +486,9 @@ def test_settings_that_do_not_fit_into_memory_are_a_mistake_on_a_gpu_too(
         run_training("ppo", PPOConfig, train, "", ["--num-envs", "8"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the settings must fit into this machine's memory, --num-envs or --num-steps say: ")
+    assert line.startswith(
+        "error: the settings must fit into this machine's memory, --num-envs or --num-steps or --hidden-sizes say: "
+    )
     assert str(error) in line
 
 
@@ -498,7 +500,9 @@ def test_a_full_device_is_told_in_one_line(device: str, capsys: pytest.CaptureFi
         )
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the settings must fit into this machine's memory, --num-envs or --num-steps say: ")
+    assert line.startswith(
+        "error: the settings must fit into this machine's memory, --num-envs or --num-steps or --hidden-sizes say: "
+    )
     assert not (tmp_path / "run").exists()
 
 

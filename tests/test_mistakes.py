@@ -373,7 +373,7 @@ CASES: list[tuple[str, str, str]] = [
     (
         "ppo",
         "--num-envs 1 --num-steps 1000000000000 --minibatch-size 1000000000000 --env-id CartPole-v1",
-        "the settings must fit into this machine's memory, --num-envs or --num-steps say: .*",
+        "the settings must fit into this machine's memory, --num-envs or --num-steps or --hidden-sizes say: .*",
     ),
     ("dqn", "--num-envs 3", "--buffer-size must be a multiple of num_envs = 3, not 100000"),
     ("dqn", "--batch-size 100001", "--batch-size must be at most buffer_size = 100000, not 100001"),

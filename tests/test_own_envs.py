@@ -23,7 +23,7 @@ from minirl.envs.again import played_again
 from minirl.envs.guard import OURS, EnvError, Guard, as_taken
 from minirl.envs.ids import is_box2d
 from minirl.envs.make import make_env
-from minirl.envs.state import CantCapture, CantRestore, capture, decode, encode, restore
+from minirl.envs.state import CantCapture, OtherPart, capture, decode, encode, restore
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
 from minirl.replay import ReplayBuffer
@@ -376,7 +376,7 @@ def test_another_function_or_class_is_not_taken_for_the_one_that_was_there(thing
     restore(again, state)
     assert again.thing is thing
     again.thing = other
-    with pytest.raises(CantRestore, match=r"the environment was made of a .*, and is now of a"):
+    with pytest.raises(OtherPart, match=r"the environment was made of a .*, and is now of a"):
         restore(again, state)
 
 
@@ -389,7 +389,7 @@ def test_environments_that_cannot_be_put_back_start_new_episodes_and_a_line_says
     train(config, run_dir=tmp_path / "run", device="cpu")
 
     def cant(env: Any, state: Any) -> None:
-        raise CantRestore("the environment was made of a Hard, and is now of a Easy")
+        raise OtherPart("the environment was made of a Hard, and is now of a Easy")
 
     cuts: list[int] = []
     cut = ReplayBuffer.cut

@@ -22,6 +22,7 @@ from minirl.checks import ConfigError
 from minirl.envs.vector import Episode
 from minirl.ppo import PPOConfig
 from minirl.runs.checkpoints import (
+    CHECKPOINT_FILE,
     DivergedError,
     atomic_file,
     load_checkpoint,
@@ -279,7 +280,10 @@ def test_one_directory_is_one_runs(tmp_path: Path) -> None:
         tries = [pool.submit(claim, tmp_path / "run") for _ in range(8)]
     failures = [str(attempt.exception()) for attempt in tries if attempt.exception() is not None]
     assert len(failures) == 7
-    assert all("continue it with --resume" in failure for failure in failures)
+    assert all("it has no checkpoint yet: if it has been stopped, remove" in failure for failure in failures)
+    (tmp_path / "run" / CHECKPOINT_FILE).touch()
+    with pytest.raises(ConfigError, match="continue it with --resume"):
+        claim(tmp_path / "run")
 
 
 def test_a_default_directory_is_never_taken_and_goes_if_nothing_came_of_it(

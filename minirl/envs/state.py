@@ -64,6 +64,10 @@ class CantRestore(ValueError):
     """A saved state is of an environment that was made differently. The message says how."""
 
 
+class OtherPart(CantRestore):
+    """An environment now holds another object, function or class than when it was saved: it chooses as it plays."""
+
+
 def capture(env: Layer) -> State:
     """Return the state of an environment, which stays unchanged.
 
@@ -319,7 +323,8 @@ def _put_back(state: State, seen: list[Any], old: Any) -> None:
     """Put the parts of a kept object back into the new environment's object in its place."""
     name_now = name_of(old)
     if name_now != state["kept"]:
-        raise CantRestore(f"the environment was made of a {state['kept']}, and is now of a {name_now}")
+        kind = CantRestore if any(old is layer for layer in layers_of(seen[0])) else OtherPart
+        raise kind(f"the environment was made of a {state['kept']}, and is now of a {name_now}")
     parts = _parts(old)
     # Our classes have all their attributes from the start; others may add attributes as they play.
     gone = state["parts"].keys() - parts.keys()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minirl.checks import ConfigError
 from minirl.distributed import broadcast_from_rank_0, gather_to_rank_0, my_share, rank, world_size
-from minirl.envs.state import CantCapture, CantRestore
+from minirl.envs.state import CantCapture, OtherPart
 from minirl.envs.vector import VectorEnv
 from minirl.replay import ReplayBuffer
 from minirl.runs.checkpoints import (
@@ -131,7 +131,7 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         with reading(saved):
             try:
                 envs.restore(saved["envs"])
-            except CantRestore as error:
+            except OtherPart as error:
                 say(f"the environments can't be put back, and start new episodes: {error}")
                 saved["envs"] = None
                 obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()

@@ -17,7 +17,10 @@ from minirl.runs.directory import CONFIG_FILE, default_run_dir, load_settings
 from minirl.runs.flags import as_flags, fail, make_parser, saved_config
 from minirl.runs.run import Stopped
 from minirl.runs.seeds import train_seeds
+from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
+
+SIZES = ("num_envs", "num_steps", "hidden_sizes", "batch_size", "width", "context")  # settings that memory limits
 
 
 class Train(Protocol):
@@ -78,7 +81,9 @@ def run_training(
         # PyTorch has a special error for GPU memory; for CPU memory it raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail(f"the settings must fit into this machine's memory, those that say how many or how wide: {brief(error)}")
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        sizes = " or ".join(flag_name(name) for name in SIZES if name in fields)
+        fail(f"the settings must fit into this machine's memory, {sizes} say: {brief(error)}")
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)) from None
 
