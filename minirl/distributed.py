@@ -37,7 +37,7 @@ PATIENT, USUAL = timedelta(minutes=10), timedelta(seconds=25)
 
 
 class RankError(RuntimeError):
-    """Another rank has ended, does not answer, or has different weights."""
+    """Another rank has ended, does not answer, or has another state."""
 
 
 def launched() -> bool:

@@ -462,7 +462,7 @@ def update_policy(
     """
     device, batch_size = samples["advantages"].device, len(samples["advantages"])
     size = config.minibatch_size // distributed.world_size()
-    clip = torch.full((), clip_coef, device=device)  # a tensor: each new float would compile `step` again
+    clip = torch.full((), clip_coef, device=device)  # a float: compiled three times, not recorded on a GPU
     history: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
         for indices in torch.randperm(batch_size, device=device).split(size):

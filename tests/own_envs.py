@@ -76,6 +76,27 @@ class Endless(Walk):
         return obs, reward, False, False, {}
 
 
+def early(noise: float) -> float:
+    return noise
+
+
+def late(noise: float) -> float:
+    return noise / 2
+
+
+class Changes(Walk):
+    """Draws otherwise from its sixtieth step on."""
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        self.steps, self.kind = 0, early
+
+    def noise(self) -> float:
+        self.steps += 1
+        self.kind = early if self.steps < 60 else late
+        return self.kind(super().noise())
+
+
 gym.register(
     "RepeatsTable-v0",
     "tests.own_envs:Endless",
@@ -307,6 +328,6 @@ for kind_name, kind in KINDS.items():
 
 # Those with which a resumed run continues as if nothing had happened.
 EXACT = (OwnGenerator, GlobalNumpy, GlobalPython, Counts, Holds, Names, Shared, Above, Samples, Closure)
-for make in (Walk, Hidden, *EXACT):
+for make in (Walk, Hidden, Changes, *EXACT):
     register(make.__name__, make)
 gym.register("Falls-v0", "tests.own_envs:Falls", max_episode_steps=30)

@@ -366,7 +366,10 @@ def add_two(number: float) -> float:
     return number + 2
 
 
-@pytest.mark.parametrize(("thing", "other"), [(add_one, add_two), (Walk, Endless), (lambda: 1, add_one), (add_one, 1)])
+LAMBDAS = [lambda: 1, lambda: 2]  # on one line
+
+
+@pytest.mark.parametrize(("thing", "other"), [(add_one, add_two), (Walk, Endless), (add_one, 1), LAMBDAS])
 def test_another_function_or_class_is_not_taken_for_the_one_that_was_there(thing: Any, other: Any) -> None:
     env: Any = Walk()
     env.thing = thing
@@ -380,24 +383,22 @@ def test_another_function_or_class_is_not_taken_for_the_one_that_was_there(thing
         restore(again, state)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "q_learning"])
+@pytest.mark.parametrize(("algorithm", "workers"), [("ppo", 1), ("ppo", 2), ("dqn", 1), ("q_learning", 1)])
 def test_environments_that_cannot_be_put_back_start_new_episodes_and_a_line_says_why(
-    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    algorithm: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = "num_episodes" if algorithm == "q_learning" else "total_timesteps"
-    train, config = config_of(algorithm, "Walk")
-    train(config, run_dir=tmp_path / "run", device="cpu")
-
-    def cant(env: Any, state: Any) -> None:
-        raise OtherPart("the environment was made of a Hard, and is now of a Easy")
-
     cuts: list[int] = []
     cut = ReplayBuffer.cut
     monkeypatch.setattr(ReplayBuffer, "cut", lambda memory: cuts.append(cut(memory) or 1))
-    monkeypatch.setattr("minirl.envs.workers.restore", cant)
+    name = "num_episodes" if algorithm == "q_learning" else "total_timesteps"
+    train, config = config_of(algorithm, "Changes")
+    if algorithm == "ppo":
+        config = dataclasses.replace(config, num_envs=2, num_workers=workers)
+    train(config, run_dir=tmp_path / "run", device="cpu")
     config = dataclasses.replace(config, **{name: 2 * getattr(config, name)})
     train(config, run_dir=tmp_path / "run", resume=True, device="cpu")
-    assert "can't be put back, and start new episodes: the environment was made of a Hard" in capfd.readouterr().err
+    line = "can't be put back, and start new episodes: the environment was made of a function late"
+    assert line in capfd.readouterr().err
     assert cuts == [1] * (algorithm == "dqn")
 
 

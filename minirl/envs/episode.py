@@ -49,7 +49,8 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
         self.length += 1
         if terminated or truncated:
             self.finished.append((self.episodic_return, self.length))
-            info = {**info, "episode": {"r": self.episodic_return, "l": self.length}}
+            if isinstance(info, dict):  # if not, `Guard` says so
+                info = {**info, "episode": {"r": self.episodic_return, "l": self.length}}
         return obs, reward, terminated, truncated, info
 
 

@@ -57,8 +57,8 @@ def make_env(
             env = played_again(env)
         env = EpisodeStatistics(env)
         if any(isinstance(layer, gym.wrappers.NormalizeObservation) for layer in layers_of(env)):
-            starts = "and evaluation starts them anew: --norm-obs saves them with PPO's network"
-            warnings.warn(f"{env_id} normalises observations by statistics of its own, {starts}", stacklevel=2)
+            starts = "which evaluation starts anew; with PPO, --norm-obs saves them with the network"
+            gym.logger.warn(f"{env_id} normalises observations by statistics of its own, {starts}")
         require_array(env.observation_space)
         if one_hot and isinstance(env.observation_space, CHOICES):
             env = OneHot(env)
@@ -80,7 +80,7 @@ def quiet_mujoco() -> None:
 def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     """Make an environment without Gymnasium's own wrappers, which cost more than a step of a small environment.
 
-    The caller must apply its time limit.
+    The caller must apply its time limit; one that is registered with wrappers keeps it, too.
 
     Raises:
         ConfigError: if there is no such environment.
@@ -89,7 +89,7 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
     with making(env_id):
         spec = copy.deepcopy(spec_of(env_id))
         spec.order_enforce, spec.disable_env_checker = False, True
-        if not spec.additional_wrappers:  # which count steps of their own, above the time limit
+        if not spec.additional_wrappers:  # they may repeat actions: the caller counts theirs, the limit those below
             spec.max_episode_steps = None
         return gym.make(spec)
 

@@ -365,7 +365,9 @@ def _parts(value: Any) -> dict[str, Any]:
 def name_of(value: Any) -> str:
     """Return what tells a kept object from others that may be in its place: for most, its class."""
     if isinstance(value, types.FunctionType):
-        return f"function {value.__qualname__}, line {value.__code__.co_firstlineno}"
+        code = value.__code__
+        column = min((start for _, _, start, _ in code.co_positions() if start), default=0)  # of lambdas on one line
+        return f"function {value.__qualname__}, line {code.co_firstlineno}, column {column}"
     return f"class {value.__qualname__}" if isinstance(value, type) else type(value).__name__
 
 

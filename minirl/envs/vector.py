@@ -208,9 +208,12 @@ class VectorEnv:
         mine = self._open_group()
         for worker, theirs in zip(self._workers, [*generators, *[None] * len(self._workers)], strict=False):
             worker.send(("restore", (states, theirs)))
-        mine.restore(states)
-        for worker in self._workers:
-            if isinstance(answer := worker.receive(), CantRestore):
+        try:
+            mine.restore(states)
+        finally:
+            answers = [worker.receive() for worker in self._workers]
+        for answer in answers:
+            if isinstance(answer, CantRestore):
                 raise answer
 
     def close(self) -> None:

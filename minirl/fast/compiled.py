@@ -13,8 +13,9 @@
 What is trained is bound here; a batch's tensors come with each call. The result is that of the plain function, up to
 rounding. Python numbers that it reads, the shapes of a batch and which parameters are frozen are checked at each call;
 if they change, the function is compiled again for them. If compilation fails (no compiler, or Python that PyTorch can't
-compile), a warning says why, and the plain function runs. How many variants of an optimiser's step were compiled is
-part of its state, `group["compiled"]`, 0 if none: a resumed run does as before, or says why its bits may differ.
+compile), a warning says why, and the plain function runs. What became of it is part of an optimiser's state,
+`group["compiled"]`: 0 if compilation failed, 1 if the step is compiled, 2 if it was compiled again and again. A resumed
+run does as before, or says why its bits may differ.
 """
 
 import contextlib
@@ -80,7 +81,7 @@ CODE = {
 FROM_FIXED = re.compile(r"G\['__(import_torch|import_minirl_dot_fast|builtins)|type\(|dict\(")
 FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that do not change while they run
 
-FOR_STATE = 2  # variants of any step: an optimiser's first step creates its state, the others find it
+SETTLED = 3  # variants of a step whose numbers change: for the first value, for the next, and for any
 
 
 class Limit(logging.Filter):
@@ -139,6 +140,7 @@ class Compiled:
         self.arguments: Sequence[Any] = ()  # of the last call, if calls are recorded
         self.whole: Callable[..., Any] | None = None
         self.variants = 0  # how many were compiled here
+        self.before = 0  # what the optimiser's state said of a run that is resumed
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function with its first arguments and these."""
@@ -181,7 +183,7 @@ class Compiled:
             self.arguments = arguments
         if self.whole is not None:
             result = self.whole(*arguments)
-            self._remember(self.variants)
+            self._remember()
             return result
         self._go_on()
         wait_at_most(PATIENT)  # for other ranks, which also compile it
@@ -205,7 +207,7 @@ class Compiled:
             warnings.filterwarnings("ignore", message="TensorFloat32")  # float32 is intended, on a GPU, too
             result = whole(*arguments)
         self.whole = whole
-        self._remember(max(self.variants, 1))
+        self._remember()
         return result
 
     def _go_on(self) -> None:
@@ -213,11 +215,10 @@ class Compiled:
         before = [group["compiled"] for group in self._groups() if "compiled" in group]
         if before and not all(before):
             raise CantCompile("it was not compiled before the run was stopped")
-        if before and max(before) > FOR_STATE:
+        self.before = max(before, default=0)
+        if self.before > 1:
             limit = torch._dynamo.config.recompile_limit
-            why = (
-                f"a step compiled {max(before)} times, for new values, is given up on after {limit}, counted anew here"
-            )
+            why = f"a step compiled again and again, for new values, is given up on after {limit}, counted anew here"
             warnings.warn(f"{why}: if that happens, the bits differ from those of a run left alone", stacklevel=1)
 
     def _guards(self, conditions: Sequence[Any]) -> list[bool]:
@@ -288,14 +289,14 @@ class Compiled:
         if self.whole is None and any(group.get("compiled") for group in self._groups()):
             now = "no longer compiled, as it was before it was stopped"
             warnings.warn(f"this run is {now}: its bits differ from those of a run left alone", stacklevel=1)
-        self.variants = 0
-        self._remember(0)
+        self._remember()
         return self.plain(*arguments)
 
-    def _remember(self, variants: int) -> None:
-        """Note in the optimiser's state how many variants were compiled."""
+    def _remember(self) -> None:
+        """Note in the optimiser's state: 0 for plain steps, 1 for compiled ones, 2 if compiled again and again."""
+        now = max(self.before, 1 + (self.variants > SETTLED)) if self.enabled else 0
         for group in self._groups():
-            group["compiled"] = variants
+            group["compiled"] = now
 
 
 def drop_unfinished_files() -> None:
@@ -339,7 +340,8 @@ def is_fixed(name: str, value: Any) -> bool:
     """Whether a value that compiled code reads by this name is not the user's, who may replace it.
 
     A layer may get attributes, or be replaced; an attribute or a global may become another function of PyTorch's; an
-    optimiser's state is created in its first step, and replaced from a checkpoint.
+    optimiser's state is created in its first step, and replaced from a checkpoint. But what is read from a class, a
+    user's included, is fixed if it is PyTorch's.
     """
     if isinstance(value, nn.Module) or ".steppable.optimizer.state" in name:
         return False

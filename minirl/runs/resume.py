@@ -110,7 +110,8 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
 
     Each rank has its own random numbers; those of rank 0 are the same as without other ranks.
 
-    If they can't be put back, new episodes start, a line says why, and `saved["envs"]` becomes None.
+    If one holds another thing than when it was saved (`OtherPart`), new episodes start, a line says why, and
+    `saved["envs"]` becomes None, in one process.
 
     Returns:
         The observations, (N, ...).

@@ -200,8 +200,12 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in stop_signals():
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
-        if self.network is not None:
-            self.turns = self._stack.enter_context(tuned(self.network, self.config.num_threads))
+        try:
+            if self.network is not None:
+                self.turns = self._stack.enter_context(tuned(self.network, self.config.num_threads))
+        except BaseException:  # a second Ctrl-C, while it waits for its turn
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(
@@ -368,8 +372,11 @@ def require_same_parts(state: State) -> None:
     for name in sorted(state.keys() - TAKEN):
         checksum = 0
         for value in tree_leaves(state[name]):
-            array = value.detach().cpu().contiguous().numpy() if isinstance(value, torch.Tensor) else value
-            whole = array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode()
+            whole = repr(value).encode()
+            if isinstance(value, torch.Tensor):
+                whole = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+            elif isinstance(value, np.ndarray):
+                whole = value.tobytes()
             checksum = zlib.crc32(whole, checksum)
         if max_over_ranks(checksum) != -max_over_ranks(-checksum):
             why = "every gradient must be averaged (`average_gradients`), on processors of one kind"
