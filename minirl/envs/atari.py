@@ -327,7 +327,7 @@ def make_atari_env(
 KNOWN = {
     NoopReset: "7f8e3dd73be1163c",
     MaxAndSkip: "55f0f9a7fc297a9e",
-    EpisodeStatistics: "6f84dcb0367c844b",
+    EpisodeStatistics: "a1858586d9d51a7a",
     EpisodicLife: "d84a683a12d9cbd9",
     FireReset: "22f41287774f9bd8",
     Grayscale: "c62d68cc2fcd5349",
