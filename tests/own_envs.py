@@ -76,6 +76,17 @@ class Endless(Walk):
         return obs, reward, False, False, {}
 
 
+class Born(Walk):
+    """Draws a number while it is made, from NumPy's global generator; shows it as its place."""
+
+    def __init__(self, table: bool = False) -> None:
+        super().__init__(table)
+        self.born = float(np.random.rand())  # noqa: NPY002
+
+    def show(self) -> Any:
+        return self.place if self.table else np.array([self.born, self.count], np.float32)
+
+
 def early(noise: float) -> float:
     return noise
 

@@ -30,10 +30,12 @@ from minirl.replay import ReplayBuffer
 from minirl.runs import restore_check
 from minirl.runs.checkpoints import load_checkpoint, save_checkpoint
 from minirl.runs.restore_check import how_a_copy_differs
+from minirl.runs.run import seed_everything
 from tests.fake_envs import Faulty
 from tests.own_envs import (
     EXACT,
     KINDS,
+    Born,
     Endless,
     Falls,
     GlobalNumpy,
@@ -364,6 +366,17 @@ def add_one(number: float) -> float:
 
 def add_two(number: float) -> float:
     return number + 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_drawn_while_an_environment_is_made_is_of_the_seed(workers: int) -> None:
+    born = []
+    for seed in (1, 1, 2):
+        seed_everything(seed)
+        with VectorEnv(Born, 2, num_workers=workers) as envs:
+            born.append(envs.reset(seed=0)[:, 0].tolist())
+    assert born[0] == born[1]
+    assert len({*born[0], *born[2]}) == 4
 
 
 LAMBDAS = [lambda: 1, lambda: 2]  # on one line
