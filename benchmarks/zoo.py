@@ -67,6 +67,7 @@ CONTINUOUS = {  # the Zoo's settings on Box2D, and where the name says so; the o
     "ppo-halfcheetah-zoo": Row(5819.1, 663.5, "1M"),
     "ppo-walker2d-zoo": Row(3478.8, 821.7, "1M"),
     "ppo-hopper-tuned": Row(2410.4, 10.0, "1M"),
+    "ppo-halfcheetah-tuned": Row(5819.1, 663.5, "1M"),
     "ppo-walker2d-tuned": Row(3478.8, 821.7, "1M"),
 }
 ROWS = {**DISCRETE, **CONTINUOUS}
