@@ -29,6 +29,7 @@ class Scaled(nn.Module):
     """(B, 2) -> a number, 1 at first."""
 
     scale = 1.0
+    of_class = staticmethod(torch.sign)
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +93,10 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
             lambda network: network.of_three(threes),
             lambda network: setattr(network, "of_three", torch.abs),
         ),
+        "function of PyTorch's that its class has": (
+            lambda network: network.of_class(threes),
+            lambda network: setattr(type(network), "of_class", staticmethod(torch.abs)),
+        ),
         "attribute that a layer of PyTorch's had not": (
             lambda network: getattr(network.layer, "late", 1.0),
             lambda network: setattr(network.layer, "late", 3.0),
@@ -120,6 +125,7 @@ def late_numbers() -> dict[str, tuple[Callable[[Scaled], Any], Callable[[Scaled]
 @pytest.mark.parametrize("place", late_numbers())
 def test_what_changes_is_seen_wherever_a_loss_reads_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Thing, "inherited", 1.0)
+    monkeypatch.setattr(Scaled, "of_class", staticmethod(torch.sign))
     read, change = late_numbers()[place]
     network = Scaled()
 
@@ -153,7 +159,7 @@ def test_only_conditions_on_fixed_code_are_dropped() -> None:
     kept += [Condition("NOT_PRESENT_IN_GENERIC_DICT", linear), Condition("BUILTIN_MATCH", torch.abs, "L['x'].act")]
     of_torch = "G['__import_torch_dot_nn_dot_modules_dot_linear'].F.relu"
     dropped = [Condition("CLOSURE_MATCH", nn.functional.relu, of_torch), Condition("HASATTR", linear.weight)]
-    dropped += [Condition("CLASS_MATCH", nn.Linear, "type(self.stand_ins[0])"), Condition("TYPE_MATCH", {})]
+    dropped += [Condition("CLASS_MATCH", nn.Linear, "G['__import_torch_dot_nn'].Linear"), Condition("TYPE_MATCH", {})]
     dropped += [Condition("MODULE_MATCH", torch), Condition("HASATTR", Traceable([]))]
     assert that_can_change(kept) == [True] * len(kept)
     assert that_can_change(dropped) == [False] * len(dropped)

@@ -77,8 +77,8 @@ CODE = {
     "NOT_PRESENT_IN_GENERIC_DICT",
     "TYPE_MATCH",
 }
-# How a guard names what is read from such a module, from Python's own functions, or from a class.
-FROM_FIXED = re.compile(r"G\['__(import_torch|import_minirl_dot_fast|builtins)|type\(|dict\(")
+# How a guard names what is read from such a module, or from Python's own functions.
+FROM_FIXED = re.compile(r"G\['__(import_torch|import_minirl_dot_fast|builtins)")
 FIXED = re.compile(r"(torch|builtins|collections|minirl\.fast)(\.|$)")  # modules that do not change while they run
 
 SETTLED = 3  # variants of a step whose numbers change: for the first value, for the next, and for any
@@ -339,9 +339,8 @@ def that_can_change(conditions: Sequence[Any]) -> list[bool]:
 def is_fixed(name: str, value: Any) -> bool:
     """Whether a value that compiled code reads by this name is not the user's, who may replace it.
 
-    A layer may get attributes, or be replaced; an attribute or a global may become another function of PyTorch's; an
-    optimiser's state is created in its first step, and replaced from a checkpoint. But what is read from a class, a
-    user's included, is fixed if it is PyTorch's.
+    A layer may get attributes, or be replaced; an attribute (of a class, too) or a global may become another function
+    of PyTorch's; an optimiser's state is created in its first step, and replaced from a checkpoint.
     """
     if isinstance(value, nn.Module) or ".steppable.optimizer.state" in name:
         return False
