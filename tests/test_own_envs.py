@@ -380,9 +380,10 @@ def test_what_is_drawn_while_an_environment_is_made_is_of_the_seed(workers: int)
 
 
 LAMBDAS = [lambda: 1, lambda: 2]  # on one line
+DEFAULTS = [lambda number=number: number for number in range(2)]
 
 
-@pytest.mark.parametrize(("thing", "other"), [(add_one, add_two), (Walk, Endless), (add_one, 1), LAMBDAS])
+@pytest.mark.parametrize(("thing", "other"), [(add_one, add_two), (Walk, Endless), (add_one, 1), LAMBDAS, DEFAULTS])
 def test_another_function_or_class_is_not_taken_for_the_one_that_was_there(thing: Any, other: Any) -> None:
     env: Any = Walk()
     env.thing = thing

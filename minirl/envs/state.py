@@ -23,6 +23,7 @@ import itertools
 import random
 import sys
 import types
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -366,8 +367,9 @@ def name_of(value: Any) -> str:
     """Return what tells a kept object from others that may be in its place: for most, its class."""
     if isinstance(value, types.FunctionType):
         code = value.__code__
-        column = min((start for _, _, start, _ in code.co_positions() if start), default=0)  # of lambdas on one line
-        return f"function {value.__qualname__}, line {code.co_firstlineno}, column {column}"
+        numbers = [number for number in (*code.co_consts, *(value.__defaults__ or ())) if type(number) in PLAIN]
+        text = repr((code.co_code, numbers, code.co_names, list(code.co_positions())))  # lambdas may share a line
+        return f"function {value.__qualname__}, line {code.co_firstlineno} ({zlib.crc32(text.encode()):x})"
     return f"class {value.__qualname__}" if isinstance(value, type) else type(value).__name__
 
 
