@@ -219,16 +219,9 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
             envs.step(np.zeros(4, np.int64))
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        pytest.param("exit", "raised(.|\n)*SystemExit: 3", marks=pytest.mark.slow),
-        ("die", "environments 2 to 3.*died without an answer, exit code -9$"),
-    ],
-)
-def test_a_worker_that_dies_ends_the_run(fault: str, message: str) -> None:
-    with pytest.raises(WorkerError, match=message):
-        step_until_it_fails(functools.partial(Faulty, fault))
+def test_a_worker_that_dies_ends_the_run() -> None:
+    with pytest.raises(WorkerError, match="environments 2 to 3.*died without an answer, exit code -9$"):
+        step_until_it_fails(functools.partial(Faulty, "die"))
     assert not multiprocessing.active_children()
 
 
@@ -236,6 +229,7 @@ def test_a_worker_that_dies_ends_the_run(fault: str, message: str) -> None:
     ("fault", "message"),
     [
         ("raise", "ArithmeticError: the pole snapped"),
+        ("exit", "SystemExit: 3"),
         pytest.param("hang up", "EOFError: the game server .*", marks=pytest.mark.slow),
     ],
 )
@@ -245,7 +239,7 @@ def test_what_an_environment_raises_in_a_worker_comes_with_its_own_traceback(fau
     header, frame, code, *rest = caught.value.trace.splitlines()
     assert header == "Traceback (most recent call last):"
     assert "fake_envs.py" in frame
-    assert "raise " in code
+    assert "raise " in code or "sys.exit(" in code
     assert re.fullmatch(message, rest[-1])
     assert caught.value.trace.count("File ") == 1, "nothing of ours"
     assert caught.value.trace in str(caught.value.__cause__), "for those who do not print it themselves"
