@@ -220,7 +220,7 @@ def step_until_it_fails(make: Callable[[], gym.Env[Any, Any]]) -> None:
 
 
 def test_a_worker_that_dies_ends_the_run() -> None:
-    with pytest.raises(WorkerError, match="environments 2 to 3.*died without an answer, exit code -9$"):
+    with pytest.raises(WorkerError, match=r"environments 2 to 3.*died without an answer, exit code -9$"):
         step_until_it_fails(functools.partial(Faulty, "die"))
     assert not multiprocessing.active_children()
 
