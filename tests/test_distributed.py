@@ -190,7 +190,7 @@ def test_a_signal_that_comes_while_ranks_agree_on_one_is_not_lost(monkeypatch: p
             run._on_signal(signal.SIGINT, None)
             return number
 
-        monkeypatch.setattr("minirl.runs.run.world_size", lambda: 2)
+        monkeypatch.setattr(run, "several", True)
         monkeypatch.setattr("minirl.runs.run.some_rank_failed", lambda: False)
         monkeypatch.setattr("minirl.runs.run.max_over_ranks", agree)
         run.checkpoint(1, dict)

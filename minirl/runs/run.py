@@ -155,6 +155,7 @@ class Run:
         self.found_better = False  # since the last checkpoint
         self.stop_signal: int | None = None
         self.starter = os.getppid()
+        self.several = world_size() > 1  # ranks
         self.events: Events | None = None
         self.lock: int | None = None
         broadcast_from_rank_0(lambda: self._open(resumed, done / total))
@@ -226,7 +227,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if world_size() > 1:  # then torchrun sends it, and kills ranks that are left after 30 seconds
+        if self.several:  # then torchrun sends it, and kills ranks that are left after 30 seconds
             if some_rank_failed():
                 raise SystemExit(1)
             self.stop_signal = number
@@ -254,7 +255,7 @@ class Run:
 
         `total` is the new length of the run, if it has changed.
         """
-        if world_size() > 1:
+        if self.several:
             episodes = [episode for unlogged in gather_to_rank_0(self.unlogged) for episode in unlogged]
             self.unlogged = []
             for step, episode in sorted(episodes):
@@ -274,7 +275,7 @@ class Run:
     def log_episodes(self, global_step: int, episodes: Iterable[Episode]) -> None:
         """Write the return and length of finished episodes; with several ranks, only when `log` is called."""
         for episode in episodes:
-            if world_size() > 1:
+            if self.several:
                 self.unlogged.append((global_step, episode))
             else:
                 self._log_episode(global_step, episode)
@@ -312,13 +313,12 @@ class Run:
         Raises:
             KeyboardInterrupt: after saving; `Stopped` at SIGTERM, at SIGHUP and if standard error is lost.
         """
-        several = world_size() > 1
-        stop = self._agreed_stop() if several else self.stop_signal
+        stop = self._agreed_stop() if self.several else self.stop_signal
         due = self.found_better or global_step - self.last_saved >= self.config.checkpoint_frequency
         if self.run_dir is not None and (finished or due or global_step == 0 or stop is not None):
             self._save(CHECKPOINT_FILE, global_step, state)
             self.last_saved, self.found_better = global_step, False
-        if several:
+        if self.several:
             wait_at_most(USUAL)  # for other ranks, from here on: no file is being written now
         else:
             stop = self.stop_signal  # it may have come meanwhile
