@@ -286,4 +286,4 @@ def observation_tensor(obs: NDArray[Any], device: torch.device) -> Tensor:
     obs = obs.astype(np.uint8 if obs.dtype == np.uint8 and obs.ndim == 4 else np.float32, copy=False)
     if obs.ndim == 4:
         obs = channels_last(obs).transpose(0, 3, 1, 2)
-    return to_device(torch.from_numpy(obs), device)
+    return to_device(torch.as_tensor(obs), device)

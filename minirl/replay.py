@@ -43,7 +43,7 @@ class Batch(NamedTuple, Generic[Array]):
 
     def to(self, device: torch.device) -> "Batch[Tensor]":
         """Return it as tensors on a device."""
-        return Batch(*(to_device(torch.from_numpy(column), device) for column in self))
+        return Batch(*(to_device(torch.as_tensor(column), device) for column in self))
 
 
 class ReplayBuffer:
