@@ -25,7 +25,7 @@ from minirl.runs.flags import Parser, fail, reader
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train_ppo.py", "train_dqn.py")
 
-PPO = "train_ppo.py @recipes/ppo-cartpole.args"
+PPO = "train_ppo.py @recipes/ppo-cartpole.args --gamma 0.98 --gae-lambda 0.8 --update-epochs 10"  # RL-Zoo's own
 DQN = "train_dqn.py --eval-frequency none"
 RECIPES = {  # the command of both sides, and the edit's own flags
     "adamw-rmsprop": (PPO, ""),

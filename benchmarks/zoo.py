@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 DISCRETE = {
-    "ppo-cartpole-zoo": Row(500.0, 0.0, "100k"),
+    "ppo-cartpole": Row(500.0, 0.0, "100k"),
     "ppo-acrobot": Row(-73.5, 18.2, "1M"),
     "ppo-mountaincar": Row(-110.4, 19.5, "1M"),
     "ppo-lunarlander": Row(242.1, 31.8, "1M"),

@@ -300,7 +300,7 @@ def test_a_longer_run_says_what_its_schedules_do(now: dict[str, Any], done: floa
         (
             "ppo",
             PPOConfig("CartPole-v1", seed=7, total_timesteps=300_000, compile=False),
-            "better ones: @recipes/ppo-cartpole-zoo.args or @recipes/ppo-cartpole.args",
+            "better ones: @recipes/ppo-cartpole.args",
         ),
         ("ppo", PPOConfig("Ant-v5"), "recipes/ has better ones for some tasks"),
         ("dqn", DQNConfig(total_timesteps=9_000), None),
