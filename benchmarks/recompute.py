@@ -91,6 +91,7 @@ def draw_dqn(draw: Draw) -> Case:
     """A random path of Double DQN."""
     shared = draw.shared("Vectors", "Tiny")  # not constant observations: each batch is traced back to its steps
     envs = shared["num_envs"]
+    often, episodes = draw.number(1, 40), draw.one_of(None, None, 3)
     config = DQNConfig(
         **shared,
         total_timesteps=draw.number(120, 400),
@@ -99,8 +100,8 @@ def draw_dqn(draw: Draw) -> Case:
         learning_starts=draw.number(0, 60),
         train_frequency=draw.number(1, 6),
         gradient_steps=draw.number(1, 3),
-        target_network_frequency=draw.number(1, 40),
-        target_network_episodes=draw.one_of(None, None, 3),
+        target_network_frequency=often if episodes is None else 1,
+        target_network_episodes=episodes,
         tau=draw.one_of(0.01, 0.5, 1.0),
         huber=draw.one_of(True, False),
         max_grad_norm=draw.one_of(None, 0.5),

@@ -67,7 +67,7 @@ class DQNConfig:
     gradient_steps: int = setting(1, "gradient steps per update", at_least=1)
     batch_size: int = setting(64, "transitions per gradient step (B)", at_least=1)
     learning_rate: float = setting(5e-3, "Adam's step size", above=0)
-    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at the end")
+    anneal_lr: bool = setting(True, "lower the learning rate linearly to 0 at total_timesteps")
     max_grad_norm: float | None = setting(None, "clip the norm of the gradient to this; none: never", above=0)
     target_network_frequency: int = setting(1, "agent steps between target updates", at_least=1, group="target network")
     target_network_episodes: int | None = setting(None, "episodes between target updates; none: by steps", at_least=1)
@@ -98,6 +98,10 @@ class DQNConfig:
             decides = ("learning_starts", "batch_size", "train_frequency")
             because = ", ".join(f"{name} is {getattr(self, name)}" for name in decides)
             raise ConfigError(f"--total-timesteps must be at least {learns_from}, or nothing is learned: {because}")
+        if self.epsilon_decay is not None:
+            require_default(self, "exploration_fraction", because="with epsilon_decay, epsilon falls by episodes")
+        if self.target_network_episodes is not None:
+            require_default(self, "target_network_frequency", because="with target_network_episodes, episodes count")
         if self.end_epsilon > self.start_epsilon:
             limit = f"start_epsilon = {self.start_epsilon}"
             raise ConfigError(f"--end-epsilon must be at most {limit}, not {self.end_epsilon}")
@@ -339,6 +343,8 @@ def train(
     torch_device = select_device(device)
     run_dir, saved = saved_run("dqn", config, run_dir, resume, "episodes", "rng", "memory", "envs", "obs")
     start = now = Clock(saved["global_step"], saved["episodes"]) if saved else Clock(0, 0)
+    if config.num_episodes is not None and start.episodes >= config.num_episodes + config.num_envs:
+        raise ConfigError(f"--num-episodes must be at least the {start.episodes} episodes already done")
     videos = Videos(config, run_dir, start.steps)
     seed_everything(config.seed)
     # For exploration and replay. Not the seed itself, which is environment 0's: actions would correlate with its noise.

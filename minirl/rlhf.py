@@ -42,7 +42,7 @@ from minirl.runs.checkpoints import (
 from minirl.runs.losses import mean_losses
 from minirl.runs.resume import saved_run
 from minirl.runs.run import Run, seed_everything
-from minirl.runs.settings import MAX_THREADS, check_settings, setting
+from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
 from minirl.streams import MAX_SEED, Stream, derived_seed
 from minirl.texts import END, Pairs, Texts, Vocabulary, checksum, load_texts, rated_pairs, text_metrics
 from minirl.transformer import Cache, Transformer
@@ -112,6 +112,12 @@ class RLHFConfig:
             raise ConfigError(f"--num-heads must divide width = {self.width}, and {self.num_heads} does not")
         if self.batch_size % self.minibatch_size != 0:
             raise ConfigError(f"--minibatch-size must divide batch_size = {self.batch_size}, not {self.minibatch_size}")
+        if self.norm_adv and self.minibatch_size == 1:
+            raise ConfigError("--minibatch-size must be at least 2 to normalise advantages; or give --no-norm-adv")
+        if self.text is None:
+            require_default(self, "tokens", because="reviews by the grammar are made of characters")
+        if self.preferences is not None:
+            require_default(self, "num_pairs", "rater_sharpness", because="--preferences has the pairs")
         if self.text is not None and self.preferences is None and self.stage != "lm":
             raise ConfigError("--preferences must be given with --text, which has no hidden rule; or --stage lm")
 

@@ -127,7 +127,7 @@ def test_the_target_is_due_by_steps_or_by_episodes() -> None:
     assert target_updates_due(by_steps, Clock(9, 3), Clock(10, 3)) == 1
     assert target_updates_due(by_steps, Clock(10, 4), Clock(11, 5)) == 0
     assert target_updates_due(by_steps, Clock(8, 4), Clock(32, 5)) == 3
-    by_episodes = DQNConfig(target_network_frequency=10, target_network_episodes=5)
+    by_episodes = DQNConfig(target_network_episodes=5)
     assert target_updates_due(by_episodes, Clock(10, 4), Clock(11, 5)) == 1
     assert target_updates_due(by_episodes, Clock(9, 3), Clock(10, 3)) == 0
 

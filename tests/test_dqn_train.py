@@ -256,6 +256,12 @@ def test_a_run_whose_last_step_ends_several_episodes_is_done(tmp_path: Path) -> 
         assert (saved["global_step"], saved["episodes"]) == (28, 4)
 
 
+def test_a_run_that_has_played_more_episodes_can_not_end_earlier(tmp_path: Path) -> None:
+    train(TINY, run_dir=tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match="--num-episodes must be at least the 8 episodes already done"):
+        train(dataclasses.replace(TINY, num_episodes=5), run_dir=tmp_path / "run", resume=True, device="cpu")
+
+
 def test_what_a_run_directory_holds(tmp_path: Path) -> None:
     network = train(TINY, run_dir=tmp_path / "run", device="cpu")
     last = load_checkpoint(tmp_path / "run", "dqn", "model", "target", "optimizer", "episodes")

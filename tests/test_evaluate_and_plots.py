@@ -182,6 +182,9 @@ def mistaken(cartpole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         (parent / name).mkdir()
         save_config(parent / name, algorithm, config)
     shutil.copy(cartpole_run / "checkpoint.pt", parent / "changed")
+    shutil.copytree(cartpole_run, parent / "derived")
+    saved = torch.load(cartpole_run / "checkpoint.pt")
+    torch.save({**saved, "network_class": "Residual"}, parent / "derived" / "checkpoint.pt")
     config = PPOConfig(env_id="tests.fake_envs:Counter-v0", num_steps=8, minibatch_size=8, total_timesteps=64)
     train(config, run_dir=parent / "drawless", device="cpu")
     return parent
@@ -203,6 +206,10 @@ def mistaken(cartpole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         (
             "changed",
             "changed/checkpoint.pt must be of a run as this one, and does not fit: RuntimeError: size mismatch",
+        ),
+        (
+            "derived",
+            "derived/checkpoint.pt must be of a run as this one, and has the network Residual, not ActorCritic: make",
         ),
         ("", "the following arguments are required: RUN_DIR"),
     ],

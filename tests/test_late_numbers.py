@@ -145,6 +145,25 @@ def test_what_changes_is_seen_wherever_a_loss_reads_it(place: str, monkeypatch: 
     assert fast.enabled, "it fell back"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[1.0, 0.5, 0.25, 0, 2, 3], [1, 2, 3, 2.5, 0.5]])
+@pytest.mark.parametrize("place", ["bound", "argument"])
+def test_a_number_may_become_one_of_another_type(place: str, numbers: list[float]) -> None:
+    network, thing = Scaled(), Thing(None)
+
+    def step(network: Scaled, thing: Thing, given: Any) -> Tensor:
+        weight = network.layer.weight.detach().sum()  # 2
+        number: Any = thing.number if place == "bound" else given
+        result: Tensor = weight * number
+        return result
+
+    fast: Any = compiled(step, network, thing)
+    for number in numbers:
+        thing.number = number
+        assert fast(number if place == "argument" else 0).item() == 2 * float(number)
+    assert fast.enabled, "it fell back"
+
+
 def test_only_conditions_on_fixed_code_are_dropped() -> None:
     @dataclass
     class Condition:
@@ -154,6 +173,7 @@ def test_only_conditions_on_fixed_code_are_dropped() -> None:
 
     linear = nn.Linear(1, 1)
     kept = [Condition("TENSOR_MATCH", linear.weight), Condition("CONSTANT_MATCH", 1), Condition("TYPE_MATCH", linear)]
+    kept += [Condition("TYPE_MATCH", 0.5), Condition("TYPE_MATCH", None)]
     kept += [Condition("CLOSURE_MATCH", one), Condition("HASATTR", Thing(1.0)), Condition("CLASS_MATCH", Thing)]
     kept += [Condition("TYPE_MATCH", {}, "self.stand_ins[0].steppable.optimizer.state")]
     kept += [Condition("NOT_PRESENT_IN_GENERIC_DICT", linear), Condition("BUILTIN_MATCH", torch.abs, "L['x'].act")]

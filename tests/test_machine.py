@@ -103,6 +103,29 @@ def test_weights_that_are_computed_at_each_call_are_not_rounded_once(norm: str) 
         assert torch.equal(during, network(inputs))
 
 
+class Drawn(nn.Module):
+    """A layer of PyTorch's whose weight is drawn anew at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.layer.weight.detach().normal_()
+        outputs: Tensor = self.layer(inputs)
+        return outputs
+
+
+def test_a_weight_that_changes_while_it_is_rounded_is_warned_of() -> None:
+    network, inputs = Drawn(), torch.ones(1, 4)
+    with (
+        pytest.warns(UserWarning, match="weight has changed while actions were chosen"),
+        torch.no_grad(),
+        rounded_weights(network, torch.bfloat16),
+    ):
+        network(inputs)
+
+
 def test_weights_are_rounded_once_and_are_themselves_all_the_time() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), ExactValue())

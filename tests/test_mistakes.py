@@ -339,6 +339,16 @@ CASES: list[tuple[str, str, str]] = [
         "--target-network-episodes must be a whole number of at least 1 or none.*",
     ),
     ("dqn", "--epsilon-decay 0", "--epsilon-decay must be a number above 0 and of at most 1 or none, not 0.0"),
+    (
+        "dqn",
+        "--epsilon-decay 0.9 --exploration-fraction 0.5",
+        "--exploration-fraction must be left out: with epsilon_decay, epsilon falls by episodes",
+    ),
+    (
+        "dqn",
+        "--target-network-episodes 2 --target-network-frequency 9",
+        "--target-network-frequency must be left out: with target_network_episodes, episodes count",
+    ),
     ("dqn", "--precision half", "--precision must be auto, float32 or bfloat16, not 'half'"),
     ("dqn", "--hidden-sizes 24,x", "--hidden-sizes: must be whole numbers as in 24,24, not '24,x'"),
     ("dqn", "--hidden-sizes 24,,24", "--hidden-sizes: must be whole numbers as in 24,24, not '24,,24'"),
@@ -422,6 +432,13 @@ CASES: list[tuple[str, str, str]] = [
     # Texts
     ("rlhf", "--stage sft", "--stage must be lm, reward or ppo, not 'sft'"),
     ("rlhf", "--tokens words", "--tokens must be characters or bytes, not 'words'"),
+    ("rlhf", "--tokens bytes", "--tokens must be left out: reviews by the grammar are made of characters"),
+    (
+        "rlhf",
+        "--preferences nowhere --num-pairs 9",
+        "--num-pairs and --rater-sharpness must be left out: --preferences has the pairs",
+    ),
+    ("rlhf", "--minibatch-size 1", "--minibatch-size must be at least 2 to normalise advantages; or give .*"),
     ("rlhf", "--num-heads 3", "--num-heads must divide width = 64, and 3 does not"),
     ("rlhf", "--minibatch-size 48", "--minibatch-size must divide batch_size = 128, not 48"),
     ("rlhf", "--context 27", "--context must be at least 28 tokens for the grammar's reviews, not 27"),

@@ -351,10 +351,14 @@ def test_statistics_of_gymnasiums_wrappers_are_captured() -> None:
     np.testing.assert_array_equal(other.step(1)[0], env.step(1)[0])
 
 
-def test_statistics_that_evaluation_does_not_have_are_warned_of() -> None:
-    gym.register("Normal-v0", lambda **_: gym.wrappers.NormalizeObservation(Walk()))
+@pytest.mark.parametrize(
+    ("wrapper", "what"),
+    [(gym.wrappers.NormalizeObservation, "observations"), (gym.wrappers.NormalizeReward, "rewards")],
+)
+def test_statistics_that_evaluation_does_not_have_are_warned_of(wrapper: Any, what: str) -> None:
+    gym.register("Normal-v0", lambda **_: wrapper(Walk()))
     try:
-        with pytest.warns(UserWarning, match="Normal-v0 normalises observations by statistics of its own"):
+        with pytest.warns(UserWarning, match=f"Normal-v0 normalises {what} by statistics of its own"):
             make_env("Normal-v0")
     finally:
         del gym.registry["Normal-v0"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minirl.ppo import PPOConfig
 from minirl.ppo import train as train_ppo
 from minirl.q_learning import QLearningConfig
 from minirl.q_learning import train as train_q
+from minirl.runs.directory import lock
 from minirl.scripts import report
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
@@ -54,6 +56,18 @@ def test_a_finished_run_ends_with_greedy_games_and_pictures(tmp_path: Path, caps
     assert pixels.std() > 40
     assert table.shape == (9, 4)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [], "no runs inside the run"
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_on_grid(tmp_path, "--final-games 0")
+    held = lock(tmp_path)
+    assert held is not None
+    report.report(tmp_path, 3)
+    os.close(held)
+    assert "another process writes to" in capsys.readouterr().err
+    assert "eval/mean_return" not in read_scalars(tmp_path)
 
 
 @pytest.mark.parametrize(

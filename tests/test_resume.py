@@ -426,6 +426,21 @@ def test_what_is_logged_is_the_number_of_each_step_not_the_last_one() -> None:
         mean_losses([{"mine": temperature}, {"mine": temperature.detach()}])
 
 
+def test_what_is_logged_comes_from_each_step() -> None:
+    steps = [{"td_loss": torch.tensor(1.0)}, {"td_loss": torch.tensor(2.0), "mine": torch.tensor(3.0)}]
+    line = "losses/mine must be returned by each gradient step, not by some"
+    for some in (steps, steps[::-1]):
+        with pytest.raises(TypeError, match=line):
+            mean_losses(some)
+        with pytest.raises(TypeError, match=line):
+            recent(some, before=0).means()
+
+
+def test_a_count_that_is_logged_has_a_mean() -> None:
+    counts = [{"mine": torch.tensor(1)}, {"mine": torch.tensor(4)}]
+    assert mean_losses(counts) == recent(counts, before=0).means() == {"losses/mine": 2.5}
+
+
 def recent(losses: list[dict[str, torch.Tensor]], before: int) -> RecentLosses:
     result = RecentLosses(torch.device("cpu"))
     result.steps = before

@@ -134,6 +134,7 @@ def test_somebodys_own_texts_and_preferences(kind: str, tmp_path: Path) -> None:
     pairs = [{"prompt": "the ", "chosen": "good dog", "rejected": "bad dog"}] * 20
     (tmp_path / "pairs").write_text("\n".join(map(json.dumps, [{**pair, "prompt": "do"} for pair in pairs])))
     own: dict[str, Any] = {"text": str(tmp_path / "texts"), "preferences": str(tmp_path / "pairs"), "tokens": kind}
+    own["num_pairs"] = RLHFConfig.num_pairs  # the file has them
     policy = train(dataclasses.replace(CONFIG, **own), run_dir=tmp_path / "run", device="cpu")
     num_tokens = policy.body.token_embedding.num_embeddings
     assert num_tokens == (257 if kind == "bytes" else 1 + len(set("größegood dogbad dog")))

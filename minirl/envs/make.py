@@ -59,6 +59,9 @@ def make_env(
         if any(isinstance(layer, gym.wrappers.NormalizeObservation) for layer in layers_of(env)):
             starts = "which evaluation starts anew; with PPO, --norm-obs saves them with the network"
             gym.logger.warn(f"{env_id} normalises observations by statistics of its own, {starts}")
+        if any(isinstance(layer, gym.wrappers.NormalizeReward) for layer in layers_of(env)):
+            starts = "so that returns are no scores, and evaluation starts anew; PPO's --norm-reward leaves them raw"
+            gym.logger.warn(f"{env_id} normalises rewards by statistics of its own, {starts}")
         require_array(env.observation_space)
         if one_hot and isinstance(env.observation_space, CHOICES):
             env = OneHot(env)

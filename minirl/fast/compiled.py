@@ -33,6 +33,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -339,10 +340,11 @@ def that_can_change(conditions: Sequence[Any]) -> list[bool]:
 def is_fixed(name: str, value: Any) -> bool:
     """Whether a value that compiled code reads by this name is not the user's, who may replace it.
 
-    A layer may get attributes, or be replaced; an attribute (of a class, too) or a global may become another function
-    of PyTorch's; an optimiser's state is created in its first step, and replaced from a checkpoint.
+    A number may become one of another type; a layer may get attributes, or be replaced; an attribute (of a class, too)
+    or a global may become another function of PyTorch's; an optimiser's state is created in its first step, and
+    replaced from a checkpoint.
     """
-    if isinstance(value, nn.Module) or ".steppable.optimizer.state" in name:
+    if isinstance(value, (int, float, str, NoneType, nn.Module)) or ".steppable.optimizer.state" in name:
         return False
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and not FROM_FIXED.match(name):
         return False

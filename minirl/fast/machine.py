@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -179,14 +180,16 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
     """Within the block, linear and convolutional layers have weights rounded as `torch.autocast` would, but only once.
 
     Autocast rounds them at every call, which for a few observations takes longer than their products. The results are
-    the same; the weights themselves stay float32. Only PyTorch's own layer types are meant, since a subclass may use
-    its weight differently, and not on a GPU, which rounds in no time and whose recorded graphs must stay as they are.
+    the same, unless a weight changes within the block, which a warning says; the weights themselves stay float32. Only
+    PyTorch's own layer types are meant, since a subclass may use its weight differently, and not on a GPU, which rounds
+    in no time and whose recorded graphs must stay as they are.
     """
     modules: list[Any] = [module for module in network.modules() if type(module) in ROUNDED]
     if precision == torch.float32 or any(module.weight.device.type != "cpu" for module in modules):
         modules = []
     # `spectral_norm` and others like it compute the weight anew at each call, in a hook.
     layers = [layer for layer in modules if "weight" in layer._parameters and not layer._forward_pre_hooks]
+    versions = [layer.weight._version for layer in layers]
     try:
         for layer in layers:
             vars(layer)["rounded"] = layer.weight.detach().to(precision)
@@ -196,6 +199,12 @@ def rounded_weights(network: nn.Module, precision: torch.dtype) -> Iterator[None
         for layer in layers:
             layer.__class__ = PLAIN.get(type(layer), type(layer))
             vars(layer).pop("rounded", None)
+    if versions != [layer.weight._version for layer in layers]:
+        warnings.warn(
+            "a layer's weight has changed while actions were chosen, which its rounded copy did not: give the "
+            "layer a class of its own, or --precision float32",
+            stacklevel=1,
+        )
 
 
 @contextlib.contextmanager

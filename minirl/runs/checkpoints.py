@@ -174,7 +174,7 @@ class Part(Protocol):
 
 # Names in a checkpoint that are not parts.
 TAKEN = {
-    *(*COMMON, "algorithm", "path", "ranks", "envs", "obs"),
+    *(*COMMON, "algorithm", "path", "ranks", "envs", "obs", "network_class"),
     *("episodes", "rng", "memory"),  # Double DQN's
     *("kl_coef", "pairs", "vocabulary", "texts"),  # RLHF's
 }
@@ -227,8 +227,15 @@ def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
     """Load the weights that a checkpoint holds under `key` into the network.
 
     Raises:
-        ConfigError: if they do not fit: the run had another environment, or the file comes from elsewhere.
+        ConfigError: if they do not fit: the run had another environment, or the file comes from elsewhere; or if the
+            run trained a network of another class, which may do something else with the same weights.
     """
+    trained, here = saved.get("network_class"), type(network).__qualname__
+    if key == "model" and trained not in (None, here):
+        where = "make the same one in `train`, evaluation and pictures (`make_agent`, `make_q_network`)"
+        raise ConfigError(
+            f"{saved['path']} must be of a run as this one, and has the network {trained}, not {here}: {where}"
+        )
     with reading(saved):
         network.load_state_dict(saved[key])
 

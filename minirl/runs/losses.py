@@ -13,8 +13,11 @@ def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
     """Return a number of each of n steps, (n,).
 
     Raises:
-        TypeError: naming it, if it is not a tensor of one number, or the same tensor at two steps.
+        TypeError: naming it, if it is not a tensor of one number, is missing at a step, or the same tensor at two.
     """
+    if any(numbers.keys() != steps[0].keys() for numbers in steps):
+        name = next(name for numbers in steps for name in numbers.keys() ^ steps[0].keys())
+        raise TypeError(f"losses/{name} must be returned by each gradient step, not by some")
     numbers = [numbers[name] for numbers in steps]
     for number in numbers:
         if not isinstance(number, Tensor) or number.ndim > 0:
@@ -22,7 +25,8 @@ def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
             raise TypeError(f"losses/{name} must be a tensor of one number for each gradient step, not {what}")
     if len({number.data_ptr() for number in numbers}) < len(numbers):  # a weight, say: all would be the last value
         raise TypeError(f"losses/{name} must be a new tensor at each gradient step: `clone()` it")
-    return torch.stack(numbers)
+    column = torch.stack(numbers)
+    return column if column.is_floating_point() else column.float()  # a count has a mean, too
 
 
 def mean_losses(steps: list[dict[str, Tensor]]) -> dict[str, float]:

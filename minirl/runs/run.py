@@ -351,6 +351,7 @@ class Run:
             "best_return": self.best_return,
             "seconds": self.seconds_before + time.monotonic() - self.started,
             "random_state": random_state(),
+            "network_class": type(self.network).__qualname__,
         }
         try:
             if self.events is not None:

@@ -6,6 +6,7 @@ line says so.
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib, save_figure
 from minirl.results.play import SIDE_BY_SIDE, play_games
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
-from minirl.runs.directory import load_settings
+from minirl.runs.directory import load_settings, lock
 from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
 
@@ -66,7 +67,9 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
     """
     if not (run_dir / CHECKPOINT_FILE).exists():
         return  # nothing was trained
-    with left_out("games and pictures"):
+    with left_out("games and pictures"), contextlib.ExitStack() as stack:
+        if (held := lock(run_dir)) is not None:  # the run is over, and another process could go on with it meanwhile
+            stack.callback(os.close, held)
         settings = load_settings(run_dir)
         saved = load_checkpoint(run_dir, settings["algorithm"])
         if settings["algorithm"] == "rlhf":
