@@ -313,14 +313,17 @@ class TargetUpdate:
         # Looked up once: doing so at every step would take a fifth of the time.
         self.target_weights: list[Tensor] = list(target.parameters())
         self.online_weights: list[Tensor] = list(online.parameters())
-        self.buffers = list(zip(target.buffers(), online.buffers(), strict=True))
+        pairs = zip(target.modules(), online.modules(), strict=True)
+        self.buffers = [(behind._buffers, ahead._buffers) for behind, ahead in pairs if ahead._buffers]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move it once."""
         torch._foreach_lerp_(self.target_weights, self.online_weights, self.tau)
-        for target_buffer, online_buffer in self.buffers:
-            target_buffer.copy_(online_buffer)
+        for behind, ahead in self.buffers:  # by name: a layer may put another tensor in its place
+            for name, buffer in ahead.items():
+                if buffer is not None and (mine := behind[name]) is not None:
+                    mine.copy_(buffer)
 
 
 def train(

@@ -34,8 +34,10 @@ class _MovedOneByOne(TargetUpdate):
     def update(self) -> None:
         for mine, other in zip(self.target_weights, self.online_weights, strict=True):
             mine.lerp_(other, self.tau)
-        for mine, other in self.buffers:
-            mine.copy_(other)
+        for behind, ahead in self.buffers:
+            for name, buffer in ahead.items():
+                if (old := behind[name]) is not None and buffer is not None:
+                    old.copy_(buffer)
 
 
 class _Writer:

@@ -542,7 +542,7 @@ def test_looking_for_gradients_changes_nothing() -> None:
 
     def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
         optimizer.zero_grad()
-        (network(batch).square().mean() * random.random() * np.random.rand()).backward()  # noqa: NPY002
+        (network(batch).square().mean() * np.random.rand()).backward()  # noqa: NPY002
         optimizer.step()
         batch.zero_()
 
@@ -657,3 +657,61 @@ def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
         weight.grad = None
         with pytest.raises(RuntimeError, match="had no gradient has one"):
             (2 * weight).sum().backward()
+
+
+# What a step may do besides one backward pass
+
+
+def steps_of(step: Any, enabled: bool, calls: int = 3) -> tuple[list[float], float, list[str]]:
+    """Call a step some times; return all weights, the learning rate, and what was warned of."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    call = compiled(step, network, optimizer, enabled=enabled)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(calls):
+            call(torch.ones(4, 2))
+    weights = torch.cat([weight.detach().flatten() for weight in network.parameters()]).tolist()
+    return weights, optimizer.param_groups[0]["lr"], [str(warning.message) for warning in seen]
+
+
+def with_a_second_pass_through_one_layer(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    for whole in (True, False):
+        optimizer.zero_grad()
+        (network(obs) if whole else network[2].weight.square()).mean().backward()
+        optimizer.step()  # Adam leaves a weight without a gradient alone, and would move one whose gradient is 0
+
+
+def with_another_rate_in_place(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    optimizer.zero_grad()
+    network(obs).mean().backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+
+
+def with_pythons_random(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    optimizer.zero_grad()
+    (random.uniform(1, 2) * network(obs).mean()).backward()
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (with_a_second_pass_through_one_layer, "going on without: a parameter that had a gradient has none now ("),
+        (with_another_rate_in_place, ""),
+        (with_pythons_random, "going on without: it draws from Python's `random`"),
+    ],
+)
+def test_an_unusual_step_does_what_the_plain_one_does_or_says_why_not(step: Any, reason: str) -> None:
+    random.seed(0)
+    weights, rate, _ = steps_of(step, enabled=False)
+    random.seed(0)
+    weights_here, rate_here, said = steps_of(step, enabled=True)
+    assert weights_here == pytest.approx(weights, abs=1e-5)
+    assert rate_here == pytest.approx(rate)
+    assert len(said) == bool(reason)
+    assert reason in "".join(said)

@@ -195,6 +195,15 @@ def test_buffers_are_copied_whatever_tau_is(tau: float) -> None:
     assert not torch.equal(target.running_mean, online.running_mean), "a copy"
 
 
+def test_a_buffer_that_a_layer_replaces_is_copied() -> None:
+    online, target = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    step = TargetUpdate(target, online, 1.0)
+    online.running_mean = torch.tensor([3.0, 4.0])
+    step.update()
+    assert target.running_mean is not None
+    assert target.running_mean.tolist() == [3.0, 4.0]
+
+
 def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:
     """Images of the memory lie channels-last and its weights do not: a fused optimiser must not mix them up."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from minirl.fast.machine import select_device
-from minirl.rlhf import LanguageModel, RLHFConfig, generate, reward_scores, token_log_probs
+from minirl.rlhf import STAGES, LanguageModel, RLHFConfig, generate, reward_scores, token_log_probs
 from minirl.runs.checkpoints import load_checkpoint, load_weights, reading
 from minirl.runs.flags import saved_config
 from minirl.runs.run import seed_everything
@@ -75,8 +75,8 @@ def _prompts(config: RLHFConfig, pairs: Pairs | None, number: int, seed: int) ->
 def _stages_done(config: RLHFConfig, pairs: Pairs | None, done: int) -> tuple[bool, bool]:
     """Return whether a run has finished the reward model, and whether it has begun PPO."""
     number = config.num_pairs if pairs is None else len(pairs.learned()[0].tokens)
-    ends = sum(size * steps for stage, (size, steps) in config.plan(number).items() if stage != "ppo")
-    return config.stage != "lm" and done >= ends, config.stage == "ppo" and done > ends
+    ends = sum(size * steps for stage, (size, steps) in config.plan(number).items() if stage != STAGES[-1])
+    return config.stage != "lm" and done >= ends, config.stage == STAGES[-1] and done > ends
 
 
 def in_lines(result: dict[str, Any]) -> str:

@@ -193,6 +193,7 @@ class Compiled:
         logging.getLogger("torch._dynamo.convert_frame").addFilter(LIMIT)
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that is added later is seen
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True  # an agent's counter is a number that changes
         choices: dict[str, Any] = {"fullgraph": True, "options": {"guard_filter_fn": self._guards}}
         if self.device.type in gpu.RECORDED:
             choices["backend"] = self._recorded
@@ -270,14 +271,21 @@ class Compiled:
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - a loss may draw from it
         with torch.random.fork_rng(devices=devices):
             self.function(*twins, *given)
+        drew = random.getstate() != python_state
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+        if drew:
+            raise CantCompile("it draws from Python's `random`, which PyTorch's compiler gets wrong; draw by PyTorch")
         for weight, twin in zip(self.parameters, copies, strict=True):
             weight.grad = torch.zeros_like(weight) if id(twin) in seen else None
 
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
         """Continue with the plain function."""
-        reason = str(error).strip().split("\n")[0]
+        reason, *more = str(error).strip().split("\n")
+        if raised := re.search(r"raised exception \w+\('(.*)'\)", str(error)):  # by the function itself
+            reason = raised[1]
+        elif reason.endswith(":") and more:
+            reason += f" {more[0].strip()}"
         if "grad_fn" in reason:
             reason += "; what is returned must be detached"
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))

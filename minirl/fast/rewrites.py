@@ -35,6 +35,7 @@ class Steppable:
         self.sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.rates = [torch.empty((), device=self.parameters[0].device) for _ in self.sizes]
         self.filled: list[Any] = [None for _ in self.sizes]  # the numbers in them
+        self.versions = [0 for _ in self.sizes]  # of the rates, by which changes in place are seen
         self.given: list[Any] = [None for _ in self.sizes]  # what the groups have between calls
         self.groups: list[dict[str, Any]] = []  # as last seen; those of a checkpoint are others
         self.fused = [group.get("fused") for group in optimizer.param_groups]
@@ -64,14 +65,21 @@ class Steppable:
             if isinstance(given, Tensor) or given != self.filled[number]:
                 rate.fill_(given)
                 self.filled[number] = None if isinstance(given, Tensor) else given
+            self.versions[number] = rate._version
             group["lr"] = rate
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked for by PyTorch's schedulers
 
     def release(self) -> None:
         """Give the groups their learning rates back, which may be numbers that are saved, compared or changed."""
-        for group, rate, given in zip(self.groups, self.rates, self.given, strict=False):
-            if group["lr"] is rate:
-                group["lr"] = given
+        for number, (group, rate, given) in enumerate(zip(self.groups, self.rates, self.given, strict=False)):
+            if group["lr"] is not rate:
+                continue
+            group["lr"] = given
+            if rate._version != self.versions[number]:  # the step itself has changed it in place
+                if isinstance(given, Tensor):
+                    given.copy_(rate)
+                else:
+                    group["lr"] = self.filled[number] = rate.item()
 
     def _choose_kernels(self) -> None:
         state = self.optimizer.state
@@ -109,6 +117,8 @@ class StandIn:
             for weight in self.steppable.parameters:
                 if weight.grad is not None:
                     weight.grad.zero_()
+        mine, reached = self.steppable.parameters, self.rewritten.reached
+        self.rewritten.reached = [weight for weight in reached if not any(weight is one for one in mine)]
 
     def step(self) -> None:
         """As `Optimizer.step`.
