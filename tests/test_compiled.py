@@ -496,6 +496,7 @@ def test_learning_rates_are_numbers_between_calls(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pytest.CaptureFixture[str]) -> None:
     ends, given_up = [], []
+    moves = [False, True] * 8
     for kind in ("plain", "compiled", "stopped"):
         network, optimizer, _ = small()
         network.calls = 0  # type: ignore[assignment]
@@ -504,7 +505,7 @@ def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pyte
             network.calls += 1
             optimizer.zero_grad()
             ((network.weight - 2) * batch).square().mean().mul(1 / (1 + network.calls)).backward()
-            if network.calls % 2 == 0:
+            if moves[network.calls]:
                 optimizer.step()
 
         call = compiled(step, network, optimizer, enabled=kind != "plain")
@@ -715,3 +716,17 @@ def test_an_unusual_step_does_what_the_plain_one_does_or_says_why_not(step: Any,
     assert rate_here == pytest.approx(rate)
     assert len(said) == bool(reason)
     assert reason in "".join(said)
+
+
+@pytest.mark.slow
+def test_a_counter_that_decides_a_branch_is_compiled_once_for_each_way() -> None:
+    def every_third(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+        network.calls = getattr(network, "calls", 0) + 1
+        optimizer.zero_grad()
+        (network(obs).mean() / network.calls).backward()
+        if network.calls % 3 == 0:
+            optimizer.step()
+
+    (weights, _, _), (weights_here, _, said) = (steps_of(every_third, enabled, calls=14) for enabled in (False, True))
+    assert weights_here == pytest.approx(weights, abs=1e-5)
+    assert said == [], "it is not given up on"
