@@ -314,16 +314,18 @@ class TargetUpdate:
         self.target_weights: list[Tensor] = list(target.parameters())
         self.online_weights: list[Tensor] = list(online.parameters())
         pairs = zip(target.modules(), online.modules(), strict=True)
-        self.buffers = [(behind._buffers, ahead._buffers) for behind, ahead in pairs if ahead._buffers]
+        self.buffers = [(behind._buffers, ahead._buffers) for behind, ahead in pairs]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move it once."""
         torch._foreach_lerp_(self.target_weights, self.online_weights, self.tau)
-        for behind, ahead in self.buffers:  # by name: a layer may put another tensor in its place
-            for name, buffer in ahead.items():
-                if buffer is not None and (mine := behind[name]) is not None:
+        for behind, ahead in self.buffers:
+            for name, buffer in ahead.items():  # by name: a layer may put another tensor in its place
+                if buffer is not None and (mine := behind.get(name)) is not None:
                     mine.copy_(buffer)
+                elif buffer is not None:
+                    behind[name] = buffer.clone()
 
 
 def train(

@@ -35,9 +35,7 @@ class _MovedOneByOne(TargetUpdate):
         for mine, other in zip(self.target_weights, self.online_weights, strict=True):
             mine.lerp_(other, self.tau)
         for behind, ahead in self.buffers:
-            for name, buffer in ahead.items():
-                if (old := behind[name]) is not None and buffer is not None:
-                    old.copy_(buffer)
+            behind.update({name: None if buffer is None else buffer.clone() for name, buffer in ahead.items()})
 
 
 class _Writer:

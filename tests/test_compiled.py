@@ -595,6 +595,7 @@ def test_a_gpu_is_compiled_for_without_the_headers_of_cuda(
     monkeypatch.setattr(torch, "compile", spy)
     function = Compiled(abs, [])
     function.device = torch.device(device)
+    function.trained = []  # it has been tried out: that would need the device
     assert function(-1) == 1
     assert seen.get("cpp_wrapper", False) == in_cpp
     assert seen["guard_filter_fn"] == function._guards
@@ -730,3 +731,17 @@ def test_a_counter_that_decides_a_branch_is_compiled_once_for_each_way() -> None
     (weights, _, _), (weights_here, _, said) = (steps_of(every_third, enabled, calls=14) for enabled in (False, True))
     assert weights_here == pytest.approx(weights, abs=1e-5)
     assert said == [], "it is not given up on"
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_choosing_with_pythons_random_is_not_compiled_either() -> None:
+    def act(network: nn.Module, obs: Tensor) -> Tensor:
+        values: Tensor = network(obs)
+        return (values * random.random()).detach()
+
+    network = nn.Linear(2, 1)
+    random.seed(0)
+    expected = act(network, torch.ones(1, 2))
+    random.seed(0)
+    with pytest.warns(UserWarning, match="it draws from Python's `random`"):
+        assert torch.equal(compiled(act, network)(torch.ones(1, 2)), expected)

@@ -202,6 +202,9 @@ def test_a_buffer_that_a_layer_replaces_is_copied() -> None:
     step.update()
     assert target.running_mean is not None
     assert target.running_mean.tolist() == [3.0, 4.0]
+    online.register_buffer("late", torch.ones(1))
+    step.update()
+    assert target.late == 1.0
 
 
 def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:

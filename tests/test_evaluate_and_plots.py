@@ -184,6 +184,7 @@ def mistaken(cartpole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copy(cartpole_run / "checkpoint.pt", parent / "changed")
     shutil.copytree(cartpole_run, parent / "derived")
     saved = torch.load(cartpole_run / "checkpoint.pt")
+    assert saved["network_class"] == "ActorCritic"
     torch.save({**saved, "network_class": "Residual"}, parent / "derived" / "checkpoint.pt")
     config = PPOConfig(env_id="tests.fake_envs:Counter-v0", num_steps=8, minibatch_size=8, total_timesteps=64)
     train(config, run_dir=parent / "drawless", device="cpu")

@@ -14,8 +14,9 @@ from minirl import evaluate as evaluation
 from minirl import plots, rlhf
 from minirl.checks import ConfigError
 from minirl.evaluate import evaluate
+from minirl.evaluate.of_texts import _stages_done
 from minirl.results.scores import read_scores
-from minirl.rlhf import RLHFConfig, train
+from minirl.rlhf import STAGES, RLHFConfig, train
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import load_settings
 from minirl.runs.flags import saved_config
@@ -143,6 +144,17 @@ def test_somebodys_own_texts_and_preferences(kind: str, tmp_path: Path) -> None:
     assert [sample["prompt"] for sample in result["samples"]] == ["do"] * 3
     assert "reward/best_accuracy" not in read_scalars(tmp_path / "run")
     plots.draw_curves([tmp_path / "run"])
+
+
+def test_the_last_stage_is_evaluated_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = (*STAGES[:-1], "dpo")
+    for module in ("minirl.rlhf", "minirl.evaluate.of_texts"):
+        monkeypatch.setattr(f"{module}.STAGES", stages)
+    config = RLHFConfig()
+    object.__setattr__(config, "stage", "dpo")
+    ends = sum(size * steps for size, steps in [config.plan(config.num_pairs)[stage] for stage in stages[:-1]])
+    assert _stages_done(config, None, ends) == (True, False)
+    assert _stages_done(config, None, ends + 1) == (True, True)
 
 
 def test_a_run_goes_on_with_the_texts_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,9 +258,10 @@ class Compiled:
         """Allocate `.grad` for the parameters to which the function gives a gradient.
 
         To find them, it is called once, with copies of everything that it changes.
+
+        Raises:
+            CantCompile: if it draws from Python's `random`.
         """
-        if not self.parameters:
-            return
         twins, copies, given = copy.deepcopy((self.bound, self.parameters, tuple(arguments)))
         seen: set[int] = set()
         for weight in copies:

@@ -9,16 +9,20 @@ from minirl.distributed import mean_over_ranks
 from minirl.runs.checkpoints import require_finite_losses
 
 
-def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
-    """Return a number of each of n steps, (n,).
+def columns(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the numbers of n steps by name, (n,) each; empty if there was no step.
 
     Raises:
-        TypeError: naming it, if it is not a tensor of one number, is missing at a step, or the same tensor at two.
+        TypeError: naming it, if one is not a tensor of one number, is missing at a step, or the same tensor at two.
     """
-    if any(numbers.keys() != steps[0].keys() for numbers in steps):
-        name = next(name for numbers in steps for name in numbers.keys() ^ steps[0].keys())
-        raise TypeError(f"losses/{name} must be returned by each gradient step, not by some")
-    numbers = [numbers[name] for numbers in steps]
+    names = steps[0].keys() if steps else {}
+    for numbers in steps:
+        for name in numbers.keys() ^ names:
+            raise TypeError(f"losses/{name} must be returned by each gradient step, not by some")
+    return {name: _column(name, [numbers[name] for numbers in steps]) for name in names}
+
+
+def _column(name: str, numbers: list[Any]) -> Tensor:
     for number in numbers:
         if not isinstance(number, Tensor) or number.ndim > 0:
             what = f"of shape {tuple(number.shape)}" if isinstance(number, Tensor) else f"a {type(number).__name__}"
@@ -31,7 +35,7 @@ def stacked(steps: list[dict[str, Tensor]], name: str) -> Tensor:
 
 def mean_losses(steps: list[dict[str, Tensor]]) -> dict[str, float]:
     """Return the mean of each number over some gradient steps and all ranks, by TensorBoard tag."""
-    means = mean_over_ranks(torch.stack([stacked(steps, name).mean() for name in steps[0]])).tolist()
+    means = mean_over_ranks(torch.stack([column.mean() for column in columns(steps).values()])).tolist()
     return {f"losses/{name}": mean for name, mean in zip(steps[0], means, strict=True)}
 
 
@@ -60,26 +64,22 @@ class RecentLosses:
         Raises:
             DivergedError: naming the first of these steps whose numbers are not finite.
         """
-        columns, first = self._columns(), self.steps - len(self.recent) + 1
+        numbers, first = columns(self.recent), self.steps - len(self.recent) + 1
         self.recent.clear()
-        if not columns:
+        if not numbers:
             return {}
-        tags, rows = [f"losses/{name}" for name in columns], torch.stack([*columns.values()], dim=1)
+        tags, rows = [f"losses/{name}" for name in numbers], torch.stack([*numbers.values()], dim=1)
         if not rows.isfinite().all():
             bad = int(rows.isfinite().all(dim=1).long().argmin())
             require_finite_losses(dict(zip(tags, rows[bad].tolist(), strict=True)), "update", first + bad)
         return dict(zip(tags, rows.mean(dim=0).tolist(), strict=True))
 
-    def _columns(self) -> dict[str, Tensor]:
-        """Return the numbers of n steps by name, (n,) each."""
-        return {name: stacked(self.recent, name) for name in (self.recent or [{}])[0]}
-
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps, and the numbers of the recent ones."""
-        return {"steps": self.steps, "recent": self._columns()}
+        return {"steps": self.steps, "recent": columns(self.recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        columns = {name: column.to(self.device) for name, column in state_dict["recent"].items()}
-        rows = zip(*columns.values(), strict=True)
-        self.steps, self.recent = state_dict["steps"], [dict(zip(columns, row, strict=True)) for row in rows]
+        saved = {name: column.to(self.device) for name, column in state_dict["recent"].items()}
+        rows = zip(*saved.values(), strict=True)
+        self.steps, self.recent = state_dict["steps"], [dict(zip(saved, row, strict=True)) for row in rows]
