@@ -3,19 +3,16 @@
 
 def main() -> None:
     """Parse the flags, train and print the table."""
-    from minirl.checks import ConfigError
     from minirl.q_learning import QLearningConfig, train
     from minirl.results.tables import describe
-    from minirl.runs.flags import fail
+    from minirl.runs.flags import errors_in_one_line
     from minirl.runs.progress import answer
     from minirl.scripts.train import run_training
 
     about = "Train tabular Q-learning; without flags, on the source notebook's 3x3 grid with its settings."
     config, q_table = run_training("q_learning", QLearningConfig, train, about)
-    try:
+    with errors_in_one_line():
         answer(describe(q_table, config.env_id))
-    except ConfigError as error:
-        fail(error)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from minirl.rollout import Columns
 from minirl.runs.checkpoints import (
     Part,
     State,
+    checksum,
     load_parts,
     reading,
     require_finite_losses,
@@ -44,7 +45,7 @@ from minirl.runs.resume import saved_run
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
 from minirl.streams import MAX_SEED, Stream, derived_seed
-from minirl.texts import END, Pairs, Texts, Vocabulary, checksum, load_texts, rated_pairs, text_metrics
+from minirl.texts import END, Pairs, Texts, Vocabulary, load_texts, rated_pairs, text_metrics
 from minirl.transformer import Cache, Transformer
 
 STAGES = ("lm", "reward", "ppo")
@@ -425,7 +426,7 @@ def train(
     torch_device = select_device(device)
     run_dir, saved = saved_run("rlhf", config, run_dir, resume, "kl_coef", "pairs", "vocabulary", "texts")
     vocabulary, corpus, pairs = load_texts(config, torch_device)
-    texts = checksum(corpus, *(pairs[:2] if pairs else ()))
+    texts = checksum((corpus, *(pairs[:2] if pairs else ())))
     if saved is not None and saved["texts"] != texts:
         raise ConfigError("--text and --preferences must give the texts that the run began with: they have changed")
     prompts = corpus if pairs is None else pairs.learned()[0]

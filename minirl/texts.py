@@ -15,7 +15,6 @@ import math
 import random
 import re
 import statistics
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,15 +159,6 @@ class Texts(NamedTuple):
     def to(self, device: torch.device) -> "Texts":
         """Return them on a device."""
         return Texts(*(column.to(device) for column in self))
-
-
-def checksum(*texts: Texts) -> int:
-    """Return a number that changes with any token of any of the texts."""
-    number = 0
-    for part in texts:
-        for column in part:
-            number = zlib.crc32(column.cpu().numpy().tobytes(), number)
-    return number
 
 
 class Pairs(NamedTuple):

@@ -1,5 +1,6 @@
 """Settings and flags: what is read, what help shows and hints say. Mistakes are in test_mistakes.py."""
 
+import argparse
 import dataclasses
 import importlib
 import os
@@ -98,12 +99,17 @@ def test_a_config_refuses_what_it_cannot_use(settings: dict[str, Any], message: 
         ("own", tuple[float, ...], setting((0.1,), "x"), r"Own.own must be of type int, .*, not tuple\[float, ...\]"),
         ("own", float | int, setting(0.1, "x"), r"Own.own must be of type int, .*, not float \| int"),
         ("own", float, 0.1, r'Own.own must be declared as setting\(0.1, "what it is"\)'),
-        ("device", str, setting("x", "x"), "Own.device must have another name: all scripts have a flag --device"),
     ],
 )
 def test_a_field_that_can_be_no_flag_is_named(name: str, kind: Any, default: Any, message: str) -> None:
     own = dataclasses.make_dataclass("Own", [(name, kind, default)])
     with pytest.raises(TypeError, match=message):
+        make_parser(own, "", {})
+
+
+def test_a_field_with_the_name_of_another_flag_is_named() -> None:
+    own = dataclasses.make_dataclass("Own", [("device", str, setting("x", "x"))])
+    with pytest.raises(argparse.ArgumentError, match="argument --device: conflicting option string: --device"):
         make_parser(own, "", {})
 
 

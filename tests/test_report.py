@@ -124,7 +124,11 @@ def test_the_settings_are_one_row_of_the_table_of_hyperparameters(tmp_path: Path
 
 
 def test_a_finished_run_that_is_resumed_has_one_value_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "play_final_games", lambda run_dir, settings, games, *_: float(games))
+    def played(run_dir: Path, *, episodes: int, **_: Any) -> dict[str, Any]:
+        mean = float(episodes)
+        return {"episodes": episodes, "mean_return": mean, "std_return": 0.0, "min_return": mean, "max_return": mean}
+
+    monkeypatch.setattr(report, "evaluate", played)
     train_on_grid(tmp_path)
     before = read_scalars(tmp_path)
     for games, mean_return in [(0, 10.0), (3, 3.0)]:
@@ -191,11 +195,11 @@ def test_mistakes(flags: str, message: str, tmp_path: Path, capsys: pytest.Captu
 def test_what_goes_wrong_is_left_out_and_the_run_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **options: Any) -> Any:
         raise ArithmeticError("the screen\nis black")
 
     monkeypatch.setattr(report, "draw_picture", broken)
-    monkeypatch.setattr(report, "load_policy", broken)
+    monkeypatch.setattr(report, "evaluate", broken)
     _, table = train_on_grid(tmp_path)
     assert table.shape == (9, 4)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]

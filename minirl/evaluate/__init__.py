@@ -7,6 +7,7 @@ returns are the real scores of whole games. A run of rlhf writes texts (`of_text
 import contextlib
 import functools
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -43,11 +44,6 @@ TRAINING_SCRIPTS = {
 }
 
 
-def evaluation_seed(settings: dict[str, Any]) -> int:
-    """Return the default seed of the games: far from the training's, so that they are different games."""
-    return (int(settings["seed"]) + 10_000) % (MAX_SEED + 1)
-
-
 def evaluate(
     run_dir: str | Path,
     *,
@@ -58,6 +54,7 @@ def evaluate(
     render: bool = False,
     last: bool = False,
     device: str = "auto",
+    patience: float = math.inf,
 ) -> dict[str, Any]:
     """Play `episodes` games and return what `--json` prints.
 
@@ -73,6 +70,7 @@ def evaluate(
         render: play the games in a window, one after the other, at the speed of the game.
         last: play with the last network even if there is a best one (DQN).
         device: `auto`, `cpu` or `cuda`.
+        patience: seconds after which the games are given up, with a TimeoutError.
 
     Returns:
         `mean_return`, `std_return` (of these games: divided by n), `min_return`, `max_return`, `episodes`, `returns`;
@@ -93,7 +91,7 @@ def evaluate(
     settings = load_settings(run_dir)
     torch_device = select_device(device)
     if seed is None:
-        seed = evaluation_seed(settings)
+        seed = (int(settings["seed"]) + 10_000) % (MAX_SEED + 1)  # far from the training's: other games
     if settings["algorithm"] == "rlhf":
         given = {"--stochastic": stochastic, "--video": video, "--render": render, "--last": last}
         if wrong := [flag for flag, value in given.items() if value]:
@@ -112,7 +110,7 @@ def evaluate(
             policy = at_game_speed(policy, steps_per_second(env_id))
         seed_everything(seed)
         with contextlib.closing(Progress(episodes, unit="games")) as progress:
-            returns = play_games(policy, envs, episodes, seed, progress)
+            returns = play_games(policy, envs, episodes, seed, progress, patience)
     return {
         "mean_return": statistics.fmean(returns),
         "std_return": statistics.pstdev(returns),
@@ -121,6 +119,15 @@ def evaluate(
         "episodes": episodes,
         "returns": returns,
     }
+
+
+def in_one_line(result: dict[str, Any], how: str = "greedy") -> str:
+    """Format what `evaluate` returned of games; `how` says which actions were taken."""
+    return (
+        f"return over {result['episodes']} games, {how} actions: "
+        f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
+        f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
+    )
 
 
 def make_envs(env_id: str, episodes: int, render: bool, shown: dict[str, Any]) -> VectorEnv:
@@ -152,11 +159,13 @@ def load_policy(
     if last and algorithm != "dqn":
         raise ConfigError(f"--last must go with a run of dqn: one of {algorithm} keeps its last network only")
     if algorithm == "ppo":
-        return ppo_policy(run_dir, envs, stochastic, device)
+        agent = ppo_agent(run_dir, envs.observation_space, envs.action_space, device)
+        return functools.partial(choose_actions, agent, sample=stochastic)
     if algorithm == "dqn":
         return dqn_policy(run_dir, settings, envs, last, device)
     if algorithm == "q_learning":
-        return q_learning_policy(run_dir, envs)
+        table = load_table(load_checkpoint(run_dir, "q_learning", "q_table"), envs)
+        return functools.partial(q_learning.greedy_actions, table)
     raise ConfigError(f"{run_dir} must hold a run of ppo, dqn, q_learning or rlhf, not of {algorithm}")
 
 
@@ -171,12 +180,6 @@ def ppo_agent(
     return agent.eval()
 
 
-def ppo_policy(run_dir: Path, envs: VectorEnv, stochastic: bool, device: torch.device) -> Policy:
-    """Return PPO's network as a policy: its most likely actions, or sampled ones."""
-    agent = ppo_agent(run_dir, envs.observation_space, envs.action_space, device)
-    return functools.partial(choose_actions, agent, sample=stochastic)
-
-
 def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: bool, device: torch.device) -> Policy:
     """Return DQN's network, the best if there is one, as a policy: the first of its best actions."""
     file = CHECKPOINT_FILE if last or not (run_dir / BEST_FILE).exists() else BEST_FILE
@@ -186,12 +189,6 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     load_weights(network, saved)
     print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
     return functools.partial(greedy_actions, network.eval(), device)
-
-
-def q_learning_policy(run_dir: Path, envs: VectorEnv) -> Policy:
-    """Return a Q-table as a policy: the first of the best actions."""
-    table = load_table(load_checkpoint(run_dir, "q_learning", "q_table"), envs)
-    return functools.partial(q_learning.greedy_actions, table)
 
 
 @errors_in_one_line()
@@ -219,9 +216,4 @@ def main(argv: list[str] | None = None) -> None:
     elif "samples" in result:
         answer(in_lines(result))
     else:
-        how = "sampled" if arguments["stochastic"] else "greedy"
-        answer(
-            f"return over {result['episodes']} games, {how} actions: "
-            f"mean {result['mean_return']:.2f}, standard deviation {result['std_return']:.2f}, "
-            f"minimum {result['min_return']:.2f}, maximum {result['max_return']:.2f}"
-        )
+        answer(in_one_line(result, "sampled" if arguments["stochastic"] else "greedy"))

@@ -37,10 +37,8 @@ def draw_curves(run_dirs: list[Path], x: str = "both") -> "Figure":
         if len(texts) < len(different):
             raise ConfigError(f"runs of rlhf must be drawn without others, and {texts[0]} is one")
         return scores_figure([read_scores(run_dir) for run_dir in texts])
-    if len(different) == 1:
-        return curves_figure([read_curve(different[0], LOG_EVERY)], x)
     curves = []
-    with contextlib.closing(Progress(len(different), unit="runs")) as progress:
+    with contextlib.closing(Progress(len(different), unit="runs", shown=len(different) > 1)) as progress:
         for run_dir in different:
             curves.append(read_curve(run_dir, LOG_EVERY))
             progress.update(len(curves))
@@ -55,19 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     kinds = ["curves", *KINDS]
     about = f"what to draw: {', '.join(kinds)} (default: curves)"
     parser.add_argument("--kind", choices=kinds, default="curves", metavar="KIND", help=about)
-    parser.add_argument(
-        "--x",
-        choices=["steps", "minutes", "both"],
-        default="both",
-        metavar="AXIS",
-        help="of the curves: steps, minutes or both (default: both)",
-    )
-    parser.add_argument(
-        "--output",
-        type=read_path,
-        metavar="FILE",
-        help="picture to write (default: curve.png or KIND.png in the first run)",
-    )
+    axis = "of the curves: steps, minutes or both (default: both)"
+    parser.add_argument("--x", choices=["steps", "minutes", "both"], default="both", metavar="AXIS", help=axis)
+    where = "picture to write (default: curve.png or KIND.png in the first run)"
+    parser.add_argument("--output", type=read_path, metavar="FILE", help=where)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
     arguments = parser.parse_args(argv)
     name = "curve" if arguments.kind == "curves" else arguments.kind

@@ -1,8 +1,6 @@
 """The data of the pictures, taken from a run: its table or network, and a few steps of its environment."""
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from minirl.q_learning import load_table
 from minirl.results.figure import require_matplotlib
 from minirl.results.pictures import (
     Grid,
+    Image,
     Moment,
     Stages,
     action_probabilities_figure,
@@ -94,14 +93,9 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
     return [kind for kind, fit in fits.items() if fit]
 
 
-@contextlib.contextmanager
-def made(settings: dict[str, Any], render_mode: str | None = None) -> Iterator[gym.Env[Any, Any]]:
-    """Make a run's environment, and close it at the end."""
-    env = make_env(settings["env_id"], render_mode=render_mode, **env_options(settings))
-    try:
-        yield env
-    finally:
-        env.close()
+def made(settings: dict[str, Any], render_mode: str | None = None) -> contextlib.closing[gym.Env[Any, Any]]:
+    """Make a run's environment, for a `with` block, which closes it."""
+    return contextlib.closing(make_env(settings["env_id"], render_mode=render_mode, **env_options(settings)))
 
 
 def learned_grid(run_dir: Path, settings: dict[str, Any]) -> tuple[NDArray[np.float64], Grid]:
@@ -165,29 +159,24 @@ def telling_moments(run_dir: Path, settings: dict[str, Any], device: torch.devic
 
     They are the moments of lowest, median and highest entropy: at which the policy is surest, halfway and least sure.
     """
-    moments: list[Moment] = []
-    entropies: list[float] = []
+    seen: list[tuple[float, int, Image, NDArray[np.float64]]] = []  # entropy, agent step, frame, pi(a|s)
     with made(settings, render_mode="rgb_array") as env:
         agent = ppo_agent(run_dir, env.observation_space, env.action_space, device)
         game: Any = env.unwrapped
         obs, info = env.reset(seed=settings["seed"])
-        while len(moments) < WATCHED_STEPS and "episode" not in info:
+        while len(seen) < WATCHED_STEPS and "episode" not in info:
             with torch.no_grad():
                 distribution, _ = agent(torch.as_tensor(obs[None], device=device))
             probabilities = distribution.probs[0].double().cpu().numpy()
-            entropies.append(distribution.entropy().item())
-            moments.append(Moment(len(moments), game.render(), probabilities, ""))
+            seen.append((distribution.entropy().item(), len(seen), game.render(), probabilities))
             obs, _, terminated, truncated, info = env.step(int(probabilities.argmax()))
             if (terminated or truncated) and "episode" not in info:
                 obs, info = env.reset()  # a life was lost; the game goes on
-        names = list(game.get_action_meanings())
-    by_entropy = [moments[number] for number in np.argsort(entropies, kind="stable")]
-    chosen = {
-        "where the policy is surest": by_entropy[0],
-        "halfway between": by_entropy[len(moments) // 2],
-        "where it is least sure": by_entropy[-1],
-    }
-    return [dataclasses.replace(moment, name=name) for name, moment in chosen.items()], names
+        actions = list(game.get_action_meanings())
+    seen.sort(key=lambda moment: moment[0])
+    names = ("where the policy is surest", "halfway between", "where it is least sure")
+    chosen = zip((seen[0], seen[len(seen) // 2], seen[-1]), names, strict=True)
+    return [Moment(step, frame, probabilities, name) for (_, step, frame, probabilities), name in chosen], actions
 
 
 def preprocessing(settings: dict[str, Any]) -> Stages:

@@ -48,9 +48,11 @@ class Curve:
         means: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
         return means
 
-    def along(self, x: str) -> NDArray[Any]:
-        """Return the `steps` or the `minutes`."""
-        return self.minutes if x == "minutes" else self.steps
+
+def read_scalars(run_dir: Path) -> dict[str, list[Any]]:
+    """Return the events of each scalar in a run's TensorBoard files, by tag: each has a `step` and a `value`."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def read_curve(run_dir: Path, q_learning_episodes: int) -> Curve:
@@ -64,12 +66,10 @@ def read_curve(run_dir: Path, q_learning_episodes: int) -> Curve:
         ConfigError: if the directory holds no run, or no episode has finished in it.
     """
     settings = load_settings(run_dir)
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    if not {"charts/episodic_return", "charts/minutes"} <= set(events.Tags()["scalars"]):
+    scalars = read_scalars(run_dir)
+    if not {"charts/episodic_return", "charts/minutes"} <= scalars.keys():
         raise ConfigError(f"{run_dir} must hold TensorBoard events of at least one finished episode")
-    episodes = events.Scalars("charts/episodic_return")
-    clock = events.Scalars("charts/minutes")
+    episodes, clock = scalars["charts/episodic_return"], scalars["charts/minutes"]
     steps = np.array([event.step for event in episodes])
     # Episodes end between two readings of the clock.
     minutes = np.interp(steps, [0] + [event.step for event in clock], [0.0] + [event.value for event in clock])
@@ -88,21 +88,23 @@ def group_by_seed(curves: list[Curve]) -> list[list[Curve]]:
 
 def labels(groups: list[list[Curve]]) -> list[str]:
     """Name each group: its algorithm and environment, what sets it apart from others with these, and its seeds."""
-    return [", ".join([_kind(group), *_apart(group, groups), _seeds(group)]) for group in groups]
+    names = []
+    for group in groups:
+        others = [other[0].settings for other in groups if _kind(other) == _kind(group)]
+        names.append(", ".join([_kind(group), *apart(group[0].settings, others), _seeds(group)]))
+    return names
 
 
 def _kind(group: list[Curve]) -> str:
     return f"{group[0].settings['algorithm']} {group[0].settings['env_id']}"
 
 
-def _apart(group: list[Curve], groups: list[list[Curve]]) -> list[str]:
-    """Return the settings whose values differ in other groups of the same algorithm and environment."""
-    mine = group[0].settings
-    others = [other[0].settings for other in groups if _kind(other) == _kind(group)]
+def apart(settings: dict[str, Any], others: list[dict[str, Any]], *but: str) -> list[str]:
+    """Return the settings whose values differ in other runs, except these and those that change no curve."""
     return [
         f"{name} {'none' if value is None else value}"
-        for name, value in mine.items()
-        if name not in CHANGES_NO_CURVE and any(other.get(name, value) != value for other in others)
+        for name, value in settings.items()
+        if name not in (*CHANGES_NO_CURVE, *but) and any(other.get(name, value) != value for other in others)
     ]
 
 
@@ -167,7 +169,7 @@ def _draw_groups(axes: "Axes", groups: list[list[Curve]], side: str) -> None:
 
     for number, group in enumerate(groups):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-        xs, ys = [curve.along(side) for curve in group], [curve.mean_of_last() for curve in group]
+        xs, ys = [getattr(curve, side) for curve in group], [curve.mean_of_last() for curve in group]
         x, y = xs[0], ys[0]
         if len(group) > 1:
             x, y, low, high = mean_and_range(xs, ys)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Image = NDArray[np.uint8]
+Values = NDArray[np.float64]
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 
 LEFT_BLUE, RIGHT_RED = "#7FB3E0", "#B2182B"  # the blue is light and the red dark, in gray too
 CHOSEN, OTHERS = "#D55E00", "#9AA5B1"
@@ -37,7 +39,7 @@ class Grid:
     names: dict[int, str]
 
 
-def q_values_figure(q_table: NDArray[np.float64], grid: Grid, title: str) -> "Figure":
+def q_values_figure(q_table: Values, grid: Grid, title: str) -> "Figure":
     """Draw a Q-table (S, A) twice: every action's value on its side of the cell, and the best action's as an arrow.
 
     A state whose actions all have the same value was not learned (or nothing follows it), and stays empty.
@@ -79,20 +81,14 @@ def _draw_cells(axes: "Axes", grid: Grid, title: str) -> None:
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="black", linewidth=0.8))
         if name not in ("", "START"):
             ink = "black" if name == "GOAL" else "white"
-            axes.text(column, row, name.lower(), color=ink, ha="center", va="center", fontsize=8)
+            axes.text(column, row, name.lower(), color=ink, fontsize=8, **CENTRED)
     axes.set(xlim=(-0.5, grid.columns - 0.5), ylim=(grid.rows - 0.5, -0.5), aspect="equal", title=title)
     axes.set(xticks=range(grid.columns), yticks=range(grid.rows), xlabel="column", ylabel="row")
     axes.tick_params(length=0)
 
 
 def _draw_sides(
-    axes: "Axes",
-    q_values: NDArray[np.float64],
-    row: int,
-    column: int,
-    grid: Grid,
-    colours: "ScalarMappable",
-    fontsize: float,
+    axes: "Axes", q_values: Values, row: int, column: int, grid: Grid, colours: "ScalarMappable", fontsize: float
 ) -> None:
     """Draw the four triangles of a cell: each action's value on the side that it leads to, the best in bold."""
     from matplotlib.patches import Polygon
@@ -101,16 +97,9 @@ def _draw_sides(
         side = [(column + (right + turn * down) / 2, row + (down + turn * right) / 2) for turn in (-1, 1)]
         triangle = np.array([(column, row), *side])
         axes.add_patch(Polygon(triangle, facecolor=_colour(colours, value), edgecolor="white", linewidth=0.8))
-        axes.text(
-            column + 0.29 * right,
-            row + 0.33 * down,
-            f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}",
-            color=_ink(colours, value),
-            ha="center",
-            va="center",
-            fontsize=fontsize,
-            fontweight="bold" if action == q_values.argmax() else "normal",
-        )
+        text = f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+        style = {**CENTRED, "fontsize": fontsize, "fontweight": "bold" if action == q_values.argmax() else "normal"}
+        axes.text(column + 0.29 * right, row + 0.33 * down, text, color=_ink(colours, value), **style)
 
 
 def _draw_best(
@@ -122,13 +111,13 @@ def _draw_best(
     corner = column - 0.5, row - 0.5
     axes.add_patch(Rectangle(corner, 1, 1, facecolor=_colour(colours, value), edgecolor="white", linewidth=0.8))
     ink = _ink(colours, value)
-    axes.text(column, row + 0.34, f"{value:.2f}", color=ink, ha="center", va="center", fontsize=fontsize)
+    axes.text(column, row + 0.34, f"{value:.2f}", color=ink, fontsize=fontsize, **CENTRED)
     if grid.names.get(row * grid.columns + column) == "START":
         axes.text(column - 0.46, row - 0.46, "start", color=ink, ha="left", va="top", fontsize=0.8 * fontsize)
 
 
 def _draw_arrows(
-    axes: "Axes", q_table: NDArray[np.float64], states: NDArray[np.int64], grid: Grid, colours: "ScalarMappable"
+    axes: "Axes", q_table: Values, states: NDArray[np.int64], grid: Grid, colours: "ScalarMappable"
 ) -> None:
     """Draw the first of the best actions of these states as arrows, in data coordinates: y grows downwards."""
     rows, columns = np.divmod(states, grid.columns)
@@ -150,11 +139,7 @@ def _ink(colours: "ScalarMappable", value: float) -> str:
 
 
 def policy_map_figure(
-    angles: NDArray[np.float64],
-    velocities: NDArray[np.float64],
-    actions: NDArray[np.int64],
-    game: NDArray[np.float64],
-    title: str,
+    angles: Values, velocities: Values, actions: NDArray[np.int64], game: Values, title: str
 ) -> "Figure":
     """Draw what a policy does with CartPole's pole: blue where it pushes left, red where it pushes right.
 
@@ -174,44 +159,16 @@ def policy_map_figure(
     from matplotlib.patches import Patch
 
     axes = figure.subplots()
-    half_angle, half_velocity = (angles[1] - angles[0]) / 2, (velocities[1] - velocities[0]) / 2
-    axes.imshow(
-        actions,
-        cmap=ListedColormap([LEFT_BLUE, RIGHT_RED]),
-        vmin=0,
-        vmax=1,
-        origin="lower",
-        extent=(
-            angles[0] - half_angle,
-            angles[-1] + half_angle,
-            velocities[0] - half_velocity,
-            velocities[-1] + half_velocity,
-        ),
-        aspect="auto",
-        interpolation="nearest",
-    )
+    axes.pcolormesh(angles, velocities, actions, cmap=ListedColormap([LEFT_BLUE, RIGHT_RED]), vmin=0, vmax=1)
     axes.axhline(0, color="white", linewidth=0.6)
     axes.axvline(0, color="white", linewidth=0.6)
     colours = np.where(game[:, 2] == 1, RIGHT_RED, LEFT_BLUE)
     axes.scatter(game[:, 0], game[:, 1], c=colours, s=11, edgecolors="black", linewidths=0.6)
-    axes.set(
-        xlim=(angles[0], angles[-1]),
-        ylim=(velocities[0], velocities[-1]),
-        xlabel="pole angle (degrees from upright, + leans right)",
-        ylabel="angular velocity of the pole (degrees per second)",
-        title=title,
-    )
-    axes.legend(
-        handles=[
-            Patch(facecolor=LEFT_BLUE, label="push left"),
-            Patch(facecolor=RIGHT_RED, label="push right"),
-            Line2D([], [], marker="o", ms=4, mec="black", mfc="none", ls="", label="a greedy game, cart anywhere"),
-        ],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.14),
-        ncols=3,
-        frameon=False,
-    )
+    axes.set(xlim=(angles[0], angles[-1]), xlabel="pole angle (degrees from upright, + leans right)", title=title)
+    axes.set(ylim=(velocities[0], velocities[-1]), ylabel="angular velocity of the pole (degrees per second)")
+    blue, red = Patch(facecolor=LEFT_BLUE, label="push left"), Patch(facecolor=RIGHT_RED, label="push right")
+    dots = Line2D([], [], marker="o", ms=4, mec="black", mfc="none", ls="", label="a greedy game, cart anywhere")
+    axes.legend(handles=[blue, red, dots], loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     return figure
 
 

@@ -1,7 +1,9 @@
 """Playing games with a fixed policy, without learning: for evaluation, during training and after."""
 
 import statistics
+import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,22 @@ SIDE_BY_SIDE = 8  # games played at once; fixed, so that a seed gives the same g
 
 
 def play_games(
-    policy: Policy, envs: VectorEnv, episodes: int, seed: int, progress: Progress | None = None
+    policy: Policy, envs: VectorEnv, episodes: int, seed: int, progress: Progress | None = None, patience: float = inf
 ) -> list[float]:
     """Play `episodes` games in the environments and return their returns, environment by environment.
 
     Each environment plays its fixed share. Taking whichever games end first would favour short ones.
+
+    Raises:
+        TimeoutError: if they take longer than `patience`, in seconds.
     """
+    deadline = time.monotonic() + patience
     shares = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns: list[list[float]] = [[] for _ in shares]
     obs = envs.reset(seed=seed)
     while (played := sum(map(len, returns))) < episodes:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
         if progress is not None:
             progress.update(played)
         step = envs.step(policy(obs))

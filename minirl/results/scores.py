@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minirl.checks import ConfigError
-from minirl.results.curves import CHANGES_NO_CURVE
+from minirl.results.curves import apart, read_scalars
 from minirl.results.figure import COLOURS, new_figure
 from minirl.runs.directory import load_settings
 
@@ -37,15 +36,11 @@ def read_scores(run_dir: Path) -> Scores:
         ConfigError: if the directory holds no run of rlhf that has reached PPO.
     """
     settings = load_settings(run_dir)
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if "texts/kl" not in tags:
+    scalars = read_scalars(run_dir)
+    if "texts/kl" not in scalars:
         raise ConfigError(f"{run_dir} must be a run of rlhf that has come to PPO, and has no texts/kl in its events")
-    kl, *scores = (
-        np.array([event.value for event in events.Scalars(tag)]) for tag in ("texts/kl", *TAGS) if tag in tags
-    )
-    return Scores(settings, kl, dict(zip([tag for tag in TAGS if tag in tags], scores, strict=True)))
+    logged = {tag: np.array([event.value for event in events]) for tag, events in scalars.items()}
+    return Scores(settings, logged["texts/kl"], {tag: logged[tag] for tag in TAGS if tag in logged})
 
 
 def scores_figure(runs: list[Scores]) -> "Figure":
@@ -75,10 +70,5 @@ def scores_figure(runs: list[Scores]) -> "Figure":
 
 def _name(run: Scores, runs: list[Scores]) -> str:
     """Name a run by its `kl_coef`, the settings that differ in other runs, and its seed."""
-    apart = [
-        f"{name} {value}"
-        for name, value in run.settings.items()
-        if name not in (*CHANGES_NO_CURVE, "kl_coef", "num_episodes")
-        and any(other.settings.get(name) != value for other in runs)
-    ]
-    return ", ".join([f"kl_coef {run.settings['kl_coef']}", *apart, f"seed {run.settings['seed']}"])
+    differs = apart(run.settings, [other.settings for other in runs], "kl_coef", "num_episodes")
+    return ", ".join([f"kl_coef {run.settings['kl_coef']}", *differs, f"seed {run.settings['seed']}"])

@@ -1,6 +1,7 @@
 """Games as videos: played, drawn and written to `.mp4` or `.gif` files, during training and after."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 # Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own GIF writer is no substitute: in
 # version 5.0 the colours of Pong are off by up to 78 of 255, in a file twenty times the size.
-from PIL import Image, ImageSequence
+from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError, described
@@ -41,14 +42,7 @@ Picture = NDArray[np.uint8]  # (H, W, 3), red first
 
 
 def record_game(
-    policy: Policy,
-    env_id: str,
-    seed: int,
-    path: Path,
-    *,
-    flag: str = "--video",
-    stopped: Callable[[], bool] = lambda: False,
-    **shown: Any,
+    policy: Policy, env_id: str, seed: int, path: Path, *, stopped: Callable[[], bool] = lambda: False, **shown: Any
 ) -> bool:
     """Play a game and write it, in colour and at its own speed, to an `.mp4` or `.gif` file.
 
@@ -57,7 +51,6 @@ def record_game(
         env_id: the environment.
         seed: of the game.
         path: the file; its suffix says which kind.
-        flag: the flag that errors name.
         stopped: called after each step; once it returns True, the video ends.
         shown: for `make_env`.
 
@@ -67,7 +60,7 @@ def record_game(
     Raises:
         ConfigError: if the environment can't be drawn, or the file can't be written.
     """
-    write = write_gif if path.suffix == ".gif" else write_mp4
+    write, flag = write_gif if path.suffix == ".gif" else write_mp4, "--video"
     with contextlib.closing(make_drawn_env(env_id, flag, **shown)) as env:
         game = play_and_draw(policy, env, seed, flag, stopped)
         try:
@@ -155,7 +148,8 @@ def write_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> Non
         plain = Path(folder) / "game.mp4"
         written = _encode_mp4(plain, pictures, per_second)
         capture = cv2.VideoCapture(str(plain))
-        _require_whole(sum(1 for _ in iter(capture.grab, False)), written, "pictures")
+        if (read := sum(1 for _ in iter(capture.grab, False))) != written:
+            raise OSError(f"of {written} pictures that were written, {read} can be read again")
         with atomic_file(path) as temporary:
             shutil.copyfile(plain, temporary)
 
@@ -180,11 +174,6 @@ def _encode_mp4(path: Path, pictures: Iterator[Picture], per_second: float) -> i
     return number
 
 
-def _require_whole(read: int, written: int, unit: str) -> None:
-    if read != written:
-        raise OSError(f"of {written} {unit} that were written, {read} can be read again")
-
-
 def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> None:
     """Write pictures as an animated GIF that repeats for ever.
 
@@ -195,19 +184,10 @@ def write_gif(path: Path, pictures: Iterable[Picture], per_second: float) -> Non
     """
     every = math.ceil(per_second / GIF_PICTURES_PER_SECOND)
     images = gif_images(itertools.islice(pictures, 0, None, every), per_second / every)
-    durations: list[int] = []
-
-    def noted() -> Iterator[Image.Image]:
-        for image in images:
-            durations.append(image.info["duration"])
-            yield image
-
+    content = io.BytesIO()  # Python writes it to the disk, as its errors say what is wrong with that
+    next(images).save(content, format="GIF", save_all=True, append_images=images, loop=0)
     with atomic_file(path) as temporary:
-        noted_images = noted()
-        next(noted_images).save(temporary, format="GIF", save_all=True, append_images=noted_images, loop=0)
-        with Image.open(temporary) as gif:  # equal pictures may have become one, shown for longer
-            read = sum(image.info["duration"] for image in ImageSequence.Iterator(gif))
-        _require_whole(read, sum(durations), "ms")
+        temporary.write_bytes(content.getvalue())
 
 
 def gif_images(pictures: Iterable[Picture], per_second: float) -> Iterator[Image.Image]:
@@ -264,28 +244,18 @@ class Videos:
         """Record a game if one is due; Ctrl-C cuts it short. A failure only warns: no video is worth the run."""
         if self.folder is None:
             return
-        every = self.config.video_frequency
-        due = global_step // every > self.last_step // every
-        self.last_step = global_step
-        if not due:
-            return
-        broadcast_from_rank_0(lambda: self._record(run, global_step, policy))
+        before, self.last_step = self.last_step, global_step
+        if global_step // self.config.video_frequency > before // self.config.video_frequency:
+            broadcast_from_rank_0(lambda: self._record(run, global_step, policy))
 
     def _record(self, run: Run, global_step: int, policy: Policy) -> None:
         assert self.folder is not None
         path = self.folder / f"step-{global_step:09}.gif"
-        seed = derived_seed(self.config.seed, Stream.VIDEO, global_step)
+        env_id, seed = self.config.env_id, derived_seed(self.config.seed, Stream.VIDEO, global_step)
         with run.paused(), untouched_random_state():
             try:
                 self.folder.mkdir(exist_ok=True)
-                record_game(
-                    policy,
-                    self.config.env_id,
-                    seed,
-                    path,
-                    stopped=lambda: run.stop_signal is not None,
-                    **self.shown,
-                )
+                record_game(policy, env_id, seed, path, stopped=lambda: run.stop_signal is not None, **self.shown)
                 log_gif(run, global_step, path)
             except Exception as error:
                 warnings.warn(f"the game of agent step {global_step:,} is not recorded: {error}", stacklevel=2)

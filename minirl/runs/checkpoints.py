@@ -7,6 +7,7 @@ import os
 import pickle
 import textwrap
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from minirl.checks import ConfigError
 from minirl.envs.state import capture_generators, restore_generators
@@ -23,12 +25,6 @@ BEST_FILE = "best.pt"
 
 # What every algorithm's checkpoint holds.
 COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": float, "random_state": dict}
-
-# What PyTorch's optimisers keep for each weight, in the weight's shape; the rest of their state has other shapes.
-MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
-
-# Options of an optimiser's groups that depend on the machine: true on a GPU, an error on a CPU.
-OF_THE_MACHINE = {"capturable"}
 
 State = dict[str, Any]
 
@@ -57,7 +53,7 @@ def save_checkpoint(path: Path, state: State) -> None:
 def _saved(state: State) -> memoryview:
     """Return the bytes of a file of `state`. Python writes them, as its errors say what is wrong with a disk."""
     content = io.BytesIO()
-    torch.save(_with_tensors(state), content)
+    torch.save(tree_map(_plain, state), content)
     return content.getbuffer()
 
 
@@ -71,17 +67,11 @@ def _unreadable(name: str, value: Any) -> Iterator[str]:
         yield from places or [f"{name} is a {type(value).__name__}"]
 
 
-def _with_tensors(value: Any) -> Any:
-    """Return plain data with tensors in place of arrays: `weights_only=True` reads no arrays."""
+def _plain(value: Any) -> Any:
+    """Return a tensor for an array, Python's number for one of NumPy's: `weights_only=True` reads neither."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
-    if isinstance(value, np.bool_ | np.number):
-        return value.item()
-    if isinstance(value, dict):
-        return {key: _with_tensors(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_with_tensors(item) for item in value)
-    return value
+    return value.item() if isinstance(value, np.bool_ | np.number) else value
 
 
 @contextlib.contextmanager
@@ -199,28 +189,21 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
         raise ConfigError(f"{saved['path']} must be of a run as this one, and has no {', '.join(missing)}")
     with reading(saved):
         for name, part in parts.items():
-            groups = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
-            here = [{key: group[key] for key in OF_THE_MACHINE & group.keys()} for group in groups]
             part.load_state_dict(saved[name])
             if isinstance(part, torch.optim.Optimizer):
-                _require_fitting_moments(part)
-                for group, own in zip(part.param_groups, here, strict=True):
-                    group.update(own)
+                _fit_to_this_machine(part)
 
 
-def _require_fitting_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimiser's moments their parameters' memory layout: fused kernels go by memory, not by shape.
-
-    Raises:
-        ValueError: if their shapes are not those of the parameters.
-    """
+def _fit_to_this_machine(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimiser from a checkpoint, perhaps another machine's, fit its parameters here."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:  # true on a GPU, an error on a CPU
+            group["capturable"] &= all(parameter.is_cuda for parameter in group["params"])
     for parameter, state in optimizer.state.items():
-        for name in MOMENTS & state.keys():
-            if state[name] is None:
-                continue
-            if state[name].shape != parameter.shape:
-                raise ValueError("the optimiser is of a network of other shapes")
-            state[name] = torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
+        for name, value in state.items():
+            # Fused kernels go by memory, not by shape: moments need their parameter's layout.
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
@@ -284,6 +267,19 @@ def not_finite(learned: State) -> list[str]:
     return [
         name for name, value in weights.items() if isinstance(value, torch.Tensor) and not torch.isfinite(value).all()
     ]
+
+
+def checksum(state: Any) -> int:
+    """Return a number that changes with any bit of the tensors, arrays and plain data in a part's state."""
+    number = 0
+    for value in tree_leaves(state):
+        whole = repr(value).encode()
+        if isinstance(value, torch.Tensor):
+            whole = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        elif isinstance(value, np.ndarray):
+            whole = value.tobytes()
+        number = zlib.crc32(whole, number)
+    return number
 
 
 def random_state() -> State:

@@ -30,7 +30,6 @@ if sys.platform != "win32":
     import fcntl
 
 CONFIG_FILE = "config.json"
-WITHOUT_ENV = ("rlhf",)  # algorithms whose task is texts, not an environment
 
 
 @contextlib.contextmanager
@@ -130,11 +129,11 @@ def load_settings(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
     kinds = {"algorithm": str, "env_id": str, "seed": int}
-    if isinstance(settings, dict) and settings.get("algorithm") in WITHOUT_ENV:
-        del kinds["env_id"]
+    if isinstance(settings, dict) and settings.get("algorithm") == "rlhf":
+        del kinds["env_id"]  # its task is texts
     if not isinstance(settings, dict) or any(type(settings.get(key)) is not kind for key, kind in kinds.items()):
         raise ConfigError(f"{path} must hold the settings of a run")
-    return settings
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def files_after(run_dir: Path, algorithm: str, global_step: int) -> list[Path]:
@@ -143,11 +142,8 @@ def files_after(run_dir: Path, algorithm: str, global_step: int) -> list[Path]:
     Raises:
         ConfigError: if `best.pt` can't be read.
     """
-    later = [
-        path
-        for path in run_dir.glob("videos/step-*.gif")
-        if (step := path.stem.removeprefix("step-")).isdecimal() and int(step) > global_step
-    ]
+    steps = {path: path.stem.removeprefix("step-") for path in run_dir.glob("videos/step-*.gif")}
+    later = [path for path, step in steps.items() if step.isdecimal() and int(step) > global_step]
     best = run_dir / BEST_FILE
     if best.exists() and load_checkpoint(run_dir, algorithm, file=BEST_FILE)["global_step"] > global_step:
         later.append(best)

@@ -7,14 +7,16 @@ import difflib
 import functools
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from minirl.checks import ConfigError
-from minirl.distributed import first_to_fail
+from minirl.distributed import RankError, first_to_fail
 from minirl.envs.guard import EnvError
+from minirl.runs.checkpoints import DivergedError
 from minirl.runs.directory import CONFIG_FILE
 from minirl.runs.progress import open_streams
 from minirl.runs.seeds import read_seeds
@@ -93,18 +95,10 @@ class Parser(argparse.ArgumentParser):
             return "; names of flags start with --, and switches take no value"
         flag = flag_name(unknown.split("=")[0].strip("-").lower())
         known = [flag for action in self._actions for flag in action.option_strings]
-        meant = [
-            *(name for name in known if name == flag),
-            *(name for name in known if name.startswith(flag)),
-            *difflib.get_close_matches(flag, known, n=1, cutoff=0.75),
-        ]
-        if meant:
-            return f"; did you mean {meant[0]}?"
-        others = [
-            script
-            for script, config_class in self.scripts.items()
-            if flag in [flag_name(field.name) for field in dataclasses.fields(config_class)]
-        ]
+        begun = [name for name in known if name.startswith(flag)]
+        if meant := begun or difflib.get_close_matches(flag, known, n=1, cutoff=0.75):
+            return f"; did you mean {min(meant, key=len)}?"
+        others = [script for script, kind in self.scripts.items() if flag in map(flag_name, field_types(kind))]
         return f"; {flag} belongs to {' and '.join(others)}" if others else "; --help shows all flags"
 
 
@@ -121,16 +115,16 @@ def fail(message: object, status: int = 2) -> NoReturn:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the program at an error in the block: 2 for a user's mistake, 1 for an environment's, 130 for Ctrl-C."""
+def errors_in_one_line(tell: Callable[[str], NoReturn] = fail) -> Iterator[None]:
+    """End the program at an error in the block: 2 for a user's mistake, 1 for a failure, 128 + N for signal N."""
     try:
         yield
     except ConfigError as error:
-        fail(error)
-    except EnvError as error:
+        tell(str(error))
+    except (DivergedError, EnvError, RankError) as error:
         fail(error, status=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) -> Any:
@@ -139,8 +133,7 @@ def saved_config(config_class: type, run_dir: Path, settings: dict[str, Any]) ->
     Raises:
         ConfigError: if a setting is unknown or wrong.
     """
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    settings.pop("algorithm", None)
+    settings = {name: value for name, value in settings.items() if name != "algorithm"}
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := sorted(settings.keys() - known):
         raise ConfigError(f"{run_dir} has settings that this version does not know: {', '.join(unknown)}")
@@ -168,35 +161,20 @@ def make_parser(config_class: type, description: str, scripts: dict[str, type]) 
             options["type"] = reader(plain, optional)
             options["metavar"] = {int: "N", float: "X", str: "TEXT", Sizes: "N,N"}[plain]
         group.add_argument(flag_name(field.name), default=argparse.SUPPRESS, **options)
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--run-dir",
-        type=read_path,
-        metavar="DIR",
-        help="where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)",
+    add = parser.add_argument_group("run").add_argument
+    where = "where to write (default: runs/<algorithm>/<env>/<time>-seed<seed>)"
+    resume = "go on with the run in this directory; with a larger total, too, which annealed settings then follow"
+    seeds = "train with each of several seeds, as in 0-4 or 0,3,7, and print a table; --run-dir is then their parent"
+    games = (
+        "greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
+        "than a tenth of the training); of RLHF, texts for its table (default: 500)"
     )
-    group.add_argument(
-        "--resume",
-        type=read_path,
-        metavar="RUN_DIR",
-        help="go on with the run in this directory; with a larger total, too, which annealed settings then follow",
-    )
-    group.add_argument(
-        "--seeds",
-        type=read_seeds,
-        metavar="N-N",
-        help="train with each of several seeds, as in 0-4 or 0,3,7, and print a table; --run-dir is then their parent",
-    )
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
-    group.add_argument(
-        "--final-games",
-        type=reader(int),
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
-        "than a tenth of the training); of RLHF, texts for its table (default: 500)",
-    )
-    group.add_argument("-h", "--help", action="help", help="show this text")
+    add("--run-dir", type=read_path, metavar="DIR", help=where)
+    add("--resume", type=read_path, metavar="RUN_DIR", help=resume)
+    add("--seeds", type=read_seeds, metavar="N-N", help=seeds)
+    add("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: auto)")
+    add("--final-games", type=reader(int), default=argparse.SUPPRESS, metavar="N", help=games)
+    add("-h", "--help", action="help", help="show this text")
     return parser
 
 

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from minirl.checks import ConfigError
 
+INTERVAL = 5.0  # seconds between plain lines
+
 
 def say(text: str) -> bool:
     """Write a line to standard error, from any thread or signal handler; return whether it can still be written.
@@ -67,25 +69,16 @@ class Progress:
         total: the whole amount of work, in `unit`.
         done: how much of it an earlier session did.
         unit: what is counted, such as "steps".
-        interval: seconds between plain lines.
         stream: where to write.
         shown: whether anything is shown.
     """
 
     def __init__(
-        self,
-        total: int,
-        *,
-        done: int = 0,
-        unit: str = "steps",
-        interval: float = 5.0,
-        stream: TextIO | None = None,
-        shown: bool = True,
+        self, total: int, *, done: int = 0, unit: str = "steps", stream: TextIO | None = None, shown: bool = True
     ) -> None:
         self.total = total
         self.done = self.done_at_start = done
         self.unit = unit
-        self.interval = interval
         open_streams()
         self.stream = sys.stderr if stream is None else stream
         self.started = self.last_line = time.monotonic()
@@ -103,7 +96,7 @@ class Progress:
             self.bar.update(done - self.done)
         just_finished = done >= self.total > self.done
         self.done = done
-        if self.shown and self.bar is None and (just_finished or time.monotonic() - self.last_line >= self.interval):
+        if self.shown and self.bar is None and (just_finished or time.monotonic() - self.last_line >= INTERVAL):
             self.last_line = time.monotonic()
             print(self._line(note), file=self.stream, flush=True)
 

@@ -66,12 +66,10 @@ def require_same_settings(config: Any, settings: dict[str, Any]) -> None:
     """Raise a ConfigError, naming the flag, if a setting is not what the run has, and may not change."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        saved = settings.get(name, field.default)  # a setting that is newer than the run
-        if name in MAY_CHANGE:
-            continue
-        if value != (tuple(saved) if isinstance(saved, list) else saved):
-            given, kept = as_text(value), as_text(tuple(saved) if isinstance(saved, list) else saved)
-            raise ConfigError(f"{flag_name(name)} {given} can't go with --resume: the run has {kept}; leave it out")
+        kept = settings.get(name, field.default)  # a setting that is newer than the run
+        if name not in MAY_CHANGE and value != kept:
+            flag = f"{flag_name(name)} {as_text(value)}"
+            raise ConfigError(f"{flag} can't go with --resume: the run has {as_text(kept)}; leave it out")
 
 
 def env_state(envs: VectorEnv, obs: NDArray[Any]) -> State:
@@ -125,20 +123,18 @@ def start_envs(envs: VectorEnv, seed: int, saved: State | None) -> NDArray[Any]:
         return envs.reset(seed=seed).copy()
     with reading(saved):
         saved = of_this_rank(saved, seed)
-    obs: NDArray[Any] = saved["obs"].numpy()
+        obs: NDArray[Any] = saved["obs"].numpy()
+        shape = (envs.num_envs, *(envs.observation_space.shape or ()))
+        if obs.shape != shape:
+            raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
+        try:
+            if saved["envs"] is not None:
+                envs.restore(saved["envs"])
+        except OtherPart as error:
+            say(f"the environments can't be put back, and start new episodes: {error}")
+            saved["envs"] = None
     if saved["envs"] is None:
         obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()
-    else:
-        with reading(saved):
-            try:
-                envs.restore(saved["envs"])
-            except OtherPart as error:
-                say(f"the environments can't be put back, and start new episodes: {error}")
-                saved["envs"] = None
-                obs = envs.reset(seed=derived_seed(seed, Stream.RESUMED, saved["global_step"])).copy()
-            shape = (envs.num_envs, *(envs.observation_space.shape or ()))
-            if obs.shape != shape:
-                raise ValueError(f"the environments show {shape}, and its obs are {obs.shape}")
     set_random_state(saved)
     return obs
 

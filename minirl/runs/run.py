@@ -10,18 +10,16 @@ import random
 import signal
 import sys
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from minirl.checks import ConfigError
 from minirl.distributed import (
@@ -44,6 +42,7 @@ from minirl.runs.checkpoints import (
     CHECKPOINT_FILE,
     TAKEN,
     State,
+    checksum,
     random_state,
     require_finite,
     save_checkpoint,
@@ -157,9 +156,10 @@ class Run:
         self.starter = os.getppid()
         self.several = world_size() > 1  # ranks
         self.events: Events | None = None
-        self.lock: int | None = None
+        self._stack = contextlib.ExitStack()  # what ends with the run
         broadcast_from_rank_0(lambda: self._open(resumed, done / total))
         self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
+        self._stack.callback(self.progress.close)
         self.unlogged: list[tuple[int, Episode]] = []  # of one of several ranks
 
     def _open(self, resumed: State | None, done: float) -> None:
@@ -171,7 +171,8 @@ class Run:
             before = load_settings(run_dir) if resumed is not None else None
             later = files_after(run_dir, algorithm, self.first_step) if resumed is not None else []
             try:
-                self.lock = lock(run_dir)
+                if (held := lock(run_dir)) is not None:
+                    self._stack.callback(os.close, held)
                 for path in later:
                     path.unlink()
                 save_config(run_dir, algorithm, config)
@@ -181,26 +182,23 @@ class Run:
                 save_settings_row(run_dir, algorithm, config)
             except BaseException as error:
                 # So that the same command can be tried again, also by this process:
-                if self.lock is not None:
-                    os.close(self.lock)
+                self._stack.close()
                 if resumed is None:
                     (run_dir / CONFIG_FILE).unlink(missing_ok=True)
                 if isinstance(error, OSError):
                     raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
                 raise
+            self._stack.push(self._close_events)
             print(f"run directory: {run_dir}", file=sys.stderr)
-            if before is not None and (note := new_schedules(before, config, done)) is not None:
-                print(note, file=sys.stderr)
-            if before is None and (note := recipe_note(algorithm, config)) is not None:
+            note = recipe_note(algorithm, config) if before is None else new_schedules(before, config, done)
+            if note is not None:
                 print(note, file=sys.stderr)
             remember(run_dir)
 
     def __enter__(self) -> "Run":
-        self._old_handlers: dict[int, Any] = {}
-        self._stack = contextlib.ExitStack()
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in stop_signals():
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
+                self._stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
         try:
             if self.network is not None:
                 self.turns = self._stack.enter_context(tuned(self.network, self.config.num_threads))
@@ -209,22 +207,16 @@ class Run:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        self.progress.close()
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def _close_events(self, kind: object, error: BaseException | None, trace: object) -> None:
+        assert self.events is not None
         try:
-            if self.events is not None:
-                self.events.close()
+            self.events.close()
         except OSError as close_error:
             if error is None:  # otherwise that error is reported already
                 raise self._cant_log(close_error) from close_error
-        finally:
-            if self.lock is not None:
-                os.close(self.lock)
-            for number, handler in self._old_handlers.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.several:  # then torchrun sends it, and kills ranks that are left after 30 seconds
@@ -371,14 +363,7 @@ def require_same_parts(state: State) -> None:
     if world_size() == 1:
         return
     for name in sorted(state.keys() - TAKEN):
-        checksum = 0
-        for value in tree_leaves(state[name]):
-            whole = repr(value).encode()
-            if isinstance(value, torch.Tensor):
-                whole = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
-            elif isinstance(value, np.ndarray):
-                whole = value.tobytes()
-            checksum = zlib.crc32(whole, checksum)
-        if max_over_ranks(checksum) != -max_over_ranks(-checksum):
+        mine = checksum(state[name])
+        if max_over_ranks(mine) != -max_over_ranks(-mine):
             why = "every gradient must be averaged (`average_gradients`), on processors of one kind"
             raise RankError(f"ranks must have the same {name!r} in `learned`, for rank 0 saves its own; {why}")

@@ -192,12 +192,11 @@ class Processes:
         return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped and is_hangup(number):
-            return
-        first = not self.stopped
-        self._stop(number)
-        if first:
+        if not self.stopped:
             say("each seed saves before it stops; once more stops at once")
+        elif is_hangup(number):
+            return
+        self._stop(number)
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number

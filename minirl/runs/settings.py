@@ -22,7 +22,6 @@ from minirl.envs.ids import is_atari
 MAX_THREADS = 1_024  # far beyond it, PyTorch fails with its own error
 MAX_WHOLE = 10**12  # for any whole number: no run is as long, and floats are exact far beyond it
 Sizes = tuple[int, ...]  # as a flag: 24,24
-OTHER_FLAGS = ("run_dir", "resume", "seeds", "device", "final_games", "help")  # flags of all scripts, not settings
 NOUNS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -82,8 +81,6 @@ def field_types(config_class: type) -> dict[str, tuple[type, bool]]:
             raise TypeError(f"{where} must be of type {allowed}, not {hint}")
         if "limits" not in field.metadata:
             raise TypeError(f'{where} must be declared as setting({field.default!r}, "what it is")')
-        if field.name in OTHER_FLAGS:
-            raise TypeError(f"{where} must have another name: all scripts have a flag {flag_name(field.name)}")
         result[field.name] = (plain[0], len(plain) < len(parts))
     return result
 
@@ -131,23 +128,16 @@ def _has_type(value: Any, plain: type) -> bool:
 def _in_range(value: Any, at_least: float | None, at_most: float | None, above: float | None) -> bool:
     if isinstance(value, tuple):
         return all(_in_range(size, at_least, at_most, above) for size in value)
-    return (
-        (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-        and (above is None or value > above)
-    )
+    large_enough = (at_least is None or value >= at_least) and (above is None or value > above)
+    return large_enough and (at_most is None or value <= at_most)
 
 
 def _describe(plain: type, at_least: float | None, at_most: float | None, above: float | None) -> str:
-    noun = NOUNS[plain]
     if at_least is not None and at_most is not None:
-        return f"{noun} from {at_least} to {at_most}"
-    limits = [
-        f"{word} {limit}"
-        for word, limit in [("of at least", at_least), ("above", above), ("of at most", at_most)]
-        if limit is not None
-    ]
-    return " ".join([noun, " and ".join(limits)]).strip()
+        return f"{NOUNS[plain]} from {at_least} to {at_most}"
+    limits = {"of at least": at_least, "above": above, "of at most": at_most}
+    given = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+    return f"{NOUNS[plain]} {given}".strip()
 
 
 # Settings that change no result, or only how long a run is, or which games are played beside it.
@@ -191,11 +181,7 @@ def new_schedules(before: dict[str, Any], config: Any, done: float) -> str | Non
     """
     name = length_setting(config)
     total = getattr(config, name)
-    annealed = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name.startswith("anneal_") and getattr(config, field.name)
-    ]
+    annealed = [name for name, value in vars(config).items() if name.startswith("anneal_") and value]
     parts = []
     if annealed:
         parts.append(f"{', '.join(annealed)}: from {1 - done:.0%} of the start value here to 0 at the new end")

@@ -7,29 +7,22 @@ line says so.
 import contextlib
 import math
 import os
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
-from minirl.envs.make import env_options, make_vector_env
-from minirl.evaluate import evaluation_seed, load_policy
-from minirl.evaluate.of_texts import evaluate_texts, in_lines
-from minirl.fast.machine import select_device
+from minirl.evaluate import evaluate, in_one_line
+from minirl.evaluate.of_texts import in_lines
 from minirl.plots import draw_curves
 from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib, save_figure
-from minirl.results.play import SIDE_BY_SIDE, play_games
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import load_settings, lock
-from minirl.runs.progress import Progress, answer, say
-from minirl.runs.run import seed_everything
+from minirl.runs.progress import answer, say
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # by default; a game of Pong takes seconds
 FINAL_TEXTS = 500
@@ -73,15 +66,16 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
         settings = load_settings(run_dir)
         saved = load_checkpoint(run_dir, settings["algorithm"])
         if settings["algorithm"] == "rlhf":
-            return report_texts(run_dir, settings, FINAL_TEXTS if games is None else games, device)
+            return report_texts(run_dir, FINAL_TEXTS if games is None else games, device)
         global_step: int = saved["global_step"]
         patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
         if games != 0 and not judges_itself(settings):
             with left_out("the games after the training"):
                 number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
-                mean_return = play_final_games(run_dir, settings, number, patience, device)
+                result = evaluate(run_dir, episodes=number, device=device, patience=patience)
+                say(in_one_line(result))
                 with written_anew(run_dir, "games", global_step) as writer:
-                    writer.add_scalar("eval/mean_return", mean_return, global_step)
+                    writer.add_scalar("eval/mean_return", result["mean_return"], global_step)
         with left_out("pictures"):
             require_matplotlib()  # one line if it is missing, not one for each picture
             for kind in fitting_kinds(settings):
@@ -91,11 +85,10 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
                         writer.add_figure(f"pictures/{kind}", figure, global_step, close=False)
 
 
-def report_texts(run_dir: Path, settings: dict[str, Any], number: int, device: str) -> None:
+def report_texts(run_dir: Path, number: int, device: str) -> None:
     """Print a table and some texts from before and after PPO; draw the scores of a run of rlhf, if it has any."""
-    seed = evaluation_seed(settings)
     if number > 0:
-        result = evaluate_texts(run_dir, settings, number, seed, device)
+        result = evaluate(run_dir, episodes=number, device=device)
         answer(in_lines(result))
         if "after" in result:
             with left_out("the picture of the scores"):
@@ -125,30 +118,3 @@ def left_out(what: str) -> Iterator[None]:
     except Exception as error:  # for example, a user's environment may raise anything when drawn
         reason = " ".join(str(error).split()) or type(error).__name__
         say(f"left out of TensorBoard: {what}: {reason}")
-
-
-def play_final_games(run_dir: Path, settings: dict[str, Any], games: int, patience: float, device: str) -> float:
-    """Play the first of the games that `minirl.evaluate` plays, with greedy actions; return their mean return.
-
-    Raises:
-        TimeoutError: if they take longer than `patience`, in seconds.
-    """
-    seed = evaluation_seed(settings)
-    with make_vector_env(settings["env_id"], min(games, SIDE_BY_SIDE), **env_options(settings)) as envs:
-        policy = load_policy(run_dir, settings, envs, select_device(device))
-        deadline = time.monotonic() + patience
-
-        def hurried(observations: NDArray[Any]) -> NDArray[Any]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
-            return policy(observations)
-
-        seed_everything(seed)
-        with contextlib.closing(Progress(games, unit="games")) as progress:
-            returns = play_games(hurried, envs, games, seed, progress)
-    mean_return = statistics.fmean(returns)
-    say(
-        f"return over {games} games, greedy actions: mean {mean_return:.2f}, "
-        f"minimum {min(returns):.2f}, maximum {max(returns):.2f}"
-    )
-    return mean_return

@@ -2,20 +2,17 @@
 
 import contextlib
 import dataclasses
-import signal
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from minirl.checks import ConfigError
-from minirl.distributed import RankError, broadcast_from_rank_0, launched, process_group, rank, recall
-from minirl.envs.guard import EnvError
+from minirl.distributed import broadcast_from_rank_0, launched, process_group, rank, recall
 from minirl.evaluate import TRAINING_SCRIPTS
-from minirl.runs.checkpoints import CHECKPOINT_FILE, DivergedError, brief
+from minirl.runs.checkpoints import CHECKPOINT_FILE, brief
 from minirl.runs.directory import CONFIG_FILE, default_run_dir, load_settings
-from minirl.runs.flags import as_flags, fail, make_parser, saved_config
-from minirl.runs.run import Stopped
+from minirl.runs.flags import as_flags, errors_in_one_line, fail, make_parser, saved_config
 from minirl.runs.seeds import train_seeds
 from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
@@ -43,40 +40,36 @@ def run_training(
     """
     parser = make_parser(config_class, description, TRAINING_SCRIPTS)
     arguments = vars(parser.parse_args(argv))
-    device = arguments.pop("device")
     run_dir: Path | None = arguments.pop("run_dir")
     resume: Path | None = arguments.pop("resume")
     seeds: list[int] | None = arguments.pop("seeds")
+    flags = as_flags(arguments)
+    device = arguments.pop("device")
     final_games: int | None = arguments.pop("final_games", None)
 
     try:
-        resume, run_dir = broadcast_from_rank_0(lambda: started_again(resume, run_dir))
-        if seeds is not None:
+        with errors_in_one_line(parser.error), contextlib.ExitStack() as stack:
+            resume, run_dir = broadcast_from_rank_0(lambda: started_again(resume, run_dir))
+            if seeds is not None:
+                if resume is not None:
+                    raise ConfigError("--seeds can't go with --resume, which goes on with one run")
+                if launched():
+                    raise ConfigError("--seeds can't go with torchrun, whose processes train together, with one seed")
+                raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, flags))
             if resume is not None:
-                raise ConfigError("--seeds can't go with --resume, which goes on with one run")
-            if launched():
-                raise ConfigError("--seeds can't go with torchrun, whose processes train together, with one seed")
-            others = {"device": device} if final_games is None else {"device": device, "final_games": final_games}
-            raise SystemExit(train_with_seeds(algorithm, config_class, seeds, arguments, run_dir, others))
-        if resume is not None:
-            if run_dir is not None:
-                raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
-            directory = resume
-            config = broadcast_from_rank_0(lambda: resumed_config(algorithm, config_class, directory, arguments))
-        else:
-            config = config_class(**arguments)
-        check_final_games(final_games, config)
-        given = resume or run_dir
-        with contextlib.ExitStack() as stack:
+                if run_dir is not None:
+                    raise ConfigError("--run-dir can't go with --resume, which names the run's own directory")
+                directory = resume
+                config = broadcast_from_rank_0(lambda: resumed_config(algorithm, config_class, directory, arguments))
+            else:
+                config = config_class(**arguments)
+            check_final_games(final_games, config)
+            given = resume or run_dir
             directory = given or broadcast_from_rank_0(lambda: stack.enter_context(default_run_dir(algorithm, config)))
             result = train(config, run_dir=directory, resume=resume is not None, device=device)
             if rank() == 0:
                 report(directory, final_games, device)
-        return config, result
-    except ConfigError as error:
-        parser.error(str(error))
-    except (DivergedError, EnvError, RankError) as error:
-        fail(error, status=1)
+            return config, result
     except (MemoryError, RuntimeError) as error:
         # PyTorch has a special error for GPU memory; for CPU memory it raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -84,8 +77,6 @@ def run_training(
         fields = {field.name for field in dataclasses.fields(config_class)}
         sizes = " or ".join(flag_name(name) for name in SIZES if name in fields)
         fail(f"the settings must fit into this machine's memory, {sizes} say: {brief(error)}")
-    except KeyboardInterrupt as stop:
-        raise SystemExit(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)) from None
 
 
 def started_again(resume: Path | None, run_dir: Path | None) -> tuple[Path | None, Path | None]:
@@ -99,12 +90,7 @@ def started_again(resume: Path | None, run_dir: Path | None) -> tuple[Path | Non
 
 
 def train_with_seeds(
-    algorithm: str,
-    config_class: type,
-    seeds: list[int],
-    given: dict[str, Any],
-    run_dir: Path | None,
-    others: dict[str, Any],
+    algorithm: str, config_class: type, seeds: list[int], given: dict[str, Any], run_dir: Path | None, flags: list[str]
 ) -> int:
     """Train with each of several seeds, in separate processes; return the status to exit with.
 
@@ -114,7 +100,6 @@ def train_with_seeds(
     if "seed" in given:
         raise ConfigError("--seeds can't go with --seed")
     configs = [config_class(**given, seed=seed) for seed in seeds]
-    flags = as_flags({**given, **others})
     with contextlib.ExitStack() as stack:
         run_dirs = {
             config.seed: run_dir / f"seed{config.seed}"
