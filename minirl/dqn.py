@@ -33,7 +33,7 @@ from minirl.envs.make import env_options, make_vector_env
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.fast.compiled import compiled, pays_off
 from minirl.fast.machine import PRECISIONS, Float32Linear, autocast, select_device, select_precision
-from minirl.fast.small import InTraining, SmallSequential
+from minirl.fast.small import InTraining, Layers, SmallSequential
 from minirl.networks import NatureCNN, is_image, mlp, observation_tensor, orthogonal
 from minirl.replay import Batch, ReplayBuffer
 from minirl.results.play import Evaluator
@@ -309,23 +309,13 @@ class TargetUpdate:
     """
 
     def __init__(self, target: nn.Module, online: nn.Module, tau: float) -> None:
-        self.tau = tau
-        # Looked up once: doing so at every step would take a fifth of the time.
-        self.target_weights: list[Tensor] = list(target.parameters())
-        self.online_weights: list[Tensor] = list(online.parameters())
-        pairs = zip(target.modules(), online.modules(), strict=True)
-        self.buffers = [(behind._buffers, ahead._buffers) for behind, ahead in pairs]
+        self.target, self.online, self.tau = Layers(target), Layers(online), tau
 
     @torch.no_grad()
     def update(self) -> None:
         """Move it once."""
-        torch._foreach_lerp_(self.target_weights, self.online_weights, self.tau)
-        for behind, ahead in self.buffers:
-            for name, buffer in ahead.items():  # by name: a layer may put another tensor in its place
-                if buffer is not None and (mine := behind.get(name)) is not None:
-                    mine.copy_(buffer)
-                elif buffer is not None:
-                    behind[name] = buffer.clone()
+        torch._foreach_lerp_(self.target.parameters(), self.online.parameters(), self.tau)
+        self.target.copy_buffers(self.online)
 
 
 def train(

@@ -32,10 +32,11 @@ def _set_mode(context: InTraining, training: bool) -> None:
 class _MovedOneByOne(TargetUpdate):
     @torch.no_grad()
     def update(self) -> None:
-        for mine, other in zip(self.target_weights, self.online_weights, strict=True):
+        target, online = self.target.network, self.online.network
+        for mine, other in zip(target.parameters(), online.parameters(), strict=True):
             mine.lerp_(other, self.tau)
-        for behind, ahead in self.buffers:
-            behind.update({name: None if buffer is None else buffer.clone() for name, buffer in ahead.items()})
+        for copy, buffer in zip(target.buffers(), online.buffers(), strict=True):
+            copy.copy_(buffer)
 
 
 class _Writer:

@@ -422,7 +422,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_a_line_says_why(what: str) ->
     before = parameters(network)
     with pytest.warns(UserWarning, match="compilation failed, going on without: "):
         compiled(step, network, optimizer)(torch.ones(2, 1))
-    assert len(called) == (1 if what == "hooks of the optimiser" else 3), "twice to look for gradients, and once"
+    assert len(called) == 1, "not when it was tried out"
     assert not torch.equal(parameters(network), before)
 
 
@@ -432,7 +432,7 @@ def negate(tensor: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("what", ["hook", "accumulated", "optimiser", "group", "step"])
+@pytest.mark.parametrize("what", ["hook", "accumulated", "optimiser", "group", "layer", "step"])
 def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     ends = []
@@ -448,6 +448,9 @@ def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypat
                 optimizer.register_step_pre_hook(lambda *_: negate(network.weight.grad))
             elif what == "group":
                 optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            elif what == "layer":
+                network.weight = nn.Parameter(torch.full((1, 1), 3.0))
+                optimizer.param_groups[0]["params"][0] = network.weight
             else:
                 own = optimizer.step
 
@@ -466,7 +469,7 @@ def test_what_would_not_be_seen_is_not_compiled(what: str, late: bool, monkeypat
         assert len([warning for warning in seen if "going on without" in str(warning.message)]) == enabled
         ends.append(network.weight.item())
     assert ends[0] == pytest.approx(ends[1])
-    assert (ends[0] < 0) == (what != "group" and not late)
+    assert (ends[0] < 0) == (what not in ("group", "layer") and not late)
 
 
 def test_learning_rates_are_numbers_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,8 +537,29 @@ def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pyte
     assert "hit config" not in capfd.readouterr().err
 
 
-def test_looking_for_gradients_changes_nothing() -> None:
+class Count:
+    """Something with a state of its own, that a step reads by name."""
+
+    def __init__(self) -> None:
+        self.calls, self.seen = 0, torch.zeros(1)
+
+    def next(self) -> int:
+        self.calls += 1
+        self.seen.add_(1)
+        return self.calls
+
+
+COUNT = Count()
+
+
+def counted() -> int:
+    return COUNT.next()
+
+
+def test_looking_for_gradients_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call finds the parameters that have one, with copies: nothing changes, and no random number is used."""
+    monkeypatch.setitem(globals(), "COUNT", of_the_module := Count())
+    around = Count()
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
     unused = nn.Parameter(torch.ones(1))
@@ -543,7 +567,7 @@ def test_looking_for_gradients_changes_nothing() -> None:
 
     def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
         optimizer.zero_grad()
-        (network(batch).square().mean() * np.random.rand()).backward()  # noqa: NPY002
+        (network(batch).square().mean() * counted() * around.next()).backward()
         optimizer.step()
         batch.zero_()
 
@@ -552,6 +576,9 @@ def test_looking_for_gradients_changes_nothing() -> None:
     batch = torch.randn(4, 2, generator=torch.Generator())
     Compiled(step, (network, optimizer))._make_gradients([batch])
     assert batch.all()
+    for count in (of_the_module, around):
+        assert count.calls == count.seen.item() == 0
+    assert of_the_module is COUNT
     assert torch.equal(drawn[0], torch.get_rng_state())
     assert random.getstate() == drawn[1]
     np.testing.assert_equal(np.random.get_state(legacy=False), drawn[2])  # noqa: NPY002
@@ -654,7 +681,7 @@ def test_the_stand_in_adds_gradients_up_until_they_are_set_to_zero() -> None:
         optimizer.zero_grad()
         assert weight.grad.item() == 0
         rewritten.reached.clear()
-        with pytest.raises(RuntimeError, match="had a gradient has none"):
+        with pytest.raises(RuntimeError, match="has not computed since"):
             optimizer.step()
         weight.grad = None
         with pytest.raises(RuntimeError, match="had no gradient has one"):
@@ -669,11 +696,14 @@ def steps_of(step: Any, enabled: bool, calls: int = 3) -> tuple[list[float], flo
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    network.own = optimizer  # type: ignore[assignment]
+    network[0].requires_grad_(step is not with_a_layer_that_comes_to_learn_in_between)
     call = compiled(step, network, optimizer, enabled=enabled)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(calls):
             call(torch.ones(4, 2))
+            network[0].requires_grad_(True)
     weights = torch.cat([weight.detach().flatten() for weight in network.parameters()]).tolist()
     return weights, optimizer.param_groups[0]["lr"], [str(warning.message) for warning in seen]
 
@@ -699,19 +729,55 @@ def with_pythons_random(network: Any, optimizer: torch.optim.Optimizer, obs: Ten
     optimizer.step()
 
 
+def with_numpys_random(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    optimizer.zero_grad()
+    (np.random.uniform(1, 2) * network(obs).mean()).backward()  # noqa: NPY002
+    optimizer.step()
+
+
+def with_gradients_by_hand(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    weights = list(network.parameters())
+    for weight, gradient in zip(weights, torch.autograd.grad(network(obs).mean(), weights), strict=True):
+        weight.grad = 2 * gradient
+    optimizer.step()
+
+
+def with_a_layer_that_comes_to_learn_in_between(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    network.calls = getattr(network, "calls", 0) + 1
+    network(obs).mean().backward()
+    if network.calls == 3:  # gradients add up until then
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def with_an_optimiser_in_an_attribute(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    network.own.zero_grad()
+    network(obs).mean().backward()
+    network.own.step()
+
+
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (with_a_second_pass_through_one_layer, "going on without: a parameter that had a gradient has none now ("),
+        (
+            with_a_second_pass_through_one_layer,
+            "going on without: `step` meets a gradient that `backward` has not comput",
+        ),
         (with_another_rate_in_place, ""),
         (with_pythons_random, "going on without: it draws from Python's `random`"),
+        (with_numpys_random, "going on without: it draws from NumPy's `np.random`"),
+        (with_gradients_by_hand, "going on without: `step` meets a gradient that `backward` has not computed"),
+        (with_an_optimiser_in_an_attribute, "going on without: an optimiser must be among the bound arguments"),
+        (with_a_layer_that_comes_to_learn_in_between, ""),
     ],
 )
 def test_an_unusual_step_does_what_the_plain_one_does_or_says_why_not(step: Any, reason: str) -> None:
     random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     weights, rate, _ = steps_of(step, enabled=False)
     random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     weights_here, rate_here, said = steps_of(step, enabled=True)
     assert weights_here == pytest.approx(weights, abs=1e-5)
     assert rate_here == pytest.approx(rate)

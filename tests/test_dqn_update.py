@@ -207,6 +207,23 @@ def test_a_buffer_that_a_layer_replaces_is_copied() -> None:
     assert target.late == 1.0
 
 
+def test_a_layer_that_is_replaced_is_followed_and_a_shared_one_moves_once() -> None:
+    online, target = (torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False)] * 2) for _ in range(2))
+    step = TargetUpdate(target, online, 0.5)
+    for network, weight in ((online, 8.0), (target, 0.0)):
+        torch.nn.init.constant_(network[0].get_parameter("weight"), weight)
+    step.update()
+    assert target[0].get_parameter("weight").item() == 4
+    online[0] = torch.nn.Linear(1, 1, bias=False)
+    online[1] = torch.nn.Linear(1, 1, bias=False)
+    target[1] = torch.nn.Linear(1, 1, bias=False)
+    for network, weights in ((online, (6.0, 10.0)), (target, (4.0, 2.0))):
+        for layer, weight in zip(network, weights, strict=True):
+            torch.nn.init.constant_(layer.get_parameter("weight"), weight)
+    step.update()
+    assert [layer.get_parameter("weight").item() for layer in target] == [5, 6]
+
+
 def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:
     """Images of the memory lie channels-last and its weights do not: a fused optimiser must not mix them up."""
 

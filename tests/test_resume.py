@@ -21,6 +21,7 @@ from torch import nn
 from minirl import dqn, ppo, q_learning, rlhf
 from minirl.checks import ConfigError
 from minirl.envs.vector import VectorEnv
+from minirl.fast.compiled import compiled
 from minirl.runs.checkpoints import (
     BEST_FILE,
     TAKEN,
@@ -29,6 +30,7 @@ from minirl.runs.checkpoints import (
     load_parts,
     require_finite,
     save_checkpoint,
+    save_parts,
 )
 from minirl.runs.losses import RecentLosses, mean_losses
 from minirl.runs.run import Run
@@ -337,6 +339,48 @@ def test_what_a_checkpoint_lacks_is_named() -> None:
     line = "^there/checkpoint.pt must be of a run as this one, and has no predictor$"
     with pytest.raises(ConfigError, match=line):
         load_parts(parts, {"model": parts["model"].state_dict(), "path": "there/checkpoint.pt"})
+
+
+class WarmedUp(torch.optim.SGD):
+    """SGD with steps that grow for a while. PyTorch itself saves nothing of `steps`."""
+
+    def __init__(self, weights: Any, lr: float, warm_up: int) -> None:
+        super().__init__(weights, lr)
+        self.warm_up, self.steps, self.largest = warm_up, 0, torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        self.largest.fill_(min(1, self.steps / self.warm_up))
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.sub_(group["lr"] * self.largest * weight.grad)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_what_an_own_optimiser_counts_is_saved_and_a_line_says_that_it_is_not_compiled() -> None:
+    def step(network: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        network.weight.sum().backward()
+        optimizer.step()
+
+    def begun() -> tuple[nn.Linear, WarmedUp]:
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+        return network, WarmedUp(network.parameters(), 1.0, 4)
+
+    network, optimizer = begun()
+    call = compiled(step, network, optimizer)
+    with pytest.warns(UserWarning, match="going on without: the optimiser's `step` sets `steps`, which is lost"):
+        call()
+    call()
+    saved = save_parts({"optimizer": optimizer, "model": network})
+    assert saved["optimizer"]["numbers"] == {"warm_up": 4, "steps": 2, "largest": torch.tensor(0.5)}
+    network, optimizer = begun()
+    load_parts({"optimizer": optimizer, "model": network}, {**saved, "path": "checkpoint.pt"})
+    step(network, optimizer)
+    assert network.weight.item() == -(1 / 4 + 2 / 4 + 3 / 4)
+    assert "numbers" not in save_parts({"optimizer": torch.optim.Adam(network.parameters())})["optimizer"]
 
 
 def test_a_part_has_a_name_of_its_own() -> None:

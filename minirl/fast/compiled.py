@@ -24,6 +24,7 @@ import functools
 import inspect
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -45,7 +46,8 @@ from torch.utils._pytree import tree_leaves
 
 from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
-from minirl.fast.rewrites import CantCompile, StandIn, Steppable, Traceable
+from minirl.fast.rewrites import CantCompile, StandIn, Steppable, Traceable, own_attributes
+from minirl.fast.surroundings import places_read_by
 
 NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that users do not edit
 
@@ -113,7 +115,8 @@ def compiled(function: Callable[..., Any], *bound: Any, enabled: bool = True) ->
 
     Args:
         function: from networks, optimisers, settings and tensors to tensors.
-        bound: its first arguments; every network and optimiser that it changes must be among them.
+        bound: its first arguments; every network and optimiser that it changes must be among them. Before it is
+            compiled it is tried with copies of these, and of what it reads by name from its module.
         enabled: whether to compile at all.
     """
     return Compiled(function, bound) if enabled else functools.partial(function, *bound)
@@ -173,6 +176,8 @@ class Compiled:
                 optimizer.release()
 
     def _call(self, arguments: Sequence[Any]) -> Any:
+        if self.whole is None:
+            self._go_on()
         for optimizer in self.optimizers:
             optimizer.prepare()
         trained = [weight.requires_grad for weight in self.parameters]
@@ -186,7 +191,6 @@ class Compiled:
             result = self.whole(*arguments)
             self._remember()
             return result
-        self._go_on()
         wait_at_most(PATIENT)  # for other ranks, which also compile it
         with contextlib.suppress(OSError):  # other processes clean up this cache, too
             drop_unfinished_files()
@@ -235,7 +239,7 @@ class Compiled:
         """Return a guard, `self.stand_ins[0].n == 7` say, in terms of the function's own arguments: `agent.n == 7`."""
         names = list(inspect.signature(self.function).parameters)
         bound = re.sub(r"self\.stand_ins\[(\d+)\]", lambda match: names[int(match[1])], guard)
-        return bound.replace(".steppable.optimizer", "")
+        return re.sub(r"G\['(?:__import_\w+'\]\.|(\w+)'\])", r"\1", bound).replace(".steppable.optimizer", "")
 
     def _traced(self, *arguments: Any) -> Any:
         """What is compiled: the function, with equivalent forms of what PyTorch can't compile."""
@@ -257,28 +261,54 @@ class Compiled:
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Allocate `.grad` for the parameters to which the function gives a gradient.
 
-        To find them, it is called once, with copies of everything that it changes.
+        To find them, it is called once, with copies of all that it may change: what it is given, and what it reads
+        from its module and from functions around it.
 
         Raises:
-            CantCompile: if it draws from Python's `random`.
+            CantCompile: if it draws from Python's or NumPy's global generator, or sets an optimiser's own attribute.
         """
-        twins, copies, given = copy.deepcopy((self.bound, self.parameters, tuple(arguments)))
+        networks = [item for item in self.bound if isinstance(item, nn.Module)]
+        forwards = [type(layer).forward for network in networks for layer in network.modules()]
+        places = places_read_by([self.function, *forwards], but_in=NOT_THEIRS)
+        values = [place.value for place in places]
+        memo: dict[int, Any] = {}
+        whole = (self.function, self.bound, self.parameters, tuple(arguments), values)
+        function, twins, copies, given, others = copy.deepcopy(whole, memo)
+        own: list[tuple[Optimizer, dict[str, Any]]] = []  # copied optimisers, with what is not PyTorch's of them
+        for item, twin in zip(self.bound, twins, strict=True):
+            if isinstance(item, Optimizer):  # whose own way of copying leaves that out
+                own.append((twin, copy.deepcopy(own_attributes(item), memo)))
+                vars(twin).update(own[-1][1])
         seen: set[int] = set()
         for weight in copies:
             if weight.requires_grad:
                 weight.grad = None
                 weight.register_post_accumulate_grad_hook(lambda weight: seen.add(id(weight)))
         devices = [self.device] if self.device.type == "cuda" else []
-        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - a loss may draw from it
-        with torch.random.fork_rng(devices=devices):
-            self.function(*twins, *given)
-        drew = random.getstate() != python_state
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        if drew:
-            raise CantCompile("it draws from Python's `random`, which PyTorch's compiler gets wrong; draw by PyTorch")
+        before = global_generators()
+        try:
+            for place, other in zip(places, others, strict=True):
+                place.put(other)
+            with torch.random.fork_rng(devices=devices):
+                function(*twins, *given)
+        finally:
+            for place in places:
+                place.put(place.value)
+            after = global_generators()
+            random.setstate(before["Python's `random`"])
+            np.random.set_state(before["NumPy's `np.random`"])  # noqa: NPY002
+        for twin, attributes in own:
+            for name, value in attributes.items():
+                if getattr(twin, name) is not value:
+                    raise CantCompile(f"the optimiser's `step` sets `{name}`, which is lost; keep it in `param_groups`")
+        for name in before:
+            if pickle.dumps(before[name]) != pickle.dumps(after[name]):
+                raise CantCompile(f"it draws from {name}, which PyTorch's compiler gets wrong; draw by PyTorch")
         for weight, twin in zip(self.parameters, copies, strict=True):
-            weight.grad = torch.zeros_like(weight) if id(twin) in seen else None
+            if id(twin) not in seen:
+                weight.grad = None
+            elif weight.grad is None:  # otherwise it may be in the middle of adding up
+                weight.grad = torch.zeros_like(weight)
 
     def _give_up(self, error: Exception, arguments: Sequence[Any]) -> Any:
         """Continue with the plain function."""
@@ -287,6 +317,8 @@ class Compiled:
             reason = raised[1]
         elif reason.endswith(":") and more:
             reason += f" {more[0].strip()}"
+        if "marked that the function `Optimizer." in str(error):
+            reason = "an optimiser must be among the bound arguments, not an attribute or a name of the module"
         if "grad_fn" in reason:
             reason += "; what is returned must be detached"
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
@@ -307,6 +339,11 @@ class Compiled:
         now = max(self.before, 1 + (self.variants > SETTLED)) if self.enabled else 0
         for group in self._groups():
             group["compiled"] = now
+
+
+def global_generators() -> dict[str, Any]:
+    """Return the states of the generators that PyTorch does not know, by name."""
+    return {"Python's `random`": random.getstate(), "NumPy's `np.random`": np.random.get_state()}  # noqa: NPY002
 
 
 def drop_unfinished_files() -> None:

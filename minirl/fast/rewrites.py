@@ -1,6 +1,7 @@
 """Equivalent forms of what PyTorch's compiler can't compile, or compiles badly."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,21 @@ class CantCompile(Exception):
     """The compiled function would not do what the plain one does. The message says why."""
 
 
+def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what somebody's own optimiser has besides `state` and `param_groups`, such as a count of its steps."""
+    known = ("defaults", "state", "param_groups")
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in known and not name.startswith("_") and not callable(value)
+    }
+
+
 class Steppable:
     """An optimiser whose `step` can be part of a compiled function.
 
@@ -30,13 +46,13 @@ class Steppable:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.parameters: list[Tensor] = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.parameters = all_parameters(optimizer)
         self.step = inspect.unwrap(type(optimizer).step)  # without the decorators, at which PyTorch stops compiling
-        self.sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in self.sizes]
-        self.filled: list[Any] = [None for _ in self.sizes]  # the numbers in them
-        self.versions = [0 for _ in self.sizes]  # of the rates, by which changes in place are seen
-        self.given: list[Any] = [None for _ in self.sizes]  # what the groups have between calls
+        number = len(optimizer.param_groups)
+        self.rates = [torch.empty((), device=self.parameters[0].device) for _ in range(number)]
+        self.filled: list[Any] = [None] * number  # the numbers in them
+        self.versions = [0] * number  # of the rates, by which changes in place are seen
+        self.given: list[Any] = [None] * number  # what the groups have between calls
         self.groups: list[dict[str, Any]] = []  # as last seen; those of a checkpoint are others
         self.fused = [group.get("fused") for group in optimizer.param_groups]
 
@@ -52,7 +68,9 @@ class Steppable:
         own = vars(optimizer).get("step")
         if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
             raise CantCompile("the optimiser has a `step` of its own, and only its class's is compiled")
-        if [len(group["params"]) for group in optimizer.param_groups] != self.sizes:
+        now = all_parameters(optimizer)
+        same = len(now) == len(self.parameters) and len(optimizer.param_groups) == len(self.rates)
+        if not same or not all(map(operator.is_, now, self.parameters)):
             raise CantCompile("the optimiser has other parameters than at first")
         for weight in self.parameters:
             if weight._backward_hooks or weight._post_accumulate_grad_hooks:
@@ -124,11 +142,11 @@ class StandIn:
         """As `Optimizer.step`.
 
         Raises:
-            RuntimeError: if a parameter that had a gradient has none now: its moments would still move it.
+            RuntimeError: if a parameter's gradient was not computed here: its moments would still move it.
         """
         for weight in self.steppable.parameters:
             if weight.grad is not None and not any(weight is other for other in self.rewritten.reached):
-                raise RuntimeError("a parameter that had a gradient has none now")
+                raise RuntimeError("`step` meets a gradient that `backward` has not computed since `zero_grad`")
         with torch.no_grad():
             self.steppable.step(self.steppable.optimizer)
 

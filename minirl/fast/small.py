@@ -135,12 +135,8 @@ def _layer(module: nn.Module) -> Layer | None:
     return None
 
 
-class InTraining:
-    """A context in which a network is in training mode: `network.train()` before, `network.eval()` after.
-
-    If no module overrides these methods, they are not called: around each update of a small network they would take a
-    tenth of a run's time.
-    """
+class Layers:
+    """The modules of a network, looked up again only when one was replaced: that takes as long as a small network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -150,12 +146,51 @@ class InTraining:
         self.modules = list(self.network.modules())
         self.owners = [module._modules for module in self.modules]
         self.children = _children(self.owners)
-        kinds = {type(module) for module in self.modules}
+        self.parameters_of = [module._parameters for module in self.modules if module._parameters]
+
+    def changed(self) -> bool:
+        """Look whether they are what they were, and if not, look them up again."""
+        if same := _children(self.owners) == self.children:
+            return not same
+        self._look()
+        return True
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters, each once, as `nn.Module.parameters` does."""
+        self.changed()
+        weights = (weight for owned in self.parameters_of for weight in owned.values() if weight is not None)
+        return list({id(weight): weight for weight in weights}.values())
+
+    def copy_buffers(self, other: "Layers") -> None:
+        """Copy another network's buffers, also those that came later: a layer may put another tensor in its place."""
+        for behind, ahead in zip(self.modules, other.modules, strict=True):
+            for name, buffer in ahead._buffers.items():
+                mine = behind._buffers.get(name)
+                if buffer is not None and mine is not None:
+                    mine.copy_(buffer)
+                elif buffer is not None:
+                    behind._buffers[name] = buffer.clone()
+
+
+class InTraining:
+    """A context in which a network is in training mode: `network.train()` before, `network.eval()` after.
+
+    If no module overrides these methods, they are not called: around each update of a small network they would take a
+    tenth of a run's time.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.layers = network, Layers(network)
+        self._look()
+
+    def _look(self) -> None:
+        modules = self.layers.modules
+        kinds = {type(module) for module in modules}
         self.plain = all(kind.train is nn.Module.train and kind.eval is nn.Module.eval for kind in kinds)
-        self.plain &= not any({"train", "eval"} & vars(module).keys() for module in self.modules)
+        self.plain &= not any({"train", "eval"} & vars(module).keys() for module in modules)
 
     def __enter__(self) -> None:
-        if _children(self.owners) != self.children:  # a layer was replaced
+        if self.layers.changed():
             self._look()
         self._set(True)
 
@@ -166,5 +201,5 @@ class InTraining:
         if not self.plain:
             self.network.train(training)
             return
-        for module in self.modules:
+        for module in self.layers.modules:
             module.__dict__["training"] = training  # as `nn.Module.train` does

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirl.checks import ConfigError
 from minirl.envs.state import capture_generators, restore_generators
+from minirl.fast.rewrites import own_attributes
 
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
@@ -172,7 +173,16 @@ TAKEN = {
 
 def save_parts(parts: Mapping[str, Part]) -> State:
     """Return the state of each part, by its name."""
-    return {name: part.state_dict() for name, part in parts.items()}
+    return {name: _state_of(part) for name, part in parts.items()}
+
+
+def _state_of(part: Part) -> Any:
+    state = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer) and (own := own_attributes(part)):
+        # PyTorch saves none of it: a count of steps, say, of an optimiser that somebody wrote.
+        numbers = {name: value for name, value in own.items() if isinstance(value, int | float | torch.Tensor)}
+        return {**state, "numbers": numbers}
+    return state
 
 
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
@@ -191,6 +201,7 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
             if isinstance(part, torch.optim.Optimizer):
+                vars(part).update(saved[name].get("numbers", {}))
                 _fit_to_this_machine(part)
 
 
