@@ -165,24 +165,16 @@ def my_share(total: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
+@torch.library.custom_op("minirl::sum_over_ranks", mutates_args=())  # PyTorch's compiler leaves it as it is
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks, with the same bits on all of them."""
-    total: Tensor = torch.ops.minirl.sum_over_ranks(values)
-    return total
-
-
-# A custom operator, which PyTorch's compiler leaves as it is.
-library = torch.library.Library("minirl", "DEF")
-library.define("sum_over_ranks(Tensor values) -> Tensor")
-torch.library.register_fake("minirl::sum_over_ranks", torch.empty_like, lib=library)
-
-
-@torch.library.impl(library, "sum_over_ranks", "CompositeExplicitAutograd")
-def _sum_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     with answered():
         dist.all_reduce(total)
     return total
+
+
+sum_over_ranks.register_fake(torch.empty_like)
 
 
 @contextlib.contextmanager
@@ -226,17 +218,13 @@ def all_gather(values: Tensor) -> Tensor:
         return values
     everything = values.new_zeros((world_size(), *values.shape))
     everything[rank()] = values
-    return sum_over_ranks(everything).flatten(0, 1)
+    gathered: Tensor = sum_over_ranks(everything).flatten(0, 1)
+    return gathered
 
 
 def max_over_ranks(number: int) -> int:
     """Return the maximum of a number over all ranks."""
-    if not together():
-        return number
-    numbers = torch.tensor(number)
-    with answered():
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    return int(all_gather(torch.tensor([number])).max())
 
 
 def gather_to_rank_0(value: T) -> list[T]:

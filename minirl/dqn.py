@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from minirl.checks import ConfigError, require_same_shape
 from minirl.distributed import require_one_process
-from minirl.envs.make import env_options, make_vector_env
+from minirl.envs.make import make_envs_of
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.fast.compiled import compiled, pays_off
 from minirl.fast.machine import PRECISIONS, Float32Linear, autocast, select_device, select_precision
@@ -344,12 +344,7 @@ def train(
     seed_everything(config.seed)
     # For exploration and replay. Not the seed itself, which is environment 0's: actions would correlate with its noise.
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(Stream.EXPLORATION, 0)))
-    with (
-        make_vector_env(
-            config.env_id, config.num_envs, num_workers=config.num_workers, **env_options(vars(config))
-        ) as envs,
-        Evaluator(config, run_dir) as evaluator,
-    ):
+    with make_envs_of(config, config.num_envs) as envs, Evaluator(config, run_dir) as evaluator:
         spaces = envs.observation_space, envs.action_space
         online, target = (make_q_network(config, *spaces).to(torch_device).eval() for _ in range(2))
         target.load_state_dict(online.state_dict())

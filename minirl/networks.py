@@ -142,7 +142,7 @@ class Categoricals:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log pi(a|s) of actions (B, ...), (B,)."""
-        columns = value.reshape(len(value), -1).unbind(dim=1)
+        columns = value.flatten(1).unbind(dim=1)
         log_probs = [part.log_prob(column) for part, column in zip(self.parts, columns, strict=True)]
         return torch.stack(log_probs).sum(dim=0)
 
@@ -232,7 +232,7 @@ Distribution = Categorical | Categoricals | Bernoullis | Gaussian
 
 def summed(numbers: Tensor) -> Tensor:
     """Sum over all dimensions of an action: (B, ...) -> (B,)."""
-    return numbers.reshape(len(numbers), -1).sum(dim=1)
+    return numbers.reshape(len(numbers), math.prod(numbers.shape[1:])).sum(dim=1)
 
 
 def action_distribution(space: gym.Space[Any]) -> tuple[int, Callable[..., Distribution]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minirl import distributed
 from minirl.checks import ConfigError, require_same_shape
-from minirl.envs.make import env_options, make_vector_env
+from minirl.envs.make import make_envs_of
 from minirl.envs.spaces import SMALLEST_IMAGE
 from minirl.envs.vector import Episode, VectorEnv
 from minirl.fast.compiled import compiled, pays_off
@@ -40,7 +40,7 @@ from minirl.normalize import NormalizeObservation, NormalizeReward
 from minirl.results.video import Videos
 from minirl.rollout import Columns, Rollout
 from minirl.runs.checkpoints import Part, State, load_parts, require_finite_losses, save_parts
-from minirl.runs.losses import mean_losses
+from minirl.runs.losses import explained_variance, mean_losses
 from minirl.runs.resume import env_state, saved_run, start_envs
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
@@ -322,17 +322,6 @@ def normalized(advantages: Tensor) -> Tensor:
     return (shifted - whole.mean()) / (whole.std() + 1e-8).clamp(min=torch.finfo(whole.dtype).tiny)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN if all returns are equal.
-
-    Returns that differ only by rounding count as equal: they are sums of advantages and values.
-    """
-    rounding = 8 * torch.finfo(returns.dtype).eps * returns.abs().max().double()
-    variance = returns.double().var()
-    share = 1 - (returns.double() - values.double()).var() / variance
-    return float(share.where(variance > rounding.square(), torch.nan))
-
-
 def make_agent(config: PPOConfig, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> ActorCritic:
     """Make the network that the settings ask for.
 
@@ -500,9 +489,7 @@ def train(
     last_step = config.num_updates * config.batch_size
     videos = Videos(config, run_dir, first_step)
     seed_everything(config.seed)
-    with make_vector_env(
-        config.env_id, mine, num_workers=config.num_workers, in_halves=True, **env_options(vars(config))
-    ) as envs:
+    with make_envs_of(config, mine, in_halves=True) as envs:
         agent = make_agent(config, envs.observation_space, envs.action_space).to(torch_device).eval()
         optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         rates = [group["lr"] for group in optimizer.param_groups]

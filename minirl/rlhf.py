@@ -28,7 +28,7 @@ from minirl.distributed import require_one_process
 from minirl.envs.vector import Episode
 from minirl.fast.machine import Float32Linear, select_device
 from minirl.networks import Categorical
-from minirl.ppo import compute_gae, explained_variance, normalized, ppo_loss
+from minirl.ppo import compute_gae, normalized, ppo_loss
 from minirl.rollout import Columns
 from minirl.runs.checkpoints import (
     Part,
@@ -40,7 +40,7 @@ from minirl.runs.checkpoints import (
     save_parts,
     set_random_state,
 )
-from minirl.runs.losses import mean_losses
+from minirl.runs.losses import explained_variance, mean_losses
 from minirl.runs.resume import saved_run
 from minirl.runs.run import Run, seed_everything
 from minirl.runs.settings import MAX_THREADS, check_settings, require_default, setting
@@ -77,9 +77,7 @@ class RLHFConfig:
     reward_epochs: int = setting(2, "passes over the pairs", at_least=1)
     reward_batch_size: int = setting(16, "pairs per gradient step", at_least=1)
     reward_learning_rate: float = setting(1e-3, "Adam's step size; it rises, then falls to 0", above=0)
-    kl_coef: float = setting(
-        0.1, "weight of the penalty log pi - log p_reference, in nats", at_least=0, group="texts and rewards"
-    )
+    kl_coef: float = setting(0.1, "weight of log pi - log p_reference, in nats", at_least=0, group="texts and rewards")
     kl_target: float | None = setting(None, "KL per text, in nats, that kl_coef adapts to; none: fixed", above=0)
     batch_size: int = setting(128, "texts per update (N)", at_least=1)
     whiten_rewards: bool = setting(False, "divide the tokens' rewards by their standard deviation")
@@ -95,14 +93,8 @@ class RLHFConfig:
     vf_coef: float = setting(0.1, "weight of the value loss, which has no factor 1/2", at_least=0)
     value_clip_coef: float | None = setting(0.2, "clip the change of the values to this; none: no clipping", above=0)
     ent_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
-    num_threads: int | None = setting(
-        None,
-        "PyTorch threads; none: 1 for small networks, else all",
-        at_least=1,
-        at_most=MAX_THREADS,
-        group="machine and files",
-    )
-    checkpoint_frequency: int = setting(8_192, "texts between checkpoints", at_least=1)
+    checkpoint_frequency: int = setting(8_192, "texts between checkpoints", at_least=1, group="machine and files")
+    num_threads: int | None = setting(None, "threads; none: 1 for small networks", at_least=1, at_most=MAX_THREADS)
 
     def __post_init__(self) -> None:
         check_settings(self)

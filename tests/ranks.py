@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minirl import ppo
 from minirl.distributed import attempt, my_share, rank, world_size
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_envs_of
 from minirl.scripts.train import run_training
 
 NUM_ENVS, MINIBATCH, RANKS = 8, 64, 2
@@ -68,13 +68,13 @@ def draw_as_two_ranks() -> None:
             [torch.cat(parts) for parts in zip(*(o.split(MINIBATCH // RANKS) for o in orders), strict=True)]
         )
 
-    def not_in_halves(*arguments: Any, in_halves: bool, **options: Any) -> Any:
-        return make_vector_env(*arguments, **options)
+    def not_in_halves(config: Any, mine: slice, in_halves: bool) -> Any:
+        return make_envs_of(config, mine)
 
     draw_order = torch.randperm
     patched: Any = torch
     patched.rand_like, patched.randperm = rand_like, randperm
-    vars(ppo)["make_vector_env"] = not_in_halves
+    vars(ppo)["make_envs_of"] = not_in_halves
 
 
 def misbehave(deed: str) -> None:

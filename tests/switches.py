@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from minirl.dqn import TargetUpdate
-from minirl.envs.make import make_vector_env
+from minirl.envs.make import make_envs_of
 from minirl.fast.small import InTraining
 
 
@@ -21,8 +21,8 @@ def _plainly(function: Callable[..., Any], *bound: Any, enabled: bool = True) ->
     return functools.partial(function, *bound)
 
 
-def _not_in_halves(env_id: str, num_envs: int, **options: Any) -> Any:
-    return make_vector_env(env_id, num_envs, **{**options, "in_halves": False})
+def _not_in_halves(config: Any, num_envs: slice, in_halves: bool) -> Any:
+    return make_envs_of(config, num_envs)
 
 
 def _set_mode(context: InTraining, training: bool) -> None:
@@ -63,7 +63,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "conditions": {"minirl.fast.compiled.that_can_change": lambda conditions: [True] * len(conditions)},
     "events": {"minirl.runs.run.Events": _Writer},
     "frames-once": {"minirl.envs.workers.shows_stacks": lambda env: False},
-    "halves": {"minirl.ppo.make_vector_env": _not_in_halves},
+    "halves": {"minirl.ppo.make_envs_of": _not_in_halves},
     "modes": {"minirl.fast.small.InTraining._set": _set_mode},
     "numbers-once": {"minirl.fast.rewrites.ARITHMETIC": ()},
     "numpy": {"minirl.fast.small.FEW": 0},

@@ -164,6 +164,7 @@ def test_the_fast_path_is_taken_for_what_it_stands_in_for() -> None:
     ("options", "changed", "reason"),
     [
         ({"size": 64}, {}, "their frames have other sizes"),
+        ({"size": 190}, {}, "their frames have other sizes"),  # wider than the screen: interpolated across tiles
         ({"frame_skip": 3}, {}, "their frames have other sizes"),
         ({}, {"Grayscale": lambda env: Darker(env)}, "other wrappers skip, gray or shrink"),
         ({}, {"EpisodicLife": lambda env: Brighter(EpisodicLife(env))}, "other wrappers lie between"),
@@ -332,8 +333,9 @@ def test_a_game_of_half_an_hour_is_cut_not_over(env_id: str) -> None:
     assert info["episode"]["l"] == 27_000 - waited // 4 == steps + 2  # FIRE and one more button
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pang-v5"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pang-v5", "PongInBytes-v0"])
 def test_other_ids_are_refused(env_id: str) -> None:
+    gym.register("PongInBytes-v0", "ale_py.env:AtariEnv", kwargs={"game": "pong", "obs_type": "ram"})
     assert not is_atari(env_id)
     with pytest.raises(ConfigError, match="--env-id must be an Atari game"):
         make_atari_env(env_id)

@@ -26,12 +26,13 @@ from tests.fake_atari import SCREEN, FakeAtari
 class FixedScreens(FakeAtari):
     """Shows given screens in turn, the first at each reset."""
 
-    def __init__(self, *screens: NDArray[np.uint8], **script: Any) -> None:
+    def __init__(self, *screens: NDArray[Any], **script: Any) -> None:
         super().__init__(**script)
         self.screens = screens
-        self.observation_space = gym.spaces.Box(0, 255, screens[0].shape, np.uint8)
+        kind = screens[0].dtype
+        self.observation_space = gym.spaces.Box(0 if kind == np.uint8 else -1, 255, screens[0].shape, kind.type)
 
-    def _screen(self) -> NDArray[np.uint8]:
+    def _screen(self) -> NDArray[Any]:
         return self.screens[self.frame % len(self.screens)]
 
 
@@ -108,6 +109,12 @@ def test_max_and_skip_with_other_skips_shows_the_newest_frames(skip: int, expect
     env.reset()
     obs, *_ = env.step(0)
     np.testing.assert_array_equal(obs, expected)
+
+
+def test_max_and_skip_of_one_frame_is_that_frame_below_zero_too() -> None:
+    env = MaxAndSkip(FixedScreens(np.full((2, 2), -0.5, np.float32)), skip=1)
+    env.reset()
+    np.testing.assert_array_equal(env.step(0)[0], -0.5)
 
 
 @pytest.mark.parametrize("ends_at", [5, 6, 7])
@@ -271,6 +278,17 @@ def test_resize_to_84_whatever_the_screen_and_keeps_colours() -> None:
     np.testing.assert_array_equal(obs, 9)
 
 
+def test_wrappers_show_what_they_say_whatever_the_order() -> None:
+    screen = np.full((210, 160, 3), 51, np.uint8)
+    floats = Resize(Grayscale(Normalize(FixedScreens(screen))), size=42)
+    one_channel = Resize(FixedScreens(screen[..., :1]), size=42)
+    for env, shape, value in ((floats, (42, 42), 0.2), (one_channel, (42, 42, 1), 51)):
+        obs, _ = env.reset()
+        assert obs in env.observation_space
+        assert obs.shape == shape
+        np.testing.assert_allclose(obs, value, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("reward", "clipped"), [(30.0, 1.0), (0.25, 1.0), (0.0, 0.0), (-0.5, -1.0), (-7.0, -1.0)])
 def test_clip_reward_keeps_the_sign(reward: float, clipped: float) -> None:
     env = ClipReward(FakeAtari(rewards={1: reward}))
@@ -299,6 +317,8 @@ def test_frame_stack_starts_as_copies_and_drops_the_oldest() -> None:
     assert newest_last == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
     again, _ = env.reset()
     np.testing.assert_array_equal(again, 50)
+    again[:] = 0
+    np.testing.assert_array_equal(env.step(0)[0][:3], 50, "what was shown may be changed")
 
 
 # EpisodeStatistics

@@ -158,9 +158,10 @@ def test_a_network_for_each_kind_of_actions(name: str) -> None:
             ActorCritic(VECTOR, REFUSED[name])
         return
     agent = ActorCritic(VECTOR, ACTIONS[name])
-    policy, values = agent(torch.randn(4, 3))
-    actions = policy.sample()
-    assert policy.log_prob(actions).shape == policy.entropy().shape == values.shape == (4,)
+    for batch in (0, 4):
+        policy, values = agent(torch.randn(batch, 3))
+        actions = policy.sample()
+        assert policy.log_prob(actions).shape == policy.entropy().shape == values.shape == (batch,)
     assert choose_actions(agent, np.zeros((4, 3), np.float32)).shape == (4, *(ACTIONS[name].shape or ()))
     names = dict(agent.named_parameters())
     assert ("log_std" in names) == isinstance(ACTIONS[name], gym.spaces.Box)

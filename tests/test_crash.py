@@ -75,6 +75,24 @@ def test_when_nobody_reads_standard_error_any_more_a_run_saves_and_stops(
 
 
 @pytest.mark.slow
+def test_a_full_standard_error_saves_and_stops_a_run_and_nothing_else(tmp_path: Path) -> None:
+    def status(command: str) -> tuple[int, str]:
+        line = f"{shlex.quote(sys.executable)} {command} 2>/dev/full"
+        result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        return result.returncode, result.stdout
+
+    run_dir = shlex.quote(str(tmp_path / "run"))
+    assert status(f"train_q.py --num-episodes 100 --run-dir {run_dir}") == (141, "")
+    assert load_checkpoint(tmp_path / "run", "q_learning")["global_step"] == 0
+    assert status(f"train_q.py --resume {run_dir}") == (141, "")
+    assert status("train_q.py --gamma 3") == (2, "")
+    code, table = status(f"-m minirl.evaluate {run_dir} --episodes 3 --json")
+    assert code == 0
+    assert '"episodes": 3' in table
+    assert status(f"-m minirl.plots {run_dir} --kind q-values")[0] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("streams", "status"), [("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2)])
 def test_streams_that_are_closed_or_full_end_in_no_traceback(streams: str, status: int, tmp_path: Path) -> None:
     for command in ("train_q.py --num-episodes 100 --run-dir", "-m minirl.evaluate"):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from minirl.dqn import double_dqn_target, dqn_loss
 from minirl.networks import Categorical
-from minirl.ppo import clipped_surrogate_loss, compute_gae, explained_variance, normalized, ppo_loss, value_loss
+from minirl.ppo import clipped_surrogate_loss, compute_gae, normalized, ppo_loss, value_loss
 from minirl.q_learning import q_update
+from minirl.runs.losses import explained_variance
 from tests import reference
 from tests.recompute.report import Report
 from tests.reference import SINGLE, SPREADS, Numbers, Rounding

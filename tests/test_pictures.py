@@ -17,10 +17,11 @@ from matplotlib.quiver import Quiver
 from minirl.dqn import QNetwork
 from minirl.envs.gridworld import GridWorld
 from minirl.envs.make import make_env
-from minirl.plots.of_run import draw_picture, grid_of, preprocessing
+from minirl.plots.of_run import draw_picture, fitting_kinds, grid_of, preprocessing
 from minirl.ppo import ActorCritic
 from minirl.q_learning import value_iteration
 from minirl.results.pictures import Moment, action_probabilities_figure, policy_map_figure, q_values_figure
+from minirl.results.tables import describe
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import load_settings
 
@@ -224,3 +225,18 @@ def test_the_stages_of_the_preprocessing_follow_from_each_other(small_runs: Path
         "210 x 160 pixels",
         "42 x 42 pixels",
     ]
+
+
+@pytest.mark.parametrize("kind", ["q-values", "policy-map"])
+def test_what_wrappers_change_is_not_drawn_as_if_it_were_the_environment(kind: str) -> None:
+    settings: dict[str, Any] = {"algorithm": "q_learning", "env_id": "minirl/GridWorld-v0", "seed": 0}
+    if kind == "policy-map":
+        settings |= {"algorithm": "ppo", "env_id": "CartPole-v1"}
+    assert fitting_kinds(settings) == [kind]
+    turned = gym.wrappers.TransformAction.wrapper_spec(func=lambda action: 1 - action, action_space=None)
+    gym.register("Turned-v0", gym.spec(settings["env_id"]).entry_point, additional_wrappers=(turned,))
+    settings["env_id"] = "Turned-v0"
+    assert fitting_kinds(settings) == []
+    if kind == "q-values":
+        assert describe(np.zeros((9, 4)), "minirl/GridWorld-v0").startswith("\nDetailed Q-table Grid")
+        assert describe(np.zeros((9, 4)), "Turned-v0").startswith("Q-table: 9 states x 4 actions")

@@ -215,11 +215,11 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(
         ("{runs}/ppo {runs}/dqn --kind policy-map", "--kind policy-map must go with one RUN_DIR, not 2"),
         (
             "{runs}/ppo --kind q-values",
-            "needs a run of q_learning on a grid (GridWorld, FrozenLake, CliffWalking), and ",
+            "needs a run of q_learning on a grid (GridWorld, FrozenLake, CliffWalking) without wrappers, and ",
         ),
         ("taxi --kind q-values", "--kind q-values needs a run of q_learning on a grid"),
         ("{runs}/breakout --kind policy-map", "is one of ppo on BreakoutNoFrameskip-v4"),
-        ("{runs}/grid --kind policy-map", "needs a run of dqn or ppo on CartPole, and"),
+        ("{runs}/grid --kind policy-map", "needs a run of dqn or ppo on CartPole without wrappers, and"),
         ("{runs}/grid --kind action-probabilities", "needs a run of ppo on an Atari game, and"),
         ("{runs}/dqn --kind action-probabilities", "is one of dqn on CartPole-v1"),
         ("{runs}/ppo --kind preprocessing", "needs a run of dqn or ppo on an Atari game, and"),

@@ -19,7 +19,6 @@ from minirl.ppo import (
     ActorCritic,
     PPOConfig,
     act,
-    explained_variance,
     gradient_step,
     normalized,
     ppo_loss,
@@ -27,6 +26,7 @@ from minirl.ppo import (
     update_policy,
 )
 from minirl.rollout import Rollout
+from minirl.runs.losses import explained_variance
 from tests.weights import assert_close_elsewhere_and_in_bfloat16, parameters
 
 

@@ -61,6 +61,19 @@ def test_an_end_resets_in_the_same_step_and_keeps_the_last_observation(
         assert step.observations[:, :2].tolist() == [[1, 1]] * 3
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_attribute_is_set_wherever_the_environment_is(num_workers: int) -> None:
+    with VectorEnv(counter, 4, num_workers=num_workers, in_halves=True) as envs:
+        envs.reset()
+        envs.set_attr("ends_at", 1)
+        assert envs.step(np.zeros(4, np.int64)).terminated.all()
+        with pytest.raises(AttributeError if num_workers == 1 else WorkerError, match="has no attribute 'level'"):
+            envs.set_attr("level", 1)
+        envs.start(envs.halves[0], np.zeros(2, np.int64))
+        with pytest.raises(RuntimeError, match="these environments are playing: finish them first"):
+            envs.set_attr("ends_at", 2)
+
+
 def test_actions_count_from_zero_whatever_the_space_does() -> None:
     with VectorEnv(functools.partial(counter, start=5), 2, num_workers=1) as envs:
         envs.reset()

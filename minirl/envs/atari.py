@@ -109,7 +109,7 @@ class MaxAndSkip(gym.Wrapper[Frame, int, Frame, int]):
                 self.last_two[frame_number - self.skip] = frame
             if terminated or truncated:
                 break
-        return self.last_two.max(axis=0), total_reward, terminated, truncated, info
+        return self.last_two[-self.skip :].max(axis=0), total_reward, terminated, truncated, info
 
 
 class EpisodicLife(gym.Wrapper[Frame, int, Frame, int]):
@@ -186,8 +186,9 @@ class Grayscale(gym.ObservationWrapper[Frame, int, Frame]):
 
     def __init__(self, env: AtariEnv) -> None:
         super().__init__(env)
-        assert env.observation_space.shape is not None
-        self.observation_space = gym.spaces.Box(0, 255, env.observation_space.shape[:2], np.uint8)
+        space = env.observation_space
+        assert isinstance(space, gym.spaces.Box)
+        self.observation_space = gym.spaces.Box(space.low.min(), space.high.max(), space.shape[:2], space.dtype.type)
 
     def observation(self, observation: Frame) -> Frame:
         """(H, W, 3) -> (H, W)."""
@@ -201,14 +202,16 @@ class Resize(gym.ObservationWrapper[Frame, int, Frame]):
         super().__init__(env)
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
-        assert env.observation_space.shape is not None
+        space = env.observation_space
+        assert isinstance(space, gym.spaces.Box)
         self.size = size
-        shape = (size, size, *env.observation_space.shape[2:])
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        self.shape = (size, size, *space.shape[2:])
+        self.observation_space = gym.spaces.Box(space.low.min(), space.high.max(), self.shape, space.dtype.type)
 
     def observation(self, observation: Frame) -> Frame:
         """(H, W) -> (size, size), colours kept if there are any."""
-        return cv2.resize(observation, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(observation, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        return small.reshape(self.shape)  # OpenCV drops an axis of 1
 
 
 class ClipReward(gym.RewardWrapper[Frame, int]):
@@ -256,13 +259,13 @@ class FrameStack(gym.Wrapper[Frame, int, Frame, int]):
         """Fill the stack with the first frame."""
         frame, info = self.env.reset(seed=seed, options=options)
         self.frames = np.repeat(frame[None], self.num_frames, axis=0)
-        return self.frames, info
+        return self.frames.copy(), info
 
     def step(self, action: int) -> StepResult:
-        """Drop the oldest frame, add the newest. Every step returns a new array."""
+        """Drop the oldest frame, add the newest. Every step returns a new array, which may be changed."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.frames = np.concatenate((self.frames[1:], frame[None]))
-        return self.frames, reward, terminated, truncated, info
+        return self.frames.copy(), reward, terminated, truncated, info
 
 
 def make_atari_env(
@@ -326,13 +329,13 @@ def make_atari_env(
 # Fingerprints of the wrappers that `SkipAndShrink` replaces or bypasses: it may do so only if their code is this.
 KNOWN = {
     NoopReset: "7f8e3dd73be1163c",
-    MaxAndSkip: "55f0f9a7fc297a9e",
+    MaxAndSkip: "279c2567d7e2d1a0",
     EpisodeStatistics: "a1858586d9d51a7a",
     EpisodicLife: "d84a683a12d9cbd9",
     FireReset: "22f41287774f9bd8",
-    Grayscale: "c62d68cc2fcd5349",
-    Resize: "c7ed822559e57147",
-    FrameStack: "dd79b39f58105100",
+    Grayscale: "618312bc472e7e60",
+    Resize: "5d4d8c2efea573e0",
+    FrameStack: "0f05d339e30aa236",
 }
 TRANSPARENT = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)  # Gymnasium's
 

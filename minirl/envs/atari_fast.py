@@ -61,11 +61,13 @@ class SkipAndShrink(gym.Wrapper[Screen, int, Screen, int]):
     def fits(cls, skipping: Any, resizing: Any) -> bool:
         """Whether it can replace a `MaxAndSkip` and a `Resize`, by their frame sizes and the frames skipped.
 
-        A tile must become whole pixels, and no word of eight pixels may lie in two tiles.
+        A tile must become whole pixels, and no word of eight pixels may lie in two tiles. A picture that grows is
+        interpolated, also across the edges of tiles.
         """
-        _, width, *colours = skipping.observation_space.shape
+        height, width, *colours = skipping.observation_space.shape
         whole_words = width // math.gcd(width, resizing.size) % 8 == 0
-        return bool(skipping.skip == cls.skip and colours == [3] and whole_words)
+        shrinks = resizing.size <= min(height, width)
+        return bool(skipping.skip == cls.skip and colours == [3] and whole_words and shrinks)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Screen, Info]:
         """Reset, and shrink the current frame."""

@@ -56,12 +56,15 @@ def spec_of(env_id: str) -> EnvSpec:
 
 
 def is_atari(env_id: str) -> bool:
-    """Whether `env_id` names a registered game of the Arcade Learning Environment.
+    """Whether `env_id` names a registered game of the Arcade Learning Environment that shows its screen in colour.
 
     Raises:
         ConfigError, EnvError: see `registered_id`, as in the functions below.
     """
-    return lies_in(env_id, "ale_py")
+    if not lies_in(env_id, "ale_py"):
+        return False
+    options = spec_of(env_id).kwargs
+    return options.get("obs_type", "rgb") == "rgb" and not options.get("continuous", False)
 
 
 def is_box2d(env_id: str) -> bool:
@@ -80,7 +83,7 @@ def is_slow(env_id: str, num_envs: int) -> bool:
     A step of HalfCheetah takes 140 microseconds, of CartPole 7, of LunarLander 30, of Acrobot 35; a message to a worker
     takes 50.
     """
-    if is_atari(env_id) or extra_of(env_id) == "mujoco":
+    if lies_in(env_id, "ale_py") or extra_of(env_id) == "mujoco":
         return True
     return num_envs >= 4 and (is_box2d(env_id) or lies_in(env_id, "gymnasium.envs.classic_control.acrobot"))
 

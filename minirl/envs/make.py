@@ -12,7 +12,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from minirl.checks import ConfigError
-from minirl.envs.again import played_again
+from minirl.envs.again import PlayedAgain, played_again
 from minirl.envs.atari import make_atari_env
 from minirl.envs.episode import EpisodeStatistics
 from minirl.envs.ids import extra_of, is_atari, is_box2d, is_slow, making, spec_of
@@ -22,6 +22,15 @@ from minirl.envs.vector import VectorEnv
 
 # Steps after which an episode is truncated if the environment sets no limit: a greedy policy can walk in circles.
 LONGEST_EPISODE = 100_000
+
+# Wrappers that change neither observations nor actions.
+PASSING_ON = (
+    gym.wrappers.OrderEnforcing,
+    gym.wrappers.PassiveEnvChecker,
+    gym.wrappers.TimeLimit,
+    EpisodeStatistics,
+    PlayedAgain,
+)
 
 
 def make_env(
@@ -68,6 +77,12 @@ def make_env(
         return env
 
 
+def as_it_is(env: gym.Env[Any, Any]) -> bool:
+    """Whether agents see what an environment's core shows, and act in it: no wrapper changes either."""
+    *wrappers, _ = layers_of(env)
+    return all(type(wrapper) in PASSING_ON for wrapper in wrappers)
+
+
 def quiet_mujoco() -> None:
     """Send MuJoCo's warnings to Python's: by itself it writes MUJOCO_LOG.TXT into the working directory.
 
@@ -106,6 +121,12 @@ def env_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `make_env` for the environments of a run with these settings."""
     one_hot = settings.get("algorithm") != "q_learning"
     return {"one_hot": one_hot, **({"frame_size": settings["frame_size"]} if "frame_size" in settings else {})}
+
+
+def make_envs_of(config: Any, num_envs: int | slice, *, in_halves: bool = False) -> VectorEnv:
+    """Make environments as a run with these settings has them: see `make_vector_env`."""
+    shown = env_options(vars(config))
+    return make_vector_env(config.env_id, num_envs, num_workers=config.num_workers, in_halves=in_halves, **shown)
 
 
 def make_vector_env(

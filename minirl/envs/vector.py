@@ -172,6 +172,20 @@ class VectorEnv:
                 if t < num_steps:
                     self.start(rows, choose(t, rows))
 
+    def set_attr(self, name: str, value: Any) -> None:
+        """Set an attribute of every environment, such as a level: of its outermost layer that has it.
+
+        Raises:
+            AttributeError: if none has it.
+            RuntimeError: if one of `halves` is playing.
+        """
+        mine = self._open_group()
+        if self._playing:
+            raise RuntimeError("these environments are playing: finish them first")
+        mine.set_attr(name, value)
+        self._ask_workers("set", (name, value))
+        self._hear_workers()
+
     def capture(self) -> State:
         """Return the state of each environment, unchanged, as plain data (`minirl.envs.state`).
 

@@ -84,7 +84,13 @@ class VectorStep(NamedTuple):
 
 
 class WorkerError(RuntimeError):
-    """A worker process died, or failed with something other than an `EnvError`. The message holds its traceback."""
+    """A worker process died, or failed with something other than an `EnvError`; then `trace` is its traceback."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+        if trace:
+            self.add_note(trace)
 
 
 class SharedArrays:
@@ -206,6 +212,12 @@ class EnvGroup:
                 if not np.isfinite(array[row]).all():
                     raise EnvError(f"{self.envs[row]} gave {what} that is not finite")
 
+    def set_attr(self, name: str, value: Any) -> None:
+        """Set an attribute of every environment, of its outermost layer that has it."""
+        for env in self.envs.values():
+            if not env.env.set_wrapper_attr(name, value, force=False):
+                raise AttributeError(f"{env.name} has no attribute {name!r}")
+
     def capture(self) -> dict[int, Any]:
         """Return the state of each environment, by row."""
         return {row: capture(env.env) for row, env in self.envs.items()}
@@ -272,7 +284,7 @@ class Worker:
         if isinstance(failure, EnvError):
             raise failure from (WorkerError(f"in the {self.name}:\n\n{failure.trace}") if failure.trace else None)
         if failure is not None:
-            raise WorkerError(f"the {self.name} raised:\n\n{failure}")
+            raise WorkerError(f"the {self.name} raised {failure.splitlines()[-1]}", failure)
         return result
 
     def join(self) -> None:
@@ -319,6 +331,8 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], fir
                     group.reset(arrays, argument)
                 elif command == "step":
                     result = group.step(arrays, argument)
+                elif command == "set":
+                    group.set_attr(*argument)
                 elif command == "capture":
                     result = group.capture(), capture_generators()
                 else:

@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from minirl.rlhf import RLHFConfig
 from minirl.runs.checkpoints import BEST_FILE, CHECKPOINT_FILE, load_checkpoint, load_weights
 from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, errors_in_one_line, read_path, reader, saved_config
-from minirl.runs.progress import Progress, answer
+from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
 from minirl.streams import MAX_SEED
 
@@ -105,7 +104,7 @@ def evaluate(
         if video is not None:
             seed_everything(seed)
             if not record_game(policy, env_id, seed, video, **shown):
-                print(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game", file=sys.stderr)
+                say(f"video: the first {LONGEST_VIDEO:,} agent steps of a longer game")
         if render:
             policy = at_game_speed(policy, steps_per_second(env_id))
         seed_everything(seed)
@@ -187,7 +186,7 @@ def dqn_policy(run_dir: Path, settings: dict[str, Any], envs: VectorEnv, last: b
     config = saved_config(DQNConfig, run_dir, settings)
     network = make_q_network(config, envs.observation_space, envs.action_space).to(device)
     load_weights(network, saved)
-    print(f"network: {file}, of agent step {saved['global_step']:,}", file=sys.stderr)
+    say(f"network: {file}, of agent step {saved['global_step']:,}")
     return functools.partial(greedy_actions, network.eval(), device)
 
 

@@ -1,7 +1,7 @@
 """What costs a small network more than its arithmetic: PyTorch's calls on few observations, and loops over modules."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +15,27 @@ FEW = 500_000  # multiplications: beyond, PyTorch is as fast as NumPy
 Layer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-class _Known(NamedTuple):
-    """A `SmallSequential` as it was when last checked, and the same in NumPy."""
+class _Known:
+    """The layers of a `SmallSequential` in NumPy, and what they were made from."""
 
-    sequences: list[dict[str, nn.Module | None]]  # its own, and those within it
-    modules: list[nn.Module | None]
-    kinds: list[type]  # their types
-    hooks: list[dict[int, Any]]  # theirs, and those of all modules: none as long as these are empty
-    attributes: list[dict[str, Any]]  # theirs: where a `forward` that is not the class's would be
-    owners: list[dict[str, Any]]  # the parameters of those modules that have any
-    memory: list[int]  # their addresses
-    layers: list[Layer] | None  # None if PyTorch must do it
-    rows: int  # most inputs to use NumPy for
+    def __init__(self, sequence: nn.Sequential) -> None:
+        self.sequences = [
+            module._modules for module in sequence.modules() if module is sequence or type(module) in CONTAINERS
+        ]
+        self.modules = _children(self.sequences)
+        present = [module for module in self.modules if module is not None]
+        hooks = [hooks for module in present for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.hooks = [*hooks, *OF_ALL_MODULES]  # none as long as these are empty
+        self.attributes = list(map(vars, present))  # where a `forward` that is not the class's would be
+        self.owners = [module._parameters for module in present if module._parameters]
+        self.layers = _layers(sequence)  # None if PyTorch must do it
+        self.rows = FEW // max(1, sum(weight.numel() for weight in sequence.parameters()))  # most inputs for NumPy
+        self.seen = self.look()
+
+    def look(self) -> tuple[list[nn.Module | None], list[type], list[int]]:
+        """Return the layers that there are now, their types, and the addresses of their parameters."""
+        modules = _children(self.sequences)
+        return modules, list(map(type, modules)), _memory(self.owners)
 
 
 class SmallSequential(nn.Sequential):
@@ -52,34 +61,11 @@ class SmallSequential(nn.Sequential):
     def in_numpy(self) -> tuple[list[Layer] | None, int]:
         """The layers, on the memory of the weights, rebuilt when these change; and for how many inputs to use them."""
         known: _Known | None = self.__dict__.get("known")
-        if (
-            known is not None
-            and _children(known.sequences) == known.modules
-            and list(map(type, known.modules)) == known.kinds
-            and _memory(known.owners) == known.memory
-        ):
-            altered = any(known.hooks) or any("forward" in attributes for attributes in known.attributes)
-            return (None if altered else known.layers), known.rows
-        sequences = [module._modules for module in self.modules() if module is self or type(module) in CONTAINERS]
-        modules = _children(sequences)
-        owners = [module._parameters for module in modules if module is not None and module._parameters]
-        layers = _layers(self)
-        rows = FEW // max(1, sum(weight.numel() for weight in self.parameters()))
-        # Neither a module nor a parameter, so it is neither saved nor copied.
-        kinds, present = list(map(type, modules)), [module for module in modules if module is not None]
-        hooks = [hooks for module in present for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.__dict__["known"] = _Known(
-            sequences,
-            modules,
-            kinds,
-            [*hooks, *OF_ALL_MODULES],
-            list(map(vars, present)),
-            owners,
-            _memory(owners),
-            layers,
-            rows,
-        )
-        return self.in_numpy()
+        if known is None or known.look() != known.seen:
+            # Neither a module nor a parameter, so it is neither saved nor copied.
+            known = self.__dict__["known"] = _Known(self)
+        altered = any(known.hooks) or any("forward" in attributes for attributes in known.attributes)
+        return (None if altered else known.layers), known.rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "known"}

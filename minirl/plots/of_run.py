@@ -16,7 +16,7 @@ from minirl.checks import ConfigError
 from minirl.envs.atari import FrameStack, Grayscale, MaxAndSkip, Resize
 from minirl.envs.gridworld import MOVES, GridWorld
 from minirl.envs.ids import is_atari
-from minirl.envs.make import env_options, make_env, make_vector_env
+from minirl.envs.make import as_it_is, env_options, make_env, make_vector_env
 from minirl.envs.state import layers_of
 from minirl.evaluate import load_policy, ppo_agent
 from minirl.fast.machine import select_device
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 # Each kind of picture, and the runs that it can be drawn from.
 KINDS = {
-    "q-values": "a run of q_learning on a grid (GridWorld, FrozenLake, CliffWalking)",
-    "policy-map": "a run of dqn or ppo on CartPole",
+    "q-values": "a run of q_learning on a grid (GridWorld, FrozenLake, CliffWalking) without wrappers",
+    "policy-map": "a run of dqn or ppo on CartPole without wrappers",
     "action-probabilities": "a run of ppo on an Atari game",
     "preprocessing": "a run of dqn or ppo on an Atari game",
 }
@@ -84,9 +84,10 @@ def fitting_kinds(settings: dict[str, Any]) -> list[str]:
     if "env_id" not in settings:
         return []
     with made(settings) as env:
+        on_cartpole = as_it_is(env) and isinstance(env.unwrapped, CartPoleEnv) and env.observation_space.shape == (4,)
         fits = {
-            "q-values": algorithm == "q_learning" and grid_of(env.unwrapped) is not None,
-            "policy-map": algorithm in ("dqn", "ppo") and isinstance(env.unwrapped, CartPoleEnv),
+            "q-values": algorithm == "q_learning" and as_it_is(env) and grid_of(env.unwrapped) is not None,
+            "policy-map": algorithm in ("dqn", "ppo") and on_cartpole,
             "action-probabilities": algorithm == "ppo" and is_atari(settings["env_id"]),
             "preprocessing": algorithm in ("dqn", "ppo") and is_atari(settings["env_id"]),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from minirl.envs.make import env_options, make_vector_env
+from minirl.envs.make import make_envs_of
 from minirl.envs.vector import VectorEnv
 from minirl.runs.checkpoints import untouched_random_state
 from minirl.runs.progress import Progress
@@ -72,9 +72,7 @@ class Evaluator:
         if self.frequency is not None:
             side_by_side = min(max(config.eval_episodes, config.confirm_episodes), SIDE_BY_SIDE)
             with untouched_random_state():  # environments may draw while they are made
-                self.envs = make_vector_env(
-                    config.env_id, side_by_side, num_workers=config.num_workers, **env_options(vars(config))
-                )
+                self.envs = make_envs_of(config, side_by_side)
 
     def __enter__(self) -> "Evaluator":
         return self

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.envs.gridworld import GridWorld
-from minirl.envs.make import make_env
+from minirl.envs.make import as_it_is, make_env
 
 ARROWS = ["^", ">", "v", "<"]
 
@@ -14,7 +14,7 @@ def describe(q_table: NDArray[np.float64], env_id: str) -> str:
     env = make_env(env_id, one_hot=False)
     grid = env.unwrapped
     env.close()
-    if isinstance(grid, GridWorld):
+    if isinstance(grid, GridWorld) and as_it_is(env):
         return f"\n{detailed_grid(q_table, grid)}\n\n{best_actions_grid(q_table, grid)}"
     return summary(q_table)
 

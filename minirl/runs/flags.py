@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 from minirl.checks import ConfigError
 from minirl.distributed import RankError, first_to_fail
 from minirl.envs.guard import EnvError
+from minirl.envs.workers import WorkerError
 from minirl.runs.checkpoints import DivergedError
 from minirl.runs.directory import CONFIG_FILE
-from minirl.runs.progress import open_streams
+from minirl.runs.progress import open_streams, say
 from minirl.runs.seeds import read_seeds
 from minirl.runs.settings import NOUNS, Sizes, as_text, field_types, flag_name
 
@@ -103,14 +104,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
-    """Print `error: message` on standard error, in one line, and exit; for an `EnvError`, add its traceback.
+    """Print `error: message` on standard error, in one line, and exit; add the traceback that an error brings.
 
     If several ranks fail, only the first one prints.
     """
     if first_to_fail():
-        print("error:", *str(message).splitlines(), file=sys.stderr)
-        if isinstance(message, EnvError):
-            print(message.trace, end="", file=sys.stderr)
+        say(" ".join(["error:", *str(message).splitlines()]))
+        if trace := getattr(message, "trace", ""):
+            say(trace.rstrip("\n"))
     raise SystemExit(status)
 
 
@@ -121,7 +122,7 @@ def errors_in_one_line(tell: Callable[[str], NoReturn] = fail) -> Iterator[None]
         yield
     except ConfigError as error:
         tell(str(error))
-    except (DivergedError, EnvError, RankError) as error:
+    except (DivergedError, EnvError, RankError, WorkerError) as error:
         fail(error, status=1)
     except KeyboardInterrupt as stop:
         raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None

@@ -39,6 +39,17 @@ def mean_losses(steps: list[dict[str, Tensor]]) -> dict[str, float]:
     return {f"losses/{name}": mean for name, mean in zip(steps[0], means, strict=True)}
 
 
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant, NaN if all returns are equal.
+
+    Returns that differ only by rounding count as equal: they are sums of advantages and values.
+    """
+    rounding = 8 * torch.finfo(returns.dtype).eps * returns.abs().max().double()
+    variance = returns.double().var()
+    share = 1 - (returns.double() - values.double()).var() / variance
+    return float(share.where(variance > rounding.square(), torch.nan))
+
+
 class RecentLosses:
     """The statistics of gradient steps since the last call of `means`. Checkpoints include them, so a kill loses none.
 

@@ -63,7 +63,7 @@ def answer(text: object) -> None:
 class Progress:
     """Show progress on standard error: a bar on a terminal, a plain line every few seconds anywhere else.
 
-    `update` raises OSError if that can no longer be written; a bar on a terminal that was closed just ends.
+    A bar on a terminal that was closed just ends.
 
     Args:
         total: the whole amount of work, in `unit`.
@@ -87,8 +87,20 @@ class Progress:
         if shown and self.stream.isatty():
             self.bar = tqdm(total=total, initial=done, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
-    def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """Show that `done` of the total is done, with `note` at the end of the line; `total` changes the total."""
+    def update(self, done: int, note: str = "", total: int | None = None) -> bool:
+        """Show that `done` of the total is done, with `note` at the end of the line; `total` changes the total.
+
+        Returns:
+            Whether it can still be written.
+        """
+        try:
+            self._show(done, note, total)
+        except OSError:
+            silence(self.stream.fileno())
+            return False
+        return True
+
+    def _show(self, done: int, note: str, total: int | None) -> None:
         self.total = self.total if total is None else total
         if self.bar is not None:
             self.bar.total = self.total

@@ -49,7 +49,7 @@ from minirl.runs.checkpoints import (
 )
 from minirl.runs.directory import CONFIG_FILE, claim, files_after, load_settings, lock, save_config
 from minirl.runs.events import Events, save_settings_row
-from minirl.runs.progress import Progress, say, silence
+from minirl.runs.progress import Progress, say
 from minirl.runs.settings import flag_name, length_setting, new_schedules, recipe_note
 
 BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
@@ -189,10 +189,10 @@ class Run:
                     raise ConfigError(f"{run_dir} must be a directory that can be written: {error}") from error
                 raise
             self._stack.push(self._close_events)
-            print(f"run directory: {run_dir}", file=sys.stderr)
             note = recipe_note(algorithm, config) if before is None else new_schedules(before, config, done)
-            if note is not None:
-                print(note, file=sys.stderr)
+            for line in (f"run directory: {run_dir}", note):
+                if line is not None and not say(line):
+                    self.stop_signal = BROKEN_PIPE
             remember(run_dir)
 
     def __enter__(self) -> "Run":
@@ -252,10 +252,7 @@ class Run:
             self.unlogged = []
             for step, episode in sorted(episodes):
                 self._log_episode(step, episode)
-        try:
-            self.progress.update(global_step if done is None else done, self._note(), total)
-        except OSError:
-            silence(sys.stderr.fileno())
+        if not self.progress.update(global_step if done is None else done, self._note(), total):
             self.stop_signal = self.stop_signal or BROKEN_PIPE
         seconds = time.monotonic() - self.started
         speed = {

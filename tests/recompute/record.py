@@ -131,8 +131,8 @@ def record(case: Case, folder: Path) -> Recording:
         if config.env_id == "frames":
             patch.setattr(
                 module,
-                "make_vector_env",
-                lambda _, *args, frame_size, one_hot, **options: VectorEnv(recorded.frames, *args, **options),
+                "make_envs_of",
+                lambda config, number, **how: VectorEnv(recorded.frames, number, num_workers=config.num_workers, **how),
             )
         if case.own is not None:
             patch.setattr(module, "ActorCritic" if module is ppo else "QNetwork", case.own)
