@@ -467,6 +467,7 @@ def train(
                 if first == 0:
                     reference.load_state_dict(model.state_dict())
                 steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
+            model.zero_grad()  # clipping would count what weights that are frozen from here on have from the last stage
             for scalars, episodes in steps:
                 done += size
                 run.log_episodes(done, episodes)

@@ -68,7 +68,7 @@ class Rollout:
         self.columns["rewards"] = scaled(self.columns["rewards"], ended)
 
     def samples(self, **more: Tensor) -> Columns:
-        """Return all columns, and `more` (T, N), sample by sample: (T N, ...)."""
+        """Return all columns, and `more` (T, N), sample by sample: (T N, ...). The next rollout overwrites them."""
         whole = math.prod(self.shape)
         for name, number in self.filled.items():
             if number < whole:

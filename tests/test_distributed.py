@@ -263,7 +263,7 @@ def test_ranks_hold_the_same_weights_after_20_updates(compiled: bool, tmp_path: 
         "--no-compile", "--compile" if compiled else ""
     )
     said = ended(start("plain", tmp_path / "out", f"{flags} --run-dir run"))
-    assert "compilation failed" not in said
+    assert "not compiled" not in said
     one, other = (torch.load(tmp_path / f"out.{number}") for number in range(2))
     assert_same(one["weights"], other["weights"])
     assert one["threads"] == other["threads"] == max(1, available_cores() // 2)

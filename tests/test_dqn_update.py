@@ -208,7 +208,9 @@ def test_a_buffer_that_a_layer_replaces_is_copied() -> None:
 
 
 def test_a_layer_that_is_replaced_is_followed_and_a_shared_one_moves_once() -> None:
-    online, target = (torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False)] * 2) for _ in range(2))
+    online, target = (torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False) for _ in "ab"]) for _ in range(2))
+    for network in (online, target):
+        network[1].register_parameter("weight", network[0].get_parameter("weight"))
     step = TargetUpdate(target, online, 0.5)
     for network, weight in ((online, 8.0), (target, 0.0)):
         torch.nn.init.constant_(network[0].get_parameter("weight"), weight)
@@ -222,6 +224,21 @@ def test_a_layer_that_is_replaced_is_followed_and_a_shared_one_moves_once() -> N
             torch.nn.init.constant_(layer.get_parameter("weight"), weight)
     step.update()
     assert [layer.get_parameter("weight").item() for layer in target] == [5, 6]
+
+
+def test_what_only_the_online_network_has_gets_no_copy_and_a_late_weight_moves() -> None:
+    online, target = (torch.nn.Sequential(torch.nn.Identity(), torch.nn.BatchNorm1d(1)) for _ in range(2))
+    step = TargetUpdate(target, online, 0.5)
+    online.insert(0, torch.nn.Identity())
+    online.insert(3, torch.nn.BatchNorm1d(1, affine=False))
+    del online[0]
+    for network, weight in ((online, 8.0), (target, 0.0)):
+        network[0].register_parameter("late", torch.nn.Parameter(torch.tensor(weight)))
+    online[1].get_buffer("running_mean").fill_(3.0)
+    step.update()
+    assert target[0].get_parameter("late") == 4
+    assert target[1].get_buffer("running_mean") == 3
+    assert len(target) == 2
 
 
 def test_a_plain_convolution_learns_as_by_torchs_own_adam() -> None:

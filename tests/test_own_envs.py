@@ -22,7 +22,7 @@ from minirl.checks import ConfigError
 from minirl.envs.again import played_again
 from minirl.envs.guard import OURS, EnvError, Guard, as_taken
 from minirl.envs.ids import is_box2d
-from minirl.envs.make import make_env
+from minirl.envs.make import make_env, make_vector_env
 from minirl.envs.state import CantCapture, OtherPart, capture, decode, encode, restore
 from minirl.envs.vector import VectorEnv
 from minirl.evaluate import evaluate
@@ -307,6 +307,14 @@ def test_an_episode_whose_world_cannot_be_read_is_played_again(draws: bool) -> N
 
 def test_box2d_is_known_by_where_it_lies() -> None:
     assert [is_box2d(env_id) for env_id in ("LunarLander-v3", "BipedalWalker-v3", "CartPole-v1")] == [True, True, False]
+
+
+def test_what_a_resumed_episode_would_lose_can_not_be_set() -> None:
+    pytest.importorskip("Box2D")
+    with make_vector_env("LunarLander-v3", 1) as envs:
+        with pytest.raises(AttributeError, match="resumed by playing its episode again, and would lose 'wind_power'"):
+            envs.set_attr("wind_power", 0.5)
+        envs.set_attr("_max_episode_steps", 5)  # of a wrapper, which is saved
 
 
 @pytest.mark.parametrize("env_id", ["tests.own_envs:Falls-v0", "LunarLander-v3", "LunarLanderContinuous-v3"])

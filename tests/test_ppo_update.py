@@ -253,7 +253,7 @@ def test_a_training_without_a_compiler_warns_once_and_goes_on(tmp_path: Path, mo
         warnings.simplefilter("default")
         train(config, run_dir=tmp_path / "run", device="cpu")
     assert [str(warning.message) for warning in caught if "compil" in str(warning.message)] == [
-        "compilation failed, going on without: no C++ compiler here"
+        "not compiled: no C++ compiler here"
     ]
     assert len(asked_for) == 2, "acting, and the update"
 

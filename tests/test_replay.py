@@ -129,6 +129,21 @@ def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_siz
             check(buffer, players, min(64, len(buffer)))
 
 
+def test_two_memories_of_one_run_have_files_of_their_own(tmp_path: Path) -> None:
+    saved = {}
+    for name in ("memory", "memory-of-demonstrations"):
+        buffer, players = ReplayBuffer(20, PIXELS, stacked=True), Players(1, mean_length=5, seed=len(name))
+        for _ in range(10):
+            players.step(buffer)
+        saved[name] = buffer, MemoryFiles(tmp_path, name).save(buffer)
+    for name, (buffer, state) in saved.items():
+        loaded, files = ReplayBuffer(20, PIXELS, stacked=True), MemoryFiles(tmp_path, name)
+        files.load(loaded, state)
+        for mine, other in zip(everything(buffer), everything(loaded), strict=True):
+            np.testing.assert_array_equal(mine, other)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_after_a_cut_the_old_episodes_end_and_the_new_ones_start_with_their_own_frames(num_envs: int) -> None:
     """A resumed run whose environments could not be saved starts new games in the middle of the old ones."""

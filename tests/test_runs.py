@@ -1,5 +1,6 @@
 """Checkpoints, signals, progress and what goes to TensorBoard."""
 
+import collections
 import contextlib
 import errno
 import functools
@@ -31,6 +32,7 @@ from minirl.runs.checkpoints import (
     set_random_state,
 )
 from minirl.runs.directory import claim, default_run_dir
+from minirl.runs.events import Events
 from minirl.runs.progress import Progress
 from minirl.runs.run import Run, Stopped, seed_everything
 
@@ -465,6 +467,37 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_checkpoint_be
             run.checkpoint(50, dict)
     assert load_checkpoint(tmp_path / "run", "ppo")["global_step"] == 0
     assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_run_closes_its_files_does_not_cut_them(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, closed = Events.close, []
+
+    def struck(events: Events) -> None:
+        signal.raise_signal(number)
+        close(events)
+        closed.append(events)
+
+    monkeypatch.setattr(Events, "close", struck)
+    handler = signal.getsignal(number)
+    with Run("ppo", CONFIG, tmp_path / "run", total=100):
+        pass
+    assert len(closed) == 1
+    assert signal.getsignal(number) is handler
+
+
+def test_any_kind_of_dictionary_is_saved_as_a_plain_one(tmp_path: Path) -> None:
+    counts = collections.Counter({"a": 3})
+    counts["a"] = np.int64(3)  # type: ignore[assignment]
+    nested = collections.defaultdict(list, b=[np.zeros(2), None, (np.float32(0.5),)])
+    save_checkpoint(tmp_path / "checkpoint.pt", {"counts": counts, "nested": nested})
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["counts"] == {"a": 3}
+    assert [type(value) for value in saved.values()] == [dict, dict]
+    assert torch.equal(saved["nested"]["b"][0], torch.zeros(2, dtype=torch.float64))
+    assert saved["nested"]["b"][1:] == [None, (0.5,)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -176,7 +176,7 @@ class VectorEnv:
         """Set an attribute of every environment, such as a level: of its outermost layer that has it.
 
         Raises:
-            AttributeError: if none has it.
+            AttributeError: if none has it, or a resumed run would lose it (LunarLander's own attributes).
             RuntimeError: if one of `halves` is playing.
         """
         mine = self._open_group()
@@ -184,7 +184,9 @@ class VectorEnv:
             raise RuntimeError("these environments are playing: finish them first")
         mine.set_attr(name, value)
         self._ask_workers("set", (name, value))
-        self._hear_workers()
+        for answer in [worker.receive() for worker in self._workers]:
+            if isinstance(answer, AttributeError):
+                raise answer
 
     def capture(self) -> State:
         """Return the state of each environment, unchanged, as plain data (`minirl.envs.state`).

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minirl.checks import ConfigError, described
+from minirl.envs.again import PlayedAgain
 from minirl.envs.atari import shows_stacks
 from minirl.envs.episode import statistics_of
 from minirl.envs.guard import EnvError, Guard
@@ -35,6 +36,7 @@ from minirl.envs.state import (
     CantRestore,
     capture,
     capture_generators,
+    layers_of,
     restore,
     restore_generators,
     seed_generators,
@@ -213,10 +215,19 @@ class EnvGroup:
                     raise EnvError(f"{self.envs[row]} gave {what} that is not finite")
 
     def set_attr(self, name: str, value: Any) -> None:
-        """Set an attribute of every environment, of its outermost layer that has it."""
+        """Set an attribute of every environment, of its outermost layer that has it.
+
+        Raises:
+            AttributeError: if none has it, or it would be lost when the run is resumed.
+        """
         for env in self.envs.values():
-            if not env.env.set_wrapper_attr(name, value, force=False):
+            layers = list(layers_of(env.env))
+            owner = next((layer for layer in layers if hasattr(layer, name)), None)
+            if owner is None:
                 raise AttributeError(f"{env.name} has no attribute {name!r}")
+            if owner is layers[-1] and any(isinstance(layer, PlayedAgain) for layer in layers):
+                raise AttributeError(f"{env.name} is resumed by playing its episode again, and would lose {name!r}")
+            setattr(owner, name, value)
 
     def capture(self) -> dict[int, Any]:
         """Return the state of each environment, by row."""
@@ -332,7 +343,10 @@ def _work(connection: Connection, make_env: MakeEnv, parts: Sequence[range], fir
                 elif command == "step":
                     result = group.step(arrays, argument)
                 elif command == "set":
-                    group.set_attr(*argument)
+                    try:
+                        group.set_attr(*argument)
+                    except AttributeError as error:
+                        result = error
                 elif command == "capture":
                     result = group.capture(), capture_generators()
                 else:

@@ -143,6 +143,7 @@ class Compiled:
         self.trained: list[bool] | None = None  # which parameters were not frozen at the last check
         self.arguments: Sequence[Any] = ()  # of the last call, if calls are recorded
         self.whole: Callable[..., Any] | None = None
+        self.looks = 0  # how often it was found that other parameters have a gradient
         self.variants = 0  # how many were compiled here
         self.before = 0  # what the optimiser's state said of a run that is resumed
 
@@ -161,9 +162,12 @@ class Compiled:
         except torch._dynamo.exc.TorchDynamoException as error:
             # A parameter that has a gradient now may have had none at the last check, or the reverse. Or Ctrl-C has
             # ended the C++ compiler, which it reaches as well: this run stops later, and as a compiled one.
-            self.trained = None
+            self.trained, self.looks = None, self.looks + 1
             for optimizer in self.optimizers:
                 optimizer.release()
+            if self.looks > torch._dynamo.config.recompile_limit:
+                why = "which weights have a gradient changes again and again, perhaps by another step of the optimiser"
+                return self._give_up(CantCompile(why), arguments)
             with contextlib.suppress(torch._dynamo.exc.TorchDynamoException):
                 return self._call(arguments)
             return self._give_up(error, arguments)
@@ -261,19 +265,24 @@ class Compiled:
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Allocate `.grad` for the parameters to which the function gives a gradient.
 
-        To find them, it is called once, with copies of all that it may change: what it is given, and what it reads
-        from its module and from functions around it.
+        To find them, it is called once, with copies of what it may change: what it is given, and what it reads by name
+        from its module and from functions around it. What it reaches in other ways, such as an attribute of a class or
+        a mutable default, it changes once more than without compiling.
 
         Raises:
-            CantCompile: if it draws from Python's or NumPy's global generator, or sets an optimiser's own attribute.
+            CantCompile: if it can't be called with copies, draws from Python's or NumPy's global generator, or sets an
+                optimiser's own attribute.
         """
         networks = [item for item in self.bound if isinstance(item, nn.Module)]
         forwards = [type(layer).forward for network in networks for layer in network.modules()]
         places = places_read_by([self.function, *forwards], but_in=NOT_THEIRS)
-        values = [place.value for place in places]
         memo: dict[int, Any] = {}
-        whole = (self.function, self.bound, self.parameters, tuple(arguments), values)
-        function, twins, copies, given, others = copy.deepcopy(whole, memo)
+        try:
+            whole = (self.function, self.bound, self.parameters, tuple(arguments))
+            function, twins, copies, given = copy.deepcopy(whole, memo)
+        except Exception as error:  # a copy may raise anything
+            raise CantCompile(f"what it is given can't be copied, to try it: {error}") from error
+        others = [place.copied(memo) for place in places]
         own: list[tuple[Optimizer, dict[str, Any]]] = []  # copied optimisers, with what is not PyTorch's of them
         for item, twin in zip(self.bound, twins, strict=True):
             if isinstance(item, Optimizer):  # whose own way of copying leaves that out
@@ -298,8 +307,8 @@ class Compiled:
             random.setstate(before["Python's `random`"])
             np.random.set_state(before["NumPy's `np.random`"])  # noqa: NPY002
         for twin, attributes in own:
-            for name, value in attributes.items():
-                if getattr(twin, name) is not value:
+            for name, value in own_attributes(twin).items():
+                if attributes.get(name, twin) is not value:
                     raise CantCompile(f"the optimiser's `step` sets `{name}`, which is lost; keep it in `param_groups`")
         for name in before:
             if pickle.dumps(before[name]) != pickle.dumps(after[name]):
@@ -324,7 +333,7 @@ class Compiled:
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
         theirs = [place for place in places if not place[0].startswith(NOT_THEIRS)]
         where = f" ({theirs[-1][0]}, line {theirs[-1][1]})" if theirs else ""
-        warnings.warn(f"compilation failed, going on without: {reason}{where}", stacklevel=1)  # once, from any caller
+        warnings.warn(f"not compiled: {reason}{where}", stacklevel=1)  # once, from any caller
         self.enabled = False
         for optimizer in self.optimizers:
             optimizer.put_back()

@@ -129,10 +129,10 @@ class Layers:
         self._look()
 
     def _look(self) -> None:
-        self.modules = list(self.network.modules())
+        self.by_name = dict(self.network.named_modules())
+        self.modules = list(self.by_name.values())
         self.owners = [module._modules for module in self.modules]
         self.children = _children(self.owners)
-        self.parameters_of = [module._parameters for module in self.modules if module._parameters]
 
     def changed(self) -> bool:
         """Look whether they are what they were, and if not, look them up again."""
@@ -144,18 +144,20 @@ class Layers:
     def parameters(self) -> list[Tensor]:
         """Return the parameters, each once, as `nn.Module.parameters` does."""
         self.changed()
-        weights = (weight for owned in self.parameters_of for weight in owned.values() if weight is not None)
+        weights = (weight for module in self.modules for weight in module._parameters.values() if weight is not None)
         return list({id(weight): weight for weight in weights}.values())
 
     def copy_buffers(self, other: "Layers") -> None:
         """Copy another network's buffers, also those that came later: a layer may put another tensor in its place."""
-        for behind, ahead in zip(self.modules, other.modules, strict=True):
+        for place, ahead in other.by_name.items():
             for name, buffer in ahead._buffers.items():
-                mine = behind._buffers.get(name)
-                if buffer is not None and mine is not None:
+                if buffer is None or place not in self.by_name:  # a layer that only the other one has
+                    continue
+                buffers = self.by_name[place]._buffers
+                if (mine := buffers.get(name)) is not None:
                     mine.copy_(buffer)
-                elif buffer is not None:
-                    behind._buffers[name] = buffer.clone()
+                else:
+                    buffers[name] = buffer.clone()
 
 
 class InTraining:

@@ -1,5 +1,7 @@
 """What a function reads that is not among its arguments, so that a trial call can be given copies of it."""
 
+import copy
+import dis
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +14,15 @@ class Place(NamedTuple):
     holder: dict[str, Any] | types.CellType
     name: str
     value: Any
+
+    def copied(self, memo: dict[int, Any]) -> Any:
+        """Return a copy of the value; itself if it can't be copied, as an open file, or means itself, as `object()`."""
+        if type(self.value) is object:
+            return self.value
+        try:
+            return copy.deepcopy(self.value, memo)
+        except Exception:  # a copy may raise anything
+            return self.value
 
     def put(self, value: Any) -> None:
         """Put a value there."""
@@ -54,7 +65,7 @@ def _read_by(function: types.FunctionType) -> Iterator[Place]:
             continue
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Return all names in a function's code, and in that of the functions within it."""
-    within = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, within))
+def _names(code: types.CodeType) -> set[Any]:
+    """Return the names that a function's code, and that of the functions within it, reads from its module."""
+    read = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return read.union(*(_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)))

@@ -37,7 +37,7 @@ def play_games(
     obs = envs.reset(seed=seed)
     while (played := sum(map(len, returns))) < episodes:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"they take more than {patience:.0f} seconds; --final-games N plays them")
+            raise TimeoutError(f"they take more than {patience:.0f} seconds")
         if progress is not None:
             progress.update(played)
         step = envs.step(policy(obs))

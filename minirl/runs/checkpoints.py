@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from minirl.checks import ConfigError
 from minirl.envs.state import capture_generators, restore_generators
@@ -26,6 +26,9 @@ BEST_FILE = "best.pt"
 
 # What every algorithm's checkpoint holds.
 COMMON = {"global_step": int, "returns": list, "best_return": float, "seconds": float, "random_state": dict}
+
+# What PyTorch's optimisers keep for each weight, in the weight's shape; the rest of their state has other shapes.
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
 
 State = dict[str, Any]
 
@@ -54,7 +57,7 @@ def save_checkpoint(path: Path, state: State) -> None:
 def _saved(state: State) -> memoryview:
     """Return the bytes of a file of `state`. Python writes them, as its errors say what is wrong with a disk."""
     content = io.BytesIO()
-    torch.save(tree_map(_plain, state), content)
+    torch.save(_with_tensors(state), content)
     return content.getbuffer()
 
 
@@ -68,11 +71,17 @@ def _unreadable(name: str, value: Any) -> Iterator[str]:
         yield from places or [f"{name} is a {type(value).__name__}"]
 
 
-def _plain(value: Any) -> Any:
-    """Return a tensor for an array, Python's number for one of NumPy's: `weights_only=True` reads neither."""
+def _with_tensors(value: Any) -> Any:
+    """Return plain data with tensors in place of arrays: `weights_only=True` reads no arrays."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
-    return value.item() if isinstance(value, np.bool_ | np.number) else value
+    if isinstance(value, np.bool_ | np.number):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _with_tensors(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_with_tensors(item) for item in value)
+    return value
 
 
 @contextlib.contextmanager
@@ -206,15 +215,23 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
 
 
 def _fit_to_this_machine(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimiser from a checkpoint, perhaps another machine's, fit its parameters here."""
+    """Make an optimiser from a checkpoint, perhaps another machine's, fit its parameters here.
+
+    Raises:
+        ValueError: if its moments are of parameters of other shapes: they come in order, and fused kernels read on.
+    """
     for group in optimizer.param_groups:
         if "capturable" in group:  # true on a GPU, an error on a CPU
             group["capturable"] &= all(parameter.is_cuda for parameter in group["params"])
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
+        for name in MOMENTS & state.keys():
+            value = state[name]
+            if value is None:
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError("the optimiser is of a network of other shapes")
             # Fused kernels go by memory, not by shape: moments need their parameter's layout.
-            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:

@@ -7,6 +7,7 @@ does, so that a kill at any moment leaves a checkpoint with its own memory.
 """
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,21 @@ class MemoryFiles:
 
     Args:
         run_dir: where they are; None for a run that writes nothing.
+        name: what their names begin with; a second memory needs another.
     """
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path | None, name: str = "memory") -> None:
+        self.run_dir, self.name = run_dir, name
         self.spans: list[tuple[int, int]] = []
 
     def save(self, memory: ReplayBuffer) -> State:
         """Write what was added since the last call; return what a checkpoint holds of the memory."""
         assert self.run_dir is not None
         kept = {self._file(span) for span in self.spans}  # what belongs to the checkpoint on disk
-        for file in {*self.run_dir.glob("memory-*.npz"), *self.run_dir.glob(".memory-*.tmp")} - kept:
-            file.unlink()
+        mine = re.compile(rf"\.?{re.escape(self.name)}-\d+-\d+\.npz(\.tmp)?")
+        for file in self.run_dir.iterdir():
+            if mine.fullmatch(file.name) and file not in kept:
+                file.unlink()
         first = self.spans[-1][1] if self.spans else 0
         self.spans = [span for span in self.spans if span[1] > memory.added - memory.length]
         first = max(first, memory.added - memory.length)
@@ -209,4 +213,4 @@ class MemoryFiles:
 
     def _file(self, span: tuple[int, int]) -> Path:
         assert self.run_dir is not None
-        return self.run_dir / f"memory-{span[0]}-{span[1]}.npz"
+        return self.run_dir / f"{self.name}-{span[0]}-{span[1]}.npz"

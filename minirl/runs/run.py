@@ -156,7 +156,7 @@ class Run:
         self.starter = os.getppid()
         self.several = world_size() > 1  # ranks
         self.events: Events | None = None
-        self._stack = contextlib.ExitStack()  # what ends with the run
+        self._stack, self._handlers = contextlib.ExitStack(), contextlib.ExitStack()  # what ends with the run, in turn
         broadcast_from_rank_0(lambda: self._open(resumed, done / total))
         self.progress = Progress(total, done=done, unit=unit, shown=rank() == 0)
         self._stack.callback(self.progress.close)
@@ -198,7 +198,7 @@ class Run:
     def __enter__(self) -> "Run":
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in stop_signals():
-                self._stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                self._handlers.callback(signal.signal, number, signal.signal(number, self._on_signal))
         try:
             if self.network is not None:
                 self.turns = self._stack.enter_context(tuned(self.network, self.config.num_threads))
@@ -208,7 +208,8 @@ class Run:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self._stack.__exit__(*raised)
+        with self._handlers:  # to the end, or a signal would leave files half written
+            self._stack.__exit__(*raised)
 
     def _close_events(self, kind: object, error: BaseException | None, trace: object) -> None:
         assert self.events is not None

@@ -192,11 +192,12 @@ class Processes:
         return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self.stopped:
-            say("each seed saves before it stops; once more stops at once")
-        elif is_hangup(number):
+        if self.stopped and is_hangup(number):
             return
-        self._stop(number)
+        first = not self.stopped
+        self._stop(number)  # before the line: nobody may read it
+        if first:
+            say("each seed saves before it stops; once more stops at once")
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number

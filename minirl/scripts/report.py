@@ -72,7 +72,10 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
         if games != 0 and not judges_itself(settings):
             with left_out("the games after the training"):
                 number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
-                result = evaluate(run_dir, episodes=number, device=device, patience=patience)
+                try:
+                    result = evaluate(run_dir, episodes=number, device=device, patience=patience)
+                except TimeoutError as error:
+                    raise TimeoutError(f"{error}; --final-games N plays them") from None
                 say(in_one_line(result))
                 with written_anew(run_dir, "games", global_step) as writer:
                     writer.add_scalar("eval/mean_return", result["mean_return"], global_step)
