@@ -2,6 +2,7 @@
 
 import copy
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -40,8 +41,10 @@ def places_read_by(functions: Iterable[Callable[..., Any]], *, but_in: tuple[str
     places: dict[tuple[int, str], Place] = {}
     waiting, seen = list(functions), set[int]()
     while waiting:
-        function = inspect.unwrap(waiting.pop())
-        function = getattr(function, "__func__", function)  # of a method
+        function = waiting.pop()
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = inspect.unwrap(getattr(function, "__func__", function))  # of a method, of decorators
         if not isinstance(function, types.FunctionType) or id(function) in seen:
             continue
         seen.add(id(function))
