@@ -19,13 +19,9 @@ run does as before, or says why its bits may differ.
 """
 
 import contextlib
-import copy
 import functools
 import inspect
 import logging
-import os
-import pickle
-import random
 import re
 import shutil
 import struct
@@ -37,7 +33,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,10 +41,8 @@ from torch.utils._pytree import tree_leaves
 
 from minirl.distributed import PATIENT, wait_at_most
 from minirl.fast import gpu
-from minirl.fast.rewrites import CantCompile, StandIn, Steppable, Traceable, own_attributes
-from minirl.fast.surroundings import places_read_by
-
-NOT_THEIRS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))  # code that users do not edit
+from minirl.fast.rewrites import CantCompile, StandIn, Steppable, Traceable
+from minirl.fast.trial import NOT_THEIRS, parameters_reached
 
 # On the CPU there is no Python between the kernels, and shapes are not checked again there, which halves the time of a
 # network like CartPole's. A GPU gets the compiler's own wrapper: `cpp_wrapper` needs CUDA's headers, which PyTorch does
@@ -265,56 +258,12 @@ class Compiled:
     def _make_gradients(self, arguments: Sequence[Any]) -> None:
         """Allocate `.grad` for the parameters to which the function gives a gradient.
 
-        To find them, it is called once, with copies of what it may change: what it is given, and what it reads by name
-        from its module and from functions around it. What it reaches in other ways, such as an attribute of a class or
-        a mutable default, it changes once more than without compiling.
-
         Raises:
-            CantCompile: if it can't be called with copies, draws from Python's or NumPy's global generator, or sets an
-                optimiser's own attribute.
+            CantCompile: if the function does what compiled code would lose.
         """
-        networks = [item for item in self.bound if isinstance(item, nn.Module)]
-        forwards = [type(layer).forward for network in networks for layer in network.modules()]
-        places = places_read_by([self.function, *forwards], but_in=NOT_THEIRS)
-        memo: dict[int, Any] = {}
-        try:
-            whole = (self.function, self.bound, self.parameters, tuple(arguments))
-            function, twins, copies, given = copy.deepcopy(whole, memo)
-        except Exception as error:  # a copy may raise anything
-            raise CantCompile(f"what it is given can't be copied, to try it: {error}") from error
-        others = [place.copied(memo) for place in places]
-        own: list[tuple[Optimizer, dict[str, Any]]] = []  # copied optimisers, with what is not PyTorch's of them
-        for item, twin in zip(self.bound, twins, strict=True):
-            if isinstance(item, Optimizer):  # whose own way of copying leaves that out
-                own.append((twin, copy.deepcopy(own_attributes(item), memo)))
-                vars(twin).update(own[-1][1])
-        seen: set[int] = set()
-        for weight in copies:
-            if weight.requires_grad:
-                weight.grad = None
-                weight.register_post_accumulate_grad_hook(lambda weight: seen.add(id(weight)))
-        devices = [self.device] if self.device.type == "cuda" else []
-        before = global_generators()
-        try:
-            for place, other in zip(places, others, strict=True):
-                place.put(other)
-            with torch.random.fork_rng(devices=devices):
-                function(*twins, *given)
-        finally:
-            for place in places:
-                place.put(place.value)
-            after = global_generators()
-            random.setstate(before["Python's `random`"])
-            np.random.set_state(before["NumPy's `np.random`"])  # noqa: NPY002
-        for twin, attributes in own:
-            for name, value in own_attributes(twin).items():
-                if attributes.get(name, twin) is not value:
-                    raise CantCompile(f"the optimiser's `step` sets `{name}`, which is lost; keep it in `param_groups`")
-        for name in before:
-            if pickle.dumps(before[name]) != pickle.dumps(after[name]):
-                raise CantCompile(f"it draws from {name}, which PyTorch's compiler gets wrong; draw by PyTorch")
-        for weight, twin in zip(self.parameters, copies, strict=True):
-            if id(twin) not in seen:
+        reached = parameters_reached(self.function, self.bound, self.parameters, arguments, self.device)
+        for weight, has_gradient in zip(self.parameters, reached, strict=True):
+            if not has_gradient:
                 weight.grad = None
             elif weight.grad is None:  # otherwise it may be in the middle of adding up
                 weight.grad = torch.zeros_like(weight)
@@ -348,11 +297,6 @@ class Compiled:
         now = max(self.before, 1 + (self.variants > SETTLED)) if self.enabled else 0
         for group in self._groups():
             group["compiled"] = now
-
-
-def global_generators() -> dict[str, Any]:
-    """Return the states of the generators that PyTorch does not know, by name."""
-    return {"Python's `random`": random.getstate(), "NumPy's `np.random`": np.random.get_state()}  # noqa: NPY002
 
 
 def drop_unfinished_files() -> None:
