@@ -469,7 +469,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_checkpoint_be
     assert not list((tmp_path / "run").glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_a_run_closes_its_files_does_not_cut_them(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
