@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from minirl.q_learning import QLearningConfig
 from minirl.runs.checkpoints import load_checkpoint
 from minirl.runs.directory import lock, save_config
 from minirl.runs.flags import make_parser
-from minirl.runs.seeds import Processes, read_seeds, side_by_side, summary, train_seeds
+from minirl.runs.seeds import Processes, _say_how_to_go_on, read_seeds, side_by_side, summary, train_seeds
 from minirl.scripts.train import run_training
 
 ROOT = Path(__file__).parent.parent
@@ -296,3 +297,12 @@ def test_a_taken_directory_is_refused_before_anything_starts(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="holds a run; continue it with --resume"):
         train_seeds("q_learning", QLearningConfig(), [], {0: tmp_path / "new", 1: tmp_path})
     assert not (tmp_path / "new").exists()
+
+
+def test_how_to_go_on_is_a_command_that_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dirs = {seed: tmp_path / "two words" / f"seed{seed}" for seed in (0, 1)}
+    run_dirs[0].mkdir(parents=True)
+    (run_dirs[0] / "checkpoint.pt").touch()
+    _say_how_to_go_on(run_dirs)
+    line = capsys.readouterr().err.splitlines()[0].removeprefix("go on with seed 0: ")
+    assert shlex.split(line)[2:] == ["--resume", str(run_dirs[0])]
