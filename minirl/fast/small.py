@@ -122,7 +122,7 @@ def _layer(module: nn.Module) -> Layer | None:
 
 
 class Layers:
-    """The modules of a network, looked up again only when one was replaced: that takes as long as a small network."""
+    """The modules of a network. They are looked up again only when one was replaced: a look takes a network's time."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -136,8 +136,8 @@ class Layers:
 
     def changed(self) -> bool:
         """Look whether they are what they were, and if not, look them up again."""
-        if same := _children(self.owners) == self.children:
-            return not same
+        if _children(self.owners) == self.children:
+            return False
         self._look()
         return True
 
