@@ -6,7 +6,6 @@ import random
 import shlex
 import struct
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -542,7 +541,6 @@ def test_a_number_that_never_stays_the_same_is_given_up_on_and_named(capfd: pyte
 
 MISSING = object()
 FILE: Any = sys.stderr
-data: Any = threading.Lock()
 
 
 class Count:
@@ -601,14 +599,14 @@ def test_looking_for_gradients_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("without_inductor")
 def test_what_can_not_be_copied_is_left_where_it_is() -> None:
-    """An open file, a sentinel that is told by what it is, and a name that is only an attribute's here."""
+    """An open file, and a sentinel that is told by what it is."""
 
     def step(network: nn.Module, optimizer: torch.optim.Optimizer, scale: Any = MISSING) -> None:
         optimizer.zero_grad()
         loss = network(torch.ones(1, 1)).sum()
         (loss if scale is MISSING else scale).backward()
         if loss.shape == (7,):
-            print(loss.data, file=FILE)
+            print(loss, file=FILE)
         optimizer.step()
 
     network = nn.Linear(1, 1)
@@ -616,7 +614,6 @@ def test_what_can_not_be_copied_is_left_where_it_is() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call()
-    assert data.acquire(blocking=False)
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -131,7 +131,7 @@ def test_a_memory_that_was_saved_and_loaded_is_the_same_byte_for_byte_at_any_siz
 
 def test_two_memories_of_one_run_have_files_of_their_own(tmp_path: Path) -> None:
     saved = {}
-    for name in ("memory", "memory-of-demonstrations"):
+    for name in ("memory-of-demonstrations", "memory"):  # the second's files are no pattern for the first's
         buffer, players = ReplayBuffer(20, PIXELS, stacked=True), Players(1, mean_length=5, seed=len(name))
         for _ in range(10):
             players.step(buffer)
