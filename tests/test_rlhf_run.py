@@ -193,3 +193,17 @@ def test_it_learns_what_the_hidden_rule_likes(monkeypatch: pytest.MonkeyPatch, t
     assert after["hidden_score"] > 0.85
     assert after["grammatical"] > 0.7  # the reward model has seen less than by default, and is followed too far
     assert after["kl"] < 10
+
+
+def test_a_stage_begins_without_the_gradients_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping would count those of weights that somebody freezes in between, and a resumed run has none."""
+    learn, seen = rlhf.train_policy, []
+
+    def watched(policy: Any, *rest: Any) -> Any:
+        seen.append([weight.grad for weight in policy.parameters()])
+        yield from learn(policy, *rest)
+
+    monkeypatch.setattr(rlhf, "train_policy", watched)
+    train(CONFIG, device="cpu")
+    assert len(seen) == 1
+    assert all(gradient is None for gradient in seen[0])
