@@ -217,7 +217,7 @@ class Compiled:
         """Go on as before the run was stopped."""
         before = [group["compiled"] for group in self._groups() if "compiled" in group]
         if before and not all(before):
-            raise CantCompile("it was not compiled before the run was stopped")
+            raise CantCompile("its optimiser's steps were not before, in this run or the one that it goes on with")
         self.before = max(before, default=0)
         if self.before > 1:
             limit = torch._dynamo.config.recompile_limit
@@ -277,6 +277,8 @@ class Compiled:
             reason += f" {more[0].strip()}"
         if "marked that the function `Optimizer." in str(error):
             reason = "an optimiser must be among the bound arguments, not an attribute or a name of the module"
+        if "data-dependent" in reason.lower():
+            reason = "what it does next depends on the value of a tensor"
         if "grad_fn" in reason:
             reason += "; what is returned must be detached"
         places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
