@@ -52,7 +52,7 @@ STAGES = ("lm", "reward", "ppo")
 HELD_OUT, CHUNK = 2_000, 512  # pairs that the reward model is evaluated on; texts generated or scored at once
 WARMUP, EVALUATE_EVERY = 0.05, 64  # share of a stage with a rising rate; gradient steps between evaluations
 
-Step = tuple[dict[str, float], list[Episode]]  # what to log of one step
+Step = tuple[int, dict[str, float], list[Episode]]  # of one step: how many texts, and what to log
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,11 @@ class RLHFConfig:
         """Updates of PPO: the last one may go past `num_episodes`."""
         return math.ceil(self.num_episodes / self.batch_size)
 
-    def plan(self, num_pairs: int) -> dict[str, tuple[int, int]]:
-        """Return for each stage the texts per step (two per pair) and the number of steps."""
-        batches = self.reward_epochs * math.ceil(num_pairs / self.reward_batch_size)
-        sizes = (self.lm_batch_size, 2 * self.reward_batch_size, self.batch_size)
-        steps = zip(sizes, (self.lm_steps, batches, self.num_updates), strict=True)
-        return dict(zip(STAGES[: STAGES.index(self.stage) + 1], steps, strict=False))
+    def plan(self, num_pairs: int) -> dict[str, int]:
+        """Return the number of texts in each stage; a pair has two."""
+        learned, rated = self.lm_steps * self.lm_batch_size, self.reward_epochs * 2 * num_pairs
+        texts = (learned, rated, self.num_updates * self.batch_size)
+        return dict(zip(STAGES[: STAGES.index(self.stage) + 1], texts, strict=False))
 
 
 class LanguageModel(nn.Module):
@@ -288,10 +287,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float, warmup:
 
 
 def pretrain(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Texts, config: RLHFConfig, first: int = 0
+    model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Texts, config: RLHFConfig, done: int = 0
 ) -> Iterator[Step]:
-    """Stage 1: learn to predict the tokens of a corpus, from gradient step `first` on."""
-    for step in range(first, config.lm_steps):
+    """Stage 1: learn to predict the tokens of a corpus, after the first `done` texts."""
+    for step in range(done // config.lm_batch_size, config.lm_steps):
         rate = set_rate(optimizer, config.lm_learning_rate, (step + 1) / (config.lm_steps + 1), WARMUP)
         chosen = torch.randint(len(corpus.tokens), (config.lm_batch_size,), device=corpus.tokens.device)
         texts = corpus.rows(chosen)._replace(prompt_length=torch.ones_like(chosen))  # prompts are learned, too
@@ -301,17 +300,18 @@ def pretrain(
             "losses/lm_loss": loss.item(),
         }
         require_finite_losses(losses, "gradient step of the language model", step + 1)
-        yield {**losses, "charts/learning_rate": rate}, []
+        yield config.lm_batch_size, {**losses, "charts/learning_rate": rate}, []
 
 
 def train_reward_model(
-    reward: LanguageModel, optimizer: torch.optim.Optimizer, pairs: Pairs, config: RLHFConfig, first: int = 0
+    reward: LanguageModel, optimizer: torch.optim.Optimizer, pairs: Pairs, config: RLHFConfig, done: int = 0
 ) -> Iterator[Step]:
-    """Stage 2: learn which text of a pair was chosen, from gradient step `first` on; at the end, scale the scores."""
+    """Stage 2: learn which text of a pair was chosen, after the first `done` texts; at the end, scale the scores."""
     chosen, rejected = pairs.learned()
     steps_each = math.ceil(len(chosen.tokens) / config.reward_batch_size)
     last = config.reward_epochs * steps_each
-    for step in range(first, last):
+    epochs, rest = divmod(done // 2, len(chosen.tokens))  # the last step of an epoch has what is left of its pairs
+    for step in range(epochs * steps_each + rest // config.reward_batch_size, last):
         rate = set_rate(optimizer, config.reward_learning_rate, (step + 1) / (last + 1), WARMUP)
         epoch, number = divmod(step, steps_each)
         # Each epoch's order has its own seed, so that a resumed run finds its place in it.
@@ -331,7 +331,7 @@ def train_reward_model(
                 scores = torch.cat([reward_scores(reward, texts) for texts in (chosen, rejected)])
                 reward.scores.weight.div_(scores.std() + 1e-8)
                 reward.scores.bias.sub_(scores.mean()).div_(scores.std() + 1e-8)
-        yield {**losses, "charts/learning_rate": rate}, []
+        yield 2 * len(batch), {**losses, "charts/learning_rate": rate}, []
 
 
 def gradient_step(
@@ -366,11 +366,11 @@ def train_policy(
     prompts: Texts,
     vocabulary: Vocabulary,
     config: RLHFConfig,
-    first: int = 0,
+    done: int = 0,
 ) -> Iterator[Step]:
-    """Stage 3: PPO on the reward model's scores, from update `first` on. `kl_coef` () adapts to `--kl-target`."""
+    """Stage 3: PPO on the reward model's scores, after the first `done` texts. `kl_coef` () adapts to `--kl-target`."""
     device = prompts.tokens.device
-    for update in range(first, config.num_updates):
+    for update in range(done // config.batch_size, config.num_updates):
         rate = set_rate(optimizer, config.learning_rate, update / config.num_updates if config.anneal_lr else 0)
         drawn = prompts.rows(torch.randint(len(prompts.tokens), (config.batch_size,), device=device))
         texts, log_probs, values = generate(policy, drawn)
@@ -396,7 +396,8 @@ def train_policy(
         if config.kl_target is not None:
             kl_coef.fill_(adapted_kl_coef(kl_coef.item(), metrics["texts/kl"], config.kl_target))
         sums, lengths = rewards.sum(dim=1).tolist(), written.sum(dim=1).tolist()
-        yield {**losses, **metrics, "charts/learning_rate": rate}, list(map(Episode, range(len(sums)), sums, lengths))
+        episodes = list(map(Episode, range(len(sums)), sums, lengths))
+        yield config.batch_size, {**losses, **metrics, "charts/learning_rate": rate}, episodes
 
 
 def train(
@@ -423,7 +424,7 @@ def train(
         raise ConfigError("--text and --preferences must give the texts that the run began with: they have changed")
     prompts = corpus if pairs is None else pairs.learned()[0]
     plan = config.plan(config.num_pairs if pairs is None else len(prompts.tokens))
-    total = sum(size * steps for size, steps in plan.values())
+    total = sum(plan.values())
     done: int = saved["global_step"] if saved else 0
     if done > total:
         raise ConfigError(f"--stage and --num-episodes must go as far as the {done} texts that are done")
@@ -450,25 +451,25 @@ def train(
     with Run("rlhf", config, run_dir, model, total=total, done=done, unit="texts", resumed=saved) as run:
         run.checkpoint(done, state)
         before = 0  # texts of earlier stages
-        for stage, (size, num_steps) in plan.items():
+        for stage, number in plan.items():
             optimizer = optimizers[stage]
-            first = (done - before) // size  # of this stage's steps
-            before += size * num_steps
+            begun = done - before  # of this stage's texts
+            before += number
             if done >= before:
                 continue
             if stage == "lm":
-                steps = pretrain(model, optimizer, corpus, config, first)
+                steps = pretrain(model, optimizer, corpus, config, begun)
             elif stage == "reward":
-                if first == 0:
+                if begun == 0:
                     reward.load_state_dict(model.state_dict())
                 pairs = pairs or make_pairs(model, prompts, vocabulary, config)
-                steps = train_reward_model(reward, optimizer, pairs, config, first)
+                steps = train_reward_model(reward, optimizer, pairs, config, begun)
             else:
-                if first == 0:
+                if begun == 0:
                     reference.load_state_dict(model.state_dict())
-                steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, first)
+                steps = train_policy(model, reference, reward, optimizer, kl_coef, prompts, vocabulary, config, begun)
             model.zero_grad()  # clipping would count what weights that are frozen from here on have from the last stage
-            for scalars, episodes in steps:
+            for size, scalars, episodes in steps:
                 done += size
                 run.log_episodes(done, episodes)
                 run.log(done, scalars)

@@ -493,7 +493,8 @@ def test_settings_that_do_not_fit_into_memory_are_a_mistake_on_a_gpu_too(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "error: the settings must fit into this machine's memory, --num-envs or --num-steps or --hidden-sizes say: "
+        "error: the settings must fit into this machine's memory, --num-envs, --num-steps, --hidden-sizes, "
+        "--cnn-channels, --frame-size say: "
     )
     assert str(error) in line
 
@@ -507,7 +508,8 @@ def test_a_full_device_is_told_in_one_line(device: str, capsys: pytest.CaptureFi
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "error: the settings must fit into this machine's memory, --num-envs or --num-steps or --hidden-sizes say: "
+        "error: the settings must fit into this machine's memory, --num-envs, --num-steps, --hidden-sizes, "
+        "--cnn-channels, --frame-size say: "
     )
     assert not (tmp_path / "run").exists()
 

@@ -129,6 +129,14 @@ def test_a_stream_that_is_closed_leads_nowhere_and_a_full_one_is_an_error(monkey
     assert silenced == [2, 1]
 
 
+def test_letters_that_an_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    progress.open_streams()
+    progress.answer("a caf\u00e9")
+    assert written.getvalue() == b"a caf\\xe9\n"
+
+
 @pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     script = [sys.executable, "train_dqn.py", "--device", "cpu"]

@@ -195,7 +195,7 @@ def mistaken(cartpole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ("line", "message"),
     [
         ("nowhere", "nowhere must be a run directory, and has no config.json"),
-        ("{run} --episodes 0", "--episodes must be a whole number of at least 1, not 0"),
+        ("{run} --episodes 0", "--episodes must be a whole number from 1 to 1000000000000, not 0"),
         ("{run} --episodes x", "--episodes: must be a whole number, not 'x'"),
         ("{run} --seed -1", "--seed must be a whole number from 0 to"),
         ("{run} --video game.avi", "--video must be a file that ends in .mp4"),

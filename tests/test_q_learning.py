@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minirl import evaluate as evaluation
@@ -21,7 +22,7 @@ from minirl import q_learning
 from minirl.checks import ConfigError
 from minirl.envs.gridworld import GridWorld
 from minirl.envs.guard import Guard
-from minirl.envs.make import make_bare_env
+from minirl.envs.make import make_bare_env, time_limit
 from minirl.evaluate import evaluate
 from minirl.plots import read_curve
 from minirl.q_learning import (
@@ -310,6 +311,7 @@ def test_a_policy_that_walks_in_circles_comes_to_an_end(tmp_path: Path, monkeypa
     train(config, run_dir=tmp_path / "run")
     assert max(evaluate(tmp_path / "run", episodes=2)["returns"]) <= -300, "a reward of -1 or less a step"
     assert gym.spec("minirl/GridWorld-v0").max_episode_steps == 1000
+    assert time_limit(EnvSpec("Endless-v0", max_episode_steps=-1)) == 300, "Gymnasium's way to say that there is none"
 
 
 # Run directory, resume, logs

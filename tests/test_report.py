@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minirl.ppo import train as train_ppo
 from minirl.q_learning import QLearningConfig
 from minirl.q_learning import train as train_q
 from minirl.runs.directory import lock
+from minirl.runs.events import Events
 from minirl.scripts import report
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
@@ -82,23 +84,9 @@ def test_a_run_that_another_process_goes_on_with_is_left_alone(
 def test_the_pictures_fit_the_run(
     run: str, kinds: list[str], small_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[str] = []
-    monkeypatch.setattr(report, "SummaryWriter", lambda run_dir, filename_suffix: Recorder(drawn))
-    report.report(small_runs / run, 0, "cpu")
-    assert sorted(drawn) == [f"pictures/{kind}" for kind in kinds]
-
-
-class Recorder:
-    """A SummaryWriter that notes the tags of the figures."""
-
-    def __init__(self, drawn: list[str]) -> None:
-        self.drawn = drawn
-
-    def add_figure(self, tag: str, figure: Any, global_step: int, close: bool) -> None:
-        self.drawn.append(tag)
-
-    def close(self) -> None:
-        pass
+    shutil.copytree(small_runs / run, tmp_path / "run")
+    report.report(tmp_path / "run", 0, "cpu")
+    assert read_events(tmp_path / "run").Tags()["images"] == [f"pictures/{kind}" for kind in kinds]
 
 
 def row_of_hyperparameters(run_dir: Path) -> Any:
@@ -139,6 +127,23 @@ def test_a_finished_run_that_is_resumed_has_one_value_a_step(tmp_path: Path, mon
         assert len(read_events(tmp_path).Images("pictures/q-values")) == 1
 
 
+def test_on_a_full_disk_the_report_is_left_out_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_on_grid(tmp_path, "--final-games 0")
+    before = sorted(tmp_path.iterdir())
+
+    def full(self: Events, summary: Any, global_step: int | None = None) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Events, "add", full)
+    report.report(tmp_path, 2)
+    said = capsys.readouterr().err
+    assert "left out of TensorBoard: the games after the training: [Errno 28] No space left on device\n" in said
+    assert "left out of TensorBoard: the picture q-values: [Errno 28] No space left on device\n" in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("games", [0, 3])
 def test_the_number_of_games_is_a_flag(games: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_on_grid(tmp_path, f"--final-games {games}")
@@ -176,7 +181,7 @@ def test_double_dqn_has_played_its_games_already(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--final-games -1", "--final-games must be a whole number of at least 0, not -1"),
+        ("--final-games -1", "--final-games must be a whole number from 0 to 1000000000000, not -1"),
         ("--final-games x", "--final-games: must be a whole number, not 'x'"),
         ("--final-games 5", "--final-games must be 0 or left out with eval_frequency"),
     ],

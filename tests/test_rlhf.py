@@ -233,7 +233,7 @@ def test_a_text_is_judged_by_its_last_token_whatever_is_behind() -> None:
 
 def last_step(steps: Any) -> tuple[list[Step], dict[str, float]]:
     done = list(steps)
-    return done, done[-1][0]
+    return done, done[-1][1]
 
 
 def adam(model: LanguageModel) -> torch.optim.Adam:
@@ -306,12 +306,18 @@ def test_an_epoch_goes_over_every_pair_once_in_another_order(monkeypatch: pytest
 
     monkeypatch.setattr(rlhf, "reward_scores", spy)
     reward = LanguageModel(40, config)
-    last_step(rlhf.train_reward_model(reward, adam(reward), Pairs(rows, rows, 0, math.nan), config))
+    pairs = Pairs(rows, rows, 0, math.nan)
+    steps, _ = last_step(rlhf.train_reward_model(reward, adam(reward), pairs, config))
+    sizes = [size for size, _, _ in steps]
+    assert sizes == 2 * [14, 14, 14, 14, 4], "two texts of each pair"
+    for number in (1, 5, 7):
+        rest = list(rlhf.train_reward_model(reward, adam(reward), pairs, config, done=sum(sizes[:number])))
+        assert [size for size, _, _ in rest] == sizes[number:]
     batches = [seen[i : i + 7] for i in (0, 14, 28, 42)] + [seen[56:58]]  # each is scored twice: chosen and rejected
     first_epoch = [number for batch in batches for number in batch]
     assert sorted(first_epoch) == list(range(1, 31))
     assert first_epoch != sorted(first_epoch)
-    second = seen[60:]
+    second = seen[60:120]
     assert sorted(second) == sorted(2 * list(range(1, 31)))
     assert second[:7] != seen[:7]
 
@@ -384,12 +390,12 @@ def test_ppo_raises_the_reward_and_leaves_the_reference_alone() -> None:
     before = small_model().float().state_dict()
     done, _, reference = policy_stage(config)
     assert len(done) == 30
-    scores = [scalars["texts/reward_score"] for scalars, _ in done]
+    scores = [scalars["texts/reward_score"] for _, scalars, _ in done]
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.1
-    assert done[0][0]["texts/kl"] == pytest.approx(0, abs=1e-3), "the policy begins as the reference"
-    assert done[-1][0]["texts/kl"] > 0.1
+    assert done[0][1]["texts/kl"] == pytest.approx(0, abs=1e-3), "the policy begins as the reference"
+    assert done[-1][1]["texts/kl"] > 0.1
     assert all(torch.equal(weight, before[name]) for name, weight in reference.state_dict().items())
-    scalars, episodes = done[-1]
+    _, scalars, episodes = done[-1]
     returns = sum(episode.episodic_return for episode in episodes) / 32
     assert returns == pytest.approx(scalars["texts/reward_score"] - 0.02 * scalars["texts/kl"], abs=1e-4)
     assert not any("hidden" in tag for tag in scalars), "these are not the grammar's words"
@@ -397,17 +403,17 @@ def test_ppo_raises_the_reward_and_leaves_the_reference_alone() -> None:
 
 def test_the_price_of_a_nat_falls_while_the_kl_is_below_its_target() -> None:
     done, _, _ = policy_stage(dataclasses.replace(SMALL, kl_target=50.0))
-    assert [scalars["charts/kl_coef"] for scalars, _ in done] == pytest.approx([0.1, 0.098])
+    assert [scalars["charts/kl_coef"] for _, scalars, _ in done] == pytest.approx([0.1, 0.098])
 
 
 def test_a_stage_goes_on_from_a_later_step_as_it_would_have() -> None:
     config = dataclasses.replace(SMALL, lm_steps=3, num_episodes=4 * 3)
-    assert len(policy_stage(config, first=2)[0]) == 1
+    assert len(policy_stage(config, done=2 * 4)[0]) == 1
     corpus = padded([([1, 2], [4, 3])], 10)
     model = LanguageModel(6, config)
     rates = [
-        [scalars["charts/learning_rate"] for scalars, _ in rlhf.pretrain(model, adam(model), corpus, config, k)]
-        for k in (0, 1)
+        [scalars["charts/learning_rate"] for _, scalars, _ in rlhf.pretrain(model, adam(model), corpus, config, done)]
+        for done in (0, config.lm_batch_size)
     ]
     assert rates[0][1:] == rates[1]
 

@@ -152,7 +152,7 @@ def test_the_last_stage_is_evaluated_whatever_its_name(monkeypatch: pytest.Monke
         monkeypatch.setattr(f"{module}.STAGES", stages)
     config = RLHFConfig()
     object.__setattr__(config, "stage", "dpo")
-    ends = sum(size * steps for size, steps in [config.plan(config.num_pairs)[stage] for stage in stages[:-1]])
+    ends = sum(config.plan(config.num_pairs)[stage] for stage in stages[:-1])
     assert _stages_done(config, None, ends) == (True, False)
     assert _stages_done(config, None, ends + 1) == (True, True)
 

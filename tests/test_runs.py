@@ -420,8 +420,18 @@ def test_two_processes_never_write_into_one_directory(tmp_path: Path) -> None:
         saved = load_checkpoint(tmp_path / "run", "ppo")
         with pytest.raises(ConfigError, match="--resume must name a run that has stopped: another process writes to"):
             Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved)
-    with Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved):
-        pass
+    with Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved) as run:
+        run.checkpoint(100, dict, finished=True)
+    with pytest.raises(ConfigError, match=r"--resume must name a run that has stopped: .*run went on; try again"):
+        Run("ppo", CONFIG, tmp_path / "run", total=100, resumed=saved)  # which was read before it went on
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "best.pt"])
+def test_what_is_left_of_another_run_is_not_taken_for_this_ones(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(ConfigError, match=f"--run-dir must be a new directory: .* holds {file} of another run"):
+        Run("ppo", CONFIG, tmp_path, total=100)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_a_file_system_without_locks_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

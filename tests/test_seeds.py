@@ -249,6 +249,7 @@ def test_the_table_has_greedy_returns_where_there_are_any(monkeypatch: pytest.Mo
         ("--seeds 0-1 --alpha 7", "--alpha must be a number above 0 and of at most 1, not 7.0"),
         ("--seeds 0-1 --env-id NoSuch-v1", "--env-id must be an environment that Gymnasium can make"),
         ("--seeds 0-1 --run-dir taken", "--run-dir must be new: taken/seed1 holds a run; continue it with --resume"),
+        ("--seeds 0-1 --run-dir a-file/in", "--run-dir must be a directory that can be written, and a-file is none"),
         ("--seeds 4-0", "--seeds: must count up, from 0 to 2147483647, and 4-0 does not"),
         ("--seeds", "--seeds: expected one argument"),
     ],
@@ -258,6 +259,7 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken" / "seed1").mkdir(parents=True)
+    (tmp_path / "a-file").touch()
     save_config(tmp_path / "taken" / "seed1", "q_learning", QLearningConfig())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:

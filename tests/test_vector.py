@@ -449,6 +449,19 @@ def test_evaluation_workers_have_no_torch_either(tmp_path: Path) -> None:
     wait_until_no_process_is_left(process.pid)
 
 
+def test_what_float32_can_not_hold_is_the_environments_fault() -> None:
+    wide = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def huge() -> gym.Env[Any, Any]:
+        return gym.wrappers.TransformObservation(counter(), lambda obs: np.array([0.0, -1e39]), wide)
+
+    with (
+        VectorEnv(huge, 1, num_workers=1) as envs,
+        pytest.raises(EnvError, match=r"in its first reset, gave an observation beyond float32's 3.4e\+38"),
+    ):
+        envs.reset()
+
+
 class Misbehaving(gym.Wrapper[Any, Any, Any, Any]):
     """Does something wrong at its third step."""
 

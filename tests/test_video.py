@@ -149,12 +149,12 @@ def test_a_game_that_does_not_end_is_cut(ending: str, tmp_path: Path, monkeypatc
     def always_1(obs: NDArray[Any]) -> NDArray[np.int64]:
         return np.ones(len(obs), np.int64)
 
-    monkeypatch.setattr(video, "LONGEST_VIDEO", 21)
+    monkeypatch.setattr(video, "LONGEST_VIDEO", 20)
     path = tmp_path / f"a.{ending}"
     assert not record_game(always_1, "tests.fake_envs:DrawnForEver-v0", 0, path)
     pictures = (read_mp4 if ending == "mp4" else read_gif)(path)[0]
     assert len(pictures) == 21
-    assert record_game(always_1, DRAWN, 0, path), "20 steps, and the picture before the first, are a whole game"
+    assert record_game(always_1, DRAWN, 0, path), "20 steps, drawn after the picture before the first, are a whole game"
     assert len((read_mp4 if ending == "mp4" else read_gif)(path)[0]) == 21
 
 

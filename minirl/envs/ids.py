@@ -104,7 +104,7 @@ def making(env_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, EnvError):
+    except (ConfigError, EnvError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, gym.error.DependencyNotInstalled) and (extra := extra_of(env_id)):

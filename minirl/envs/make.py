@@ -114,7 +114,8 @@ def make_bare_env(env_id: str) -> gym.Env[Any, Any]:
 
 def time_limit(spec: EnvSpec) -> int:
     """Return after how many steps an episode is truncated."""
-    return LONGEST_EPISODE if spec.max_episode_steps is None else spec.max_episode_steps
+    limit = spec.max_episode_steps
+    return LONGEST_EPISODE if limit is None or limit == -1 else limit  # Gymnasium's -1: none
 
 
 def env_options(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from minirl.envs.state import (
 )
 
 PATIENCE = 5.0  # seconds for a worker to exit by itself before it is killed
+LARGEST = float(np.finfo(np.float32).max)  # networks compute in float32
 AWAKE = 300e-6  # seconds to poll for a message before going to sleep: waking up takes a third of that
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
@@ -207,12 +208,14 @@ class EnvGroup:
     def _require_finite(self, part: range, columns: dict[str, NDArray[Any]]) -> None:
         rows = slice(part.start, part.stop)
         for what, array in columns.items():
-            # A sum of squares is finite if all numbers are (unless huge), and takes less than half the time.
-            if array.dtype.kind != "f" or math.isfinite(np.vdot(array[rows], array[rows])):
+            # A sum of squares tells in less than half the time, unless numbers are huge.
+            if array.dtype.kind != "f" or float(np.vdot(array[rows], array[rows])) < LARGEST**2:
                 continue
             for row in part:
                 if not np.isfinite(array[row]).all():
                     raise EnvError(f"{self.envs[row]} gave {what} that is not finite")
+                if (np.abs(array[row]) > LARGEST).any():
+                    raise EnvError(f"{self.envs[row]} gave {what} beyond float32's {LARGEST:.1e}")
 
     def set_attr(self, name: str, value: Any) -> None:
         """Set an attribute of every environment, of its outermost layer that has it.

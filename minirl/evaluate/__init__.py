@@ -33,6 +33,7 @@ from minirl.runs.directory import load_settings
 from minirl.runs.flags import Parser, errors_in_one_line, read_path, reader, saved_config
 from minirl.runs.progress import Progress, answer, say
 from minirl.runs.run import seed_everything
+from minirl.runs.settings import MAX_WHOLE
 from minirl.streams import MAX_SEED
 
 TRAINING_SCRIPTS = {
@@ -79,8 +80,8 @@ def evaluate(
         ConfigError: if the run or an argument can't be used.
         EnvError: if the environment fails.
     """
-    if episodes < 1:
-        raise ConfigError(f"--episodes must be a whole number of at least 1, not {episodes}")
+    if not 1 <= episodes <= MAX_WHOLE:
+        raise ConfigError(f"--episodes must be a whole number from 1 to {MAX_WHOLE}, not {episodes}")
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"--seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
     video = None if video is None else Path(video).absolute()

@@ -23,7 +23,8 @@ ROWS = {
 
 @torch.no_grad()
 def evaluate_texts(run_dir: Path, settings: dict[str, Any], number: int, seed: int, device: str) -> dict[str, Any]:
-    """Let the language model and the policy continue the same prompts, none of which was trained on.
+    """Let the language model and the policy continue the same prompts, drawn anew; an opening by the grammar may
+    also have been drawn in training.
 
     Returns:
         `episodes`, the number of texts; `before` and `after`, means over the texts of the language model and of the
@@ -75,7 +76,7 @@ def _prompts(config: RLHFConfig, pairs: Pairs | None, number: int, seed: int) ->
 def _stages_done(config: RLHFConfig, pairs: Pairs | None, done: int) -> tuple[bool, bool]:
     """Return whether a run has finished the reward model, and whether it has begun PPO."""
     number = config.num_pairs if pairs is None else len(pairs.learned()[0].tokens)
-    ends = sum(size * steps for stage, (size, steps) in config.plan(number).items() if stage != STAGES[-1])
+    ends = sum(texts for stage, texts in config.plan(number).items() if stage != STAGES[-1])
     return config.stage != "lm" and done >= ends, config.stage == STAGES[-1] and done > ends
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 # Pillow comes with tensorboard, which can't log a picture without it. OpenCV's own GIF writer is no substitute: in
 # version 5.0 the colours of Pong are off by up to 78 of 255, in a file twenty times the size.
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError, described
 from minirl.distributed import broadcast_from_rank_0
@@ -30,6 +29,7 @@ from minirl.envs.ids import is_atari
 from minirl.envs.make import env_options, make_env
 from minirl.results.play import Policy
 from minirl.runs.checkpoints import atomic_file, untouched_random_state
+from minirl.runs.events import picture_summary
 from minirl.runs.run import Run
 from minirl.streams import Stream, derived_seed
 
@@ -64,7 +64,7 @@ def record_game(
     with contextlib.closing(make_drawn_env(env_id, flag, **shown)) as env:
         game = play_and_draw(policy, env, seed, flag, stopped)
         try:
-            write(path, itertools.islice(game, LONGEST_VIDEO), steps_per_second(env_id))
+            write(path, itertools.islice(game, 1 + LONGEST_VIDEO), steps_per_second(env_id))  # 1 before the first step
         except OSError as error:
             raise ConfigError(f"{flag} must be a file that can be written, and {path} can't: {error}") from error
         return next(game, None) is None
@@ -264,8 +264,4 @@ class Videos:
 def log_gif(run: Run, global_step: int, path: Path) -> None:
     """Show a GIF among TensorBoard's images. `SummaryWriter.add_video` would need moviepy."""
     assert run.events is not None
-    with Image.open(path) as gif:
-        width, height = gif.size
-    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
-    summary = Summary(value=[Summary.Value(tag="videos/game", image=image)])
-    run.events.add(summary, global_step)
+    run.events.add(picture_summary("videos/game", path.read_bytes()), global_step)

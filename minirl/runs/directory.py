@@ -71,6 +71,9 @@ def claim(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        for file in (CHECKPOINT_FILE, BEST_FILE):
+            if (run_dir / file).exists() and not (run_dir / CONFIG_FILE).exists():
+                raise ConfigError(f"--run-dir must be a new directory: {run_dir} holds {file} of another run")
         (run_dir / CONFIG_FILE).open("x").close()
     except FileExistsError as error:
         if not run_dir.is_dir():

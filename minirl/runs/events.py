@@ -5,12 +5,14 @@ meanwhile: for a tenth of the time if episodes are short.
 """
 
 import dataclasses
+import io
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -30,13 +32,14 @@ class Events:
     Args:
         run_dir: where; the directory must exist.
         purge_step: TensorBoard drops the events of earlier files from this step on.
+        suffix: of the file's name.
 
     Raises:
         OSError: from every call, if the file can't be written.
     """
 
-    def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+    def __init__(self, run_dir: Path, purge_step: int | None = None, suffix: str = "") -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}{suffix}"
         self.file = (run_dir / name).open("wb")
         self.records = RecordWriter(self.file)
         self.flush_at = 0.0
@@ -62,6 +65,14 @@ class Events:
         if event.wall_time >= self.flush_at:
             self.flush()
             self.flush_at = event.wall_time + FLUSH_EVERY
+
+
+def picture_summary(tag: str, encoded: bytes) -> Summary:
+    """Return the summary that shows an encoded picture, a PNG or a GIF, among TensorBoard's images."""
+    with Image.open(io.BytesIO(encoded)) as opened:
+        width, height = opened.size
+    shown = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=encoded)
+    return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 
 def save_settings_row(run_dir: Path, algorithm: str, config: Any) -> None:

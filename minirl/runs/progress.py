@@ -1,6 +1,7 @@
 """What a long job prints to standard error while it runs: its progress, and single lines."""
 
 import datetime
+import io
 import os
 import sys
 import time
@@ -39,12 +40,15 @@ def silence(number: int) -> None:
 def open_streams() -> None:
     """Send standard output and error nowhere if they are closed: a file would get their number and their output.
 
-    Some job schedulers and `pythonw` start programs with them closed.
+    Some job schedulers and `pythonw` start programs with them closed. What standard output's encoding lacks is escaped,
+    as Python does in standard error.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             silence(number)
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - for good
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def answer(text: object) -> None:

@@ -43,6 +43,7 @@ from minirl.runs.checkpoints import (
     TAKEN,
     State,
     checksum,
+    load_checkpoint,
     random_state,
     require_finite,
     save_checkpoint,
@@ -173,6 +174,8 @@ class Run:
             try:
                 if (held := lock(run_dir)) is not None:
                     self._stack.callback(os.close, held)
+                if resumed and load_checkpoint(run_dir, algorithm)["global_step"] != self.first_step:
+                    raise ConfigError(f"--resume must name a run that has stopped: {run_dir} went on; try again")
                 for path in later:
                     path.unlink()
                 save_config(run_dir, algorithm, config)

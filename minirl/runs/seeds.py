@@ -79,6 +79,9 @@ def train_seeds(algorithm: str, config: Any, flags: list[str], run_dirs: dict[in
         if (run_dir / CONFIG_FILE).exists():
             go_on = shlex.join(["--resume", str(run_dir)])
             raise ConfigError(f"--run-dir must be new: {run_dir} holds a run; continue it with {go_on}")
+        parent = next(folder for folder in run_dir.parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise ConfigError(f"--run-dir must be a directory that can be written, and {parent} is none")
     at_once, shares, environment = side_by_side(config, len(run_dirs))
     say(f"{len(run_dirs)} seeds, {at_once} at a time")
     commands = {

@@ -5,13 +5,14 @@ line says so.
 """
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
 from minirl.envs.ids import is_atari
@@ -22,7 +23,9 @@ from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib, save_figure
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import load_settings, lock
+from minirl.runs.events import Events, picture_summary
 from minirl.runs.progress import answer, say
+from minirl.runs.settings import MAX_WHOLE
 
 FINAL_GAMES, FINAL_ATARI_GAMES = 10, 2  # by default; a game of Pong takes seconds
 FINAL_TEXTS = 500
@@ -36,8 +39,8 @@ def check_final_games(games: int | None, config: Any) -> None:
     Raises:
         ConfigError: if it is negative, or asks for games that the training itself plays.
     """
-    if games is not None and games < 0:
-        raise ConfigError(f"--final-games must be a whole number of at least 0, not {games}")
+    if games is not None and not 0 <= games <= MAX_WHOLE:
+        raise ConfigError(f"--final-games must be a whole number from 0 to {MAX_WHOLE}, not {games}")
     if games and judges_itself(vars(config)):
         raise ConfigError(
             "--final-games must be 0 or left out with eval_frequency: the last step's greedy games, "
@@ -77,15 +80,15 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
                 except TimeoutError as error:
                     raise TimeoutError(f"{error}; --final-games N plays them") from None
                 say(in_one_line(result))
-                with written_anew(run_dir, "games", global_step) as writer:
-                    writer.add_scalar("eval/mean_return", result["mean_return"], global_step)
+                mean = Summary.Value(tag="eval/mean_return", simple_value=result["mean_return"])
+                write_anew(run_dir, "games", global_step, Summary(value=[mean]))
         with left_out("pictures"):
             require_matplotlib()  # one line if it is missing, not one for each picture
             for kind in fitting_kinds(settings):
                 with left_out(f"the picture {kind}"):
-                    figure = draw_picture(kind, run_dir, device)
-                    with written_anew(run_dir, kind, global_step) as writer:
-                        writer.add_figure(f"pictures/{kind}", figure, global_step, close=False)
+                    drawn = io.BytesIO()
+                    draw_picture(kind, run_dir, device).savefig(drawn, format="png")
+                    write_anew(run_dir, kind, global_step, picture_summary(f"pictures/{kind}", drawn.getvalue()))
 
 
 def report_texts(run_dir: Path, number: int, device: str) -> None:
@@ -99,16 +102,20 @@ def report_texts(run_dir: Path, number: int, device: str) -> None:
                 answer(f"\n{run_dir / 'curve.png'}")
 
 
-@contextlib.contextmanager
-def written_anew(run_dir: Path, what: str, global_step: int) -> Iterator[SummaryWriter]:
-    """Yield an event writer whose file replaces what an earlier session wrote of the same at this step.
+def write_anew(run_dir: Path, what: str, global_step: int, summary: Summary) -> None:
+    """Write an event file of its own, which replaces what an earlier session wrote of the same at this step.
 
     A finished run that is resumed comes here again, and would have two values at one step.
     """
     suffix = f".{what}-{global_step}"
     earlier = list(run_dir.glob(f"events.out.tfevents.*{suffix}"))
-    with contextlib.closing(SummaryWriter(str(run_dir), filename_suffix=suffix)) as writer:
-        yield writer
+    events = Events(run_dir, suffix=suffix)
+    try:
+        with contextlib.closing(events):
+            events.add(summary, global_step)
+    except OSError:  # the disk is full, say
+        Path(events.file.name).unlink()
+        raise
     for file in earlier:
         file.unlink()
 

@@ -17,7 +17,10 @@ from minirl.runs.seeds import train_seeds
 from minirl.runs.settings import flag_name
 from minirl.scripts.report import check_final_games, report
 
-SIZES = ("num_envs", "num_steps", "hidden_sizes", "batch_size", "width", "context")  # settings that memory limits
+SIZES = (  # settings that memory limits
+    *("num_envs", "num_steps", "buffer_size", "batch_size", "hidden_sizes", "cnn_channels", "frame_size"),
+    *("lm_batch_size", "reward_batch_size", "num_pairs", "width", "context"),
+)
 
 
 class Train(Protocol):
@@ -75,7 +78,7 @@ def run_training(
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fields = {field.name for field in dataclasses.fields(config_class)}
-        sizes = " or ".join(flag_name(name) for name in SIZES if name in fields)
+        sizes = ", ".join(flag_name(name) for name in SIZES if name in fields)
         fail(f"the settings must fit into this machine's memory, {sizes} say: {brief(error)}")
 
 
