@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from minirl.dqn import DQNConfig
 from minirl.dqn import train as train_dqn
@@ -21,7 +22,6 @@ from minirl.ppo import train as train_ppo
 from minirl.q_learning import QLearningConfig
 from minirl.q_learning import train as train_q
 from minirl.runs.directory import lock
-from minirl.runs.events import Events
 from minirl.scripts import report
 from minirl.scripts.train import run_training
 from tests.scalars import read_scalars
@@ -133,10 +133,10 @@ def test_on_a_full_disk_the_report_is_left_out_and_leaves_nothing(
     train_on_grid(tmp_path, "--final-games 0")
     before = sorted(tmp_path.iterdir())
 
-    def full(self: Events, summary: Any, global_step: int | None = None) -> None:
+    def full(self: RecordWriter, record: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Events, "add", full)
+    monkeypatch.setattr(RecordWriter, "write", full)
     report.report(tmp_path, 2)
     said = capsys.readouterr().err
     assert "left out of TensorBoard: the games after the training: [Errno 28] No space left on device\n" in said

@@ -22,8 +22,26 @@ from minirl.runs.checkpoints import atomic_file
 
 FLUSH_EVERY = 10.0  # seconds: TensorBoard looks for new events every 30
 FILE_VERSION = "brain.Event:2"
-# TensorBoard reads the files of a directory in order of name, and keeps the first settings that it reads.
+# The first in order of name: TensorBoard keeps the first settings that it reads.
 SETTINGS_FILE = "events.out.tfevents.0.settings"
+
+
+def new_name() -> str:
+    """Return the name of a new event file: TensorBoard reads the files of a directory in the order of their names."""
+    return f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+
+
+def write_events(path: Path, *events: Event) -> None:
+    """Write a whole event file, or nothing.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        records = RecordWriter(file)
+        for event in (Event(file_version=FILE_VERSION), *events):
+            event.wall_time = time.time()
+            records.write(event.SerializeToString())
 
 
 class Events:
@@ -32,15 +50,13 @@ class Events:
     Args:
         run_dir: where; the directory must exist.
         purge_step: TensorBoard drops the events of earlier files from this step on.
-        suffix: of the file's name.
 
     Raises:
         OSError: from every call, if the file can't be written.
     """
 
-    def __init__(self, run_dir: Path, purge_step: int | None = None, suffix: str = "") -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}{suffix}"
-        self.file = (run_dir / name).open("wb")
+    def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
+        self.file = (run_dir / new_name()).open("wb")
         self.records = RecordWriter(self.file)
         self.flush_at = 0.0
         self._write(Event(file_version=FILE_VERSION))
@@ -92,8 +108,4 @@ def save_settings_row(run_dir: Path, algorithm: str, config: Any) -> None:
         if value is not None
     }
     _, session_start, _ = hparams(shown, {})
-    with atomic_file(run_dir / SETTINGS_FILE) as temporary, temporary.open("wb") as file:
-        records = RecordWriter(file)
-        for event in (Event(file_version=FILE_VERSION), Event(summary=session_start)):
-            event.wall_time = time.time()
-            records.write(event.SerializeToString())
+    write_events(run_dir / SETTINGS_FILE, Event(summary=session_start))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from minirl.checks import ConfigError
@@ -23,7 +24,7 @@ from minirl.plots.of_run import draw_picture, fitting_kinds
 from minirl.results.figure import require_matplotlib, save_figure
 from minirl.runs.checkpoints import CHECKPOINT_FILE, load_checkpoint
 from minirl.runs.directory import load_settings, lock
-from minirl.runs.events import Events, picture_summary
+from minirl.runs.events import new_name, picture_summary, write_events
 from minirl.runs.progress import answer, say
 from minirl.runs.settings import MAX_WHOLE
 
@@ -109,13 +110,7 @@ def write_anew(run_dir: Path, what: str, global_step: int, summary: Summary) -> 
     """
     suffix = f".{what}-{global_step}"
     earlier = list(run_dir.glob(f"events.out.tfevents.*{suffix}"))
-    events = Events(run_dir, suffix=suffix)
-    try:
-        with contextlib.closing(events):
-            events.add(summary, global_step)
-    except OSError:  # the disk is full, say
-        Path(events.file.name).unlink()
-        raise
+    write_events(run_dir / (new_name() + suffix), Event(step=global_step, summary=summary))
     for file in earlier:
         file.unlink()
 
