@@ -34,6 +34,8 @@ class Rollout:
     def put(self, t: int, rows: slice, **quantities: Tensor | NDArray[Any]) -> None:
         """Store the results of step t in some of the environments: tensors and arrays (rows, ...) by name."""
         for name, values in quantities.items():
+            if isinstance(values, np.ndarray) and values.dtype == np.float64:
+                values = values.astype(np.float32)  # as networks see observations
             kind = values.ndim, values.shape[1:], values.dtype
             if name not in self.columns:
                 self.columns[name], self.kinds[name] = self._column(values), kind

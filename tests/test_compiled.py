@@ -747,6 +747,8 @@ def steps_of(step: Any, enabled: bool, calls: int = 3) -> tuple[list[float], flo
     network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     kind = torch.optim.SGD if step is with_a_layer_that_comes_to_learn_in_between else torch.optim.Adam
     optimizer = kind(network.parameters(), lr=0.1)
+    if step is with_two_steps_of_momentum:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     network.own = optimizer  # type: ignore[assignment]
     network[0].requires_grad_(step is not with_a_layer_that_comes_to_learn_in_between)
     call = compiled(step, network, optimizer, enabled=enabled)
@@ -802,6 +804,43 @@ def with_a_layer_that_comes_to_learn_in_between(network: Any, optimizer: torch.o
         optimizer.zero_grad()
 
 
+class WithItsLastRate(torch.optim.SGD):
+    """Keeps the rate of its last step, as corrections of the momentum do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.sub_(weight.grad * (group["lr"] ** 2 / group.get("last_lr", 1.0)))
+            group["last_lr"] = group["lr"]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_an_optimiser_may_keep_its_last_learning_rate() -> None:
+    ends = []
+    for enabled in (False, True):
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+        optimizer = WithItsLastRate(network.parameters())
+        call = compiled(with_one_pass, network, optimizer, enabled=enabled)
+        for rate in (1.0, 0.5, 0.25):
+            optimizer.param_groups[0]["lr"] = rate
+            call(torch.ones(1, 1))
+        ends.append(network.weight.item())
+    assert ends[0] == ends[1] == -(1.0 + 0.5**2 / 1.0 + 0.25**2 / 0.5)
+
+
+def with_one_pass(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    optimizer.zero_grad()
+    network(obs).mean().backward()
+    optimizer.step()
+
+
+def with_two_steps_of_momentum(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
+    for _ in range(2):
+        with_one_pass(network, optimizer, obs)
+
+
 def with_a_branch(network: Any, optimizer: torch.optim.Optimizer, obs: Tensor) -> None:
     optimizer.zero_grad()
     loss = network(obs).mean()
@@ -836,6 +875,10 @@ def with_an_optimiser_in_an_attribute(network: Any, optimizer: torch.optim.Optim
         (with_gradients_by_hand, "not compiled: `step` meets a gradient that `backward` has not computed"),
         (with_an_optimiser_in_an_attribute, "not compiled: an optimiser must be among the bound arguments"),
         (with_a_layer_that_comes_to_learn_in_between, ""),
+        (
+            with_two_steps_of_momentum,
+            "not compiled: PyTorch's compiler would lose the momentum between two first steps",
+        ),
         (with_a_branch, "not compiled: what it does next depends on the value of a tensor ("),
         (with_a_condition_on_a_count, "not compiled: what it does next depends on the value of a tensor ("),
     ],

@@ -117,6 +117,9 @@ def test_a_column_is_made_as_its_quantity_first_comes() -> None:
     assert samples["observations"].is_contiguous(memory_format=torch.channels_last)
     assert samples["mine"].tolist() == [0, 1, 10, 11, 20, 21]
     assert samples["more"].shape == (6,)
+    rollout.put(0, slice(0, 2), next_observations=np.array([[0.5], [1.5]]))
+    assert rollout["next_observations"][0].tolist() == [[0.5], [1.5]]
+    assert rollout["next_observations"].dtype == torch.float32, "as networks see observations"
 
 
 def test_values_that_are_not_one_a_sample_are_named_where_the_policy_acts() -> None:

@@ -28,6 +28,7 @@ from minirl.runs.checkpoints import (
     DivergedError,
     load_checkpoint,
     load_parts,
+    load_weights,
     require_finite,
     save_checkpoint,
     save_parts,
@@ -347,6 +348,8 @@ class WarmedUp(torch.optim.SGD):
     def __init__(self, weights: Any, lr: float, warm_up: int) -> None:
         super().__init__(weights, lr)
         self.warm_up, self.largest = warm_up, torch.zeros(())
+        self._slow = [torch.zeros(2), torch.zeros(1)]
+        self.weights, self.owner = [*self.param_groups[0]["params"]], object()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -374,13 +377,38 @@ def test_what_an_own_optimiser_counts_is_saved_and_a_line_says_that_it_is_not_co
     with pytest.warns(UserWarning, match="not compiled: the optimiser's `step` sets `steps`, which is lost"):
         call()
     call()
-    saved = save_parts({"optimizer": optimizer, "model": network})
-    assert saved["optimizer"]["numbers"] == {"warm_up": 4, "steps": 2, "largest": torch.tensor(0.5)}
+    optimizer._slow[0] += 3
+    with pytest.warns(UserWarning, match=r"the optimiser's `owner` can't be saved, and a resumed run makes it anew"):
+        saved = save_parts({"optimizer": optimizer, "model": network})
+    kept = saved["optimizer"]["attributes"]
+    assert kept.keys() == {"warm_up", "largest", "_slow", "steps"}, "the weights are the network's"
+    assert (kept["warm_up"], kept["steps"], kept["largest"].item()) == (4, 2, 0.5)
     network, optimizer = begun()
     load_parts({"optimizer": optimizer, "model": network}, {**saved, "path": "checkpoint.pt"})
+    assert optimizer._slow[0].tolist() == [3, 3]
     step(network, optimizer)
     assert network.weight.item() == -(1 / 4 + 2 / 4 + 3 / 4)
-    assert "numbers" not in save_parts({"optimizer": torch.optim.Adam(network.parameters())})["optimizer"]
+    assert "attributes" not in save_parts({"optimizer": torch.optim.Adam(network.parameters())})["optimizer"]
+
+
+def test_numbers_that_a_training_changes_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def begun() -> Any:
+        network: Any = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+        network.ent_coef = 0.01
+        return network
+
+    network = begun()
+    network.ent_coef = 0.02
+    network[0].calls = 7
+    saved = {**save_parts({"model": network}), "path": "checkpoint.pt"}
+    for evaluated in (False, True):
+        there = begun()
+        if evaluated:
+            load_weights(there, saved)
+        else:
+            load_parts({"model": there}, saved)
+        assert (there.ent_coef, there[0].calls, there[1].p) == (0.02, 7, 0.5)
+        assert capsys.readouterr().err == "ent_coef is 0.02, as it was saved, and not 0.01\n"
 
 
 def test_an_optimiser_of_weights_in_another_order_is_refused() -> None:

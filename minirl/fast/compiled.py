@@ -192,6 +192,8 @@ class Compiled:
         with contextlib.suppress(OSError):  # other processes clean up this cache, too
             drop_unfinished_files()
         logging.getLogger("torch._dynamo.convert_frame").addFilter(LIMIT)
+        # What it says of code that it can't compile, in hundreds of lines: one of ours says why not.
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         torch._dynamo.config.trace_autograd_ops = True  # for good: batches of another shape may come later
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a hook that is added later is seen
         torch._dynamo.config.allow_unspec_int_on_nn_module = True  # an agent's counter is a number that changes

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,20 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from minirl.fast import gpu
+
 FEW = 40_000  # multiplications: up to here, calling a matrix product costs more than its arithmetic
 
 # Results of arithmetic on single numbers, such as Adam's corrections and the clipped norm's factor, are kept in memory.
 # Otherwise the compiler would compute them again, powers and all, for every eight weights that they are a factor of.
 ARITHMETIC = ("__rpow__", "mul", "__mul__", "__truediv__", "__rdiv__", "clamp")
+
+
+# Attributes that PyTorch itself gives to every optimiser, or to those that inherit from its own.
+PYTORCHS = re.compile(
+    r"defaults|state|param_groups|_optimizer_\w+_hooks|_zero_grad_profile_name|_opt_called|_warned_capturable\w+"
+    r"|_need_device_dtype_check\w+|_step_supports_amp_scaling"
+)
 
 
 class CantCompile(Exception):
@@ -29,11 +39,10 @@ def all_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """Return what somebody's own optimiser has besides `state` and `param_groups`, such as a count of its steps."""
-    known = ("defaults", "state", "param_groups")
+    if type(optimizer).__module__.startswith("torch."):
+        return {}
     return {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name not in known and not name.startswith("_") and not callable(value)
+        name: value for name, value in vars(optimizer).items() if not PYTORCHS.fullmatch(name) and not callable(value)
     }
 
 
@@ -81,7 +90,10 @@ class Steppable:
         for number, (group, rate) in enumerate(zip(self.groups, self.rates, strict=True)):
             self.given[number] = given = group["lr"]
             if isinstance(given, Tensor) or given != self.filled[number]:
-                rate.fill_(given)
+                if rate.device.type in gpu.RECORDED:
+                    rate.fill_(given)  # a replay reads it there
+                else:  # the optimiser may have kept the last one
+                    self.rates[number] = rate = torch.full_like(rate, float(given))
                 self.filled[number] = None if isinstance(given, Tensor) else given
             self.versions[number] = rate._version
             group["lr"] = rate

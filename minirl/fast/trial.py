@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from minirl.fast.rewrites import CantCompile, own_attributes
 
@@ -47,11 +47,13 @@ def parameters_reached(
     except Exception as error:  # a copy may raise anything
         raise CantCompile(f"what it is given can't be copied, to try it: {error}") from error
     others = [place.copied(memo) for place in places]
+    stepped: list[Optimizer] = []
     own: list[tuple[Optimizer, dict[str, Any]]] = []  # copied optimisers, with what is not PyTorch's of them
     for item, twin in zip(bound, twins, strict=True):
         if isinstance(item, Optimizer):  # whose own way of copying leaves that out
             own.append((twin, copy.deepcopy(own_attributes(item), memo)))
             vars(twin).update(own[-1][1])
+            twin.register_step_post_hook(lambda twin, *_: stepped.append(twin))
     reached: set[int] = set()
     for weight in copies:
         if weight.requires_grad:
@@ -73,6 +75,10 @@ def parameters_reached(
         for name, value in own_attributes(twin).items():
             if attributes.get(name, twin) is not value:
                 raise CantCompile(f"the optimiser's `step` sets `{name}`, which is lost; keep it in `param_groups`")
+    for item, twin in zip(bound, twins, strict=True):
+        new = isinstance(item, SGD) and not item.state and any(group["momentum"] for group in item.param_groups)
+        if new and sum(one is twin for one in stepped) > 1:
+            raise CantCompile("PyTorch's compiler would lose the momentum between two first steps of SGD")
     for name in before:
         if pickle.dumps(before[name]) != pickle.dumps(after[name]):
             raise CantCompile(f"it draws from {name}, which PyTorch's compiler gets wrong; draw by PyTorch")

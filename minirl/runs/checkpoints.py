@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minirl.checks import ConfigError
 from minirl.envs.state import capture_generators, restore_generators
 from minirl.fast.rewrites import own_attributes
+from minirl.runs.progress import say
 
 CHECKPOINT_FILE = "checkpoint.pt"
 BEST_FILE = "best.pt"
@@ -174,24 +175,56 @@ class Part(Protocol):
 
 # Names in a checkpoint that are not parts.
 TAKEN = {
-    *(*COMMON, "algorithm", "path", "ranks", "envs", "obs", "network_class"),
+    *(*COMMON, "algorithm", "path", "ranks", "envs", "obs", "network_class", "numbers"),
     *("episodes", "rng", "memory"),  # Double DQN's
     *("kl_coef", "pairs", "vocabulary", "texts"),  # RLHF's
 }
 
 
 def save_parts(parts: Mapping[str, Part]) -> State:
-    """Return the state of each part, by its name."""
-    return {name: _state_of(part) for name, part in parts.items()}
+    """Return the state of each part, by its name, and the numbers of networks, which PyTorch does not save."""
+    numbers = {name: numbers_of(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {"numbers": numbers, **{name: _state_of(part) for name, part in parts.items()}}
 
 
 def _state_of(part: Part) -> Any:
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer) and (own := own_attributes(part)):
         # PyTorch saves none of it: a count of steps, say, of an optimiser that somebody wrote.
-        numbers = {name: value for name, value in own.items() if isinstance(value, int | float | torch.Tensor)}
-        return {**state, "numbers": numbers}
+        return {**state, "attributes": {name: value for name, value in own.items() if _is_saved(name, value)}}
     return state
+
+
+def _is_saved(name: str, value: Any) -> bool:
+    """Whether an own optimiser's attribute is saved: not weights, which the network has, nor what a line names."""
+    leaves = tree_leaves(value)
+    if any(isinstance(leaf, nn.Parameter) for leaf in leaves):
+        return False
+    if not next(_unreadable(name, value), None):
+        return True
+    warnings.warn(f"the optimiser's `{name}` can't be saved, and a resumed run makes it anew", stacklevel=2)
+    return False
+
+
+def numbers_of(network: nn.Module) -> dict[str, float]:
+    """Return the numbers that a network's layers have as attributes, by `layer.attribute`: training may change them."""
+    return {
+        f"{path}.{name}": value
+        for path, layer in network.named_modules()
+        for name, value in vars(layer).items()
+        if type(value) in (int, float)
+    }
+
+
+def put_numbers(network: nn.Module, numbers: dict[str, float]) -> None:
+    """Give a network the numbers that were saved; a line says where its code has another."""
+    layers = dict(network.named_modules())
+    for place, value in numbers.items():
+        path, _, name = place.rpartition(".")
+        if path in layers:
+            if (here := vars(layers[path]).get(name, value)) != value:
+                say(f"{place.lstrip('.')} is {value}, as it was saved, and not {here}")
+            setattr(layers[path], name, value)
 
 
 def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
@@ -209,9 +242,16 @@ def load_parts(parts: Mapping[str, Part], saved: State | None) -> None:
     with reading(saved):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+            if isinstance(part, nn.Module):
+                put_numbers(part, saved.get("numbers", {}).get(name, {}))
             if isinstance(part, torch.optim.Optimizer):
-                vars(part).update(saved[name].get("numbers", {}))
+                _put_attributes(part, saved[name].get("attributes", {}))
                 _fit_to_this_machine(part)
+
+
+def _put_attributes(optimizer: torch.optim.Optimizer, attributes: dict[str, Any]) -> None:
+    device = optimizer.param_groups[0]["params"][0].device
+    vars(optimizer).update(tree_map_only(torch.Tensor, lambda value: value.to(device), attributes))
 
 
 def _fit_to_this_machine(optimizer: torch.optim.Optimizer) -> None:
@@ -249,6 +289,7 @@ def load_weights(network: nn.Module, saved: State, key: str = "model") -> None:
         )
     with reading(saved):
         network.load_state_dict(saved[key])
+        put_numbers(network, saved.get("numbers", {}).get(key, {}))
 
 
 ADVICE = "the checkpoint before is kept; try a lower learning rate"

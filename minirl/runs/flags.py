@@ -168,7 +168,7 @@ def make_parser(config_class: type, description: str, scripts: dict[str, type]) 
     seeds = "train with each of several seeds, as in 0-4 or 0,3,7, and print a table; --run-dir is then their parent"
     games = (
         "greedy games after the training, for TensorBoard (default: 10, on Atari 2, if that takes no longer "
-        "than a tenth of the training); of RLHF, texts for its table (default: 500)"
+        "than a tenth of the training); of Double DQN, only with --eval-frequency none; of RLHF, texts (default: 500)"
     )
     add("--run-dir", type=read_path, metavar="DIR", help=where)
     add("--resume", type=read_path, metavar="RUN_DIR", help=resume)

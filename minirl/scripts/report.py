@@ -73,6 +73,8 @@ def report(run_dir: Path, games: int | None = None, device: str = "auto") -> Non
             return report_texts(run_dir, FINAL_TEXTS if games is None else games, device)
         global_step: int = saved["global_step"]
         patience = min(max(SHORTEST_PATIENCE, saved["seconds"] / 10), LONGEST_PATIENCE) if games is None else math.inf
+        if math.isfinite(saved["best_return"]):
+            say(f"best network: mean return {saved['best_return']:.2f} in greedy games during the training")
         if games != 0 and not judges_itself(settings):
             with left_out("the games after the training"):
                 number = games or (FINAL_ATARI_GAMES if is_atari(settings["env_id"]) else FINAL_GAMES)
